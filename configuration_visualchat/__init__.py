@@ -1,0 +1,11 @@
+"""The VisualChat configuration, registered with transformers' `AutoConfig` on import."""
+
+from transformers import AutoConfig
+
+from .configuration_visualchat import VERSION, VisualChatConfig
+
+
+AutoConfig.register("visualchat", VisualChatConfig, exist_ok=True)
+
+__version__ = VERSION
+__all__ = ["VisualChatConfig"]

@@ -1,0 +1,146 @@
+"""Configuration of a VisualChat model: a vision tower, a projector and a causal language model."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
+
+
+# Goes up with every change of the code that travels with a checkpoint: transformers tells two versions apart by it.
+VERSION = "0.1.0"
+
+# `transformers serve` and the pipelines look classes up in these tables by model type.
+MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["visualchat"] = "VisualChatForConditionalGeneration"
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["visualchat"] = "VisualChatForConditionalGeneration"
+
+# Tokens a vision encoder yields beside its patches (class and register tokens), by model type.
+NUM_EXTRA_VISION_TOKENS = {
+    "clip_vision_model": 1,
+    "dinov2": 1,
+    "vit": 1,
+    "siglip_vision_model": 0,
+    "siglip2_vision_model": 0,
+}
+NUM_PERCEIVER_QUERIES = 256
+
+
+@strict
+class VisualChatConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`VisualChatForConditionalGeneration`].
+
+    Args:
+        vision_config (`dict` or `PreTrainedConfig`, *optional*, defaults to CLIP ViT-L/14 at 224 pixels):
+            Configuration of the vision tower, any encoder of `AutoModel` that yields patch features.
+        text_config (`dict` or `PreTrainedConfig`, *optional*, defaults to Llama):
+            Configuration of the language model, any decoder with rotary positions that takes its attention from
+            transformers' attention interface.
+        image_token_id (`int`, *optional*, defaults to 32000):
+            Id of the `<image>` placeholder. Its own embedding is never read.
+        image_seq_length (`int`, *optional*):
+            Number of tokens that one image takes in the language model. When it is not given, it follows from
+            the vision configuration and the projector.
+        projector_type (`str`, *optional*, defaults to `"linear"`):
+            `"linear"` (linear and LayerNorm, section 3 of arXiv 2309.14327), `"mlp"` (two linear layers),
+            `"vit"` (one encoder layer, then linear and LayerNorm) or `"perceiver"` (256 learned queries).
+        projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
+            Activation inside the `mlp`, `vit` and `perceiver` projectors.
+        vision_feature_layer (`int` or `list[int]`, *optional*, defaults to -1):
+            Index of the hidden state of the vision tower to read; several are concatenated.
+        vision_feature_select_strategy (`str`, *optional*, defaults to `"full"`):
+            `"full"` keeps every token of the vision tower, `"default"` leaves out the first (class) token.
+        attention_type (`str`, *optional*, defaults to `"mmca"`):
+            `"mmca"` (multi-modal causal attention, section 4.1 of arXiv 2309.14327) or `"causal"` (the decoder's own).
+        tie_word_embeddings (`bool`, *optional*, defaults to `False`):
+            Whether input and output embeddings are one table; taken from `text_config` when that says so.
+
+    Raises:
+        `huggingface_hub.errors.StrictDataclassError`: a value is not one of those allowed.
+        `ValueError`: the number of tokens of an image is not given and cannot be derived.
+
+    Example:
+
+    ```python
+    >>> from configuration_visualchat import VisualChatConfig
+
+    >>> config = VisualChatConfig(attention_type="mmca", projector_type="linear")
+    >>> config.image_seq_length  # 16 x 16 patches of 14 pixels and the class token
+    257
+    ```
+    """
+
+    model_type = "visualchat"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(
+            config_class=AutoConfig,
+            model_type="clip_vision_model",
+            init_kwargs={
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "num_attention_heads": 16,
+                "num_hidden_layers": 24,
+                "patch_size": 14,
+            },
+        ),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+    }
+    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    image_token_id: int = 32000
+    image_seq_length: int | None = None
+    projector_type: Literal["linear", "mlp", "vit", "perceiver"] = "linear"
+    projector_hidden_act: str = "gelu"
+    vision_feature_layer: int | list[int] = -1
+    vision_feature_select_strategy: Literal["full", "default"] = "full"
+    attention_type: Literal["mmca", "causal"] = "mmca"
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        # The whole map at once: `register_for_auto_class` remembers one class a file.
+        self.auto_map = {
+            "AutoConfig": "configuration_visualchat.VisualChatConfig",
+            "AutoModel": "modeling_visualchat.VisualChatModel",
+            "AutoModelForImageTextToText": "modeling_visualchat.VisualChatForConditionalGeneration",
+            "AutoModelForMultimodalLM": "modeling_visualchat.VisualChatForConditionalGeneration",
+            "AutoProcessor": "processing_visualchat.VisualChatProcessor",
+        }
+        self.tie_word_embeddings = self.tie_word_embeddings or bool(self.text_config.tie_word_embeddings)
+        if self.image_seq_length is None:
+            self.image_seq_length = self._derive_image_seq_length()
+
+    def _derive_image_seq_length(self) -> int:
+        if self.projector_type == "perceiver":
+            return NUM_PERCEIVER_QUERIES
+        vision_config = self.vision_config
+        image_size, patch_size = getattr(vision_config, "image_size", None), getattr(vision_config, "patch_size", None)
+        if vision_config.model_type == "dinov2_with_registers":
+            num_extra_tokens = 1 + vision_config.num_register_tokens
+        else:
+            num_extra_tokens = NUM_EXTRA_VISION_TOKENS.get(vision_config.model_type)
+        if num_extra_tokens is None or not isinstance(image_size, int) or not isinstance(patch_size, int):
+            raise ValueError(
+                f"image_seq_length cannot be derived for a vision tower of type {vision_config.model_type!r}: "
+                "pass image_seq_length, the number of tokens that the projector yields for one image."
+            )
+        num_tokens = (image_size // patch_size) ** 2 + num_extra_tokens
+        return num_tokens - 1 if self.vision_feature_select_strategy == "default" else num_tokens
+
+    def validate_image_seq_length(self):
+        """Part of `@strict` validation: an image takes at least one token, and a placeholder has an id."""
+        if self.image_seq_length is not None and self.image_seq_length < 1:
+            raise ValueError(f"image_seq_length must be at least 1, got {self.image_seq_length}.")
+        if self.image_token_id < 0:
+            raise ValueError(f"image_token_id must not be negative, got {self.image_token_id}.")
+
+
+VisualChatConfig.register_for_auto_class()
+
+__all__ = ["VisualChatConfig"]

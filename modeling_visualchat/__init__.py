@@ -1,0 +1,22 @@
+"""The VisualChat models and multi-modal causal attention, registered with transformers' Auto classes on import."""
+
+from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
+
+from .attention_visualchat import MultiModalCausalAttention, mmca_attention, mmca_attention_reference
+from .configuration_visualchat import VERSION, VisualChatConfig
+from .modeling_visualchat import VisualChatForConditionalGeneration, VisualChatModel, VisualChatPreTrainedModel
+
+
+AutoModel.register(VisualChatConfig, VisualChatModel, exist_ok=True)
+AutoModelForImageTextToText.register(VisualChatConfig, VisualChatForConditionalGeneration, exist_ok=True)
+AutoModelForMultimodalLM.register(VisualChatConfig, VisualChatForConditionalGeneration, exist_ok=True)
+
+__version__ = VERSION
+__all__ = [
+    "MultiModalCausalAttention",
+    "VisualChatForConditionalGeneration",
+    "VisualChatModel",
+    "VisualChatPreTrainedModel",
+    "mmca_attention",
+    "mmca_attention_reference",
+]

@@ -1,0 +1,394 @@
+r"""
+Multi-modal causal attention (MMCA; section 4.1 of arXiv 2309.14327), exactly.
+
+A text token attends to every earlier token through two softmaxes over disjoint keys, one over the text up to itself
+and one over the images before it, and the two results are summed; a set without a key contributes exactly zero. An
+image token attends only to itself, so its output is its own value vector:
+
+    out_i = softmax_{j<=i, text}(scaling * q_i k_j) V_text + softmax_{j<i, image}(scaling * q_i k_j) V_image   (text)
+    out_i = v_i                                                                                               (image)
+
+Drawn for the sequence `I I T T I T` (rows are queries; 1 = text softmax, 2 = image softmax, s = itself):
+
+    I | s . . . . .
+    I | . s . . . .
+    T | 2 2 1 . . .
+    T | 2 2 1 1 . .
+    I | . . . . s .
+    T | 2 2 1 1 2 1
+
+Padding is never attended to, and the output of a padding query is zero. Two departures from the code of 2023, on
+purpose: text before the first image gets nothing from images (there: a uniform softmax over past and future), and an
+image token does not attend to earlier text (there: it does).
+
+How it reaches an unmodified decoder: the whole pattern is one boolean mask with two channels, (B, 2, Q, S), channel 0
+for the text softmax and channel 1 for the image softmax. An image query has no key in channel 0 and itself in
+channel 1, and a softmax over one key is 1. The mask is made once a forward pass by transformers' own mask functions,
+so that caches, padding and sliding windows are theirs, and [`MultiModalCausalAttention`] reads it in every layer.
+
+Dimensions: B batch, S keys (past and current), Q queries, H query heads, K key/value heads (K divides H), D head size.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, PreTrainedConfig
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    and_masks,
+    causal_mask_function,
+    create_masks_for_generate,
+    padding_mask_function,
+    prepare_padding_mask,
+)
+
+
+MMCA_PREFIX = "mmca_"
+
+
+def mmca_attention_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mm_token_type_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    scaling: float | None = None,
+) -> torch.Tensor:
+    """
+    MMCA written out row by row from its definition, in at least float32. The measure of every faster form.
+
+    Args:
+        query (`torch.Tensor` of shape `(B, H, Q, D)`): Queries, the last Q of the S positions.
+        key (`torch.Tensor` of shape `(B, K, S, D)`): Keys.
+        value (`torch.Tensor` of shape `(B, K, S, D)`): Values.
+        mm_token_type_ids (`torch.Tensor` of shape `(B, S)`): 0 for text, 1 for image.
+        attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*): 1 for a token to keep, 0 for padding.
+        scaling (`float`, *optional*, defaults to `D ** -0.5`): Factor on the scores.
+
+    Returns:
+        `torch.Tensor` of shape `(B, H, Q, D)` in the dtype of `query`.
+
+    Raises:
+        `ValueError`: shapes that do not fit together.
+    """
+    _check_shapes(query, key, value, mm_token_type_ids, attention_mask)
+    batch_size, num_heads, num_queries, head_dim = query.shape
+    num_keys = key.shape[2]
+    scaling = head_dim**-0.5 if scaling is None else scaling
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    queries_per_key = num_heads // key.shape[1]
+
+    rows = []
+    for b in range(batch_size):
+        for h in range(num_heads):
+            keys, values = key[b, h // queries_per_key].to(dtype), value[b, h // queries_per_key].to(dtype)
+            for i in range(num_keys - num_queries, num_keys):
+                kept = [j for j in range(num_keys) if attention_mask is None or attention_mask[b, j]]
+                if i not in kept:
+                    key_sets = []
+                elif mm_token_type_ids[b, i]:
+                    key_sets = [[i]]
+                else:
+                    text = [j for j in kept if j <= i and not mm_token_type_ids[b, j]]
+                    image = [j for j in kept if j < i and mm_token_type_ids[b, j]]
+                    key_sets = [text, image]
+                row = torch.zeros(head_dim, dtype=dtype, device=query.device)
+                for key_set in filter(None, key_sets):
+                    scores = keys[key_set] @ query[b, h, i - (num_keys - num_queries)].to(dtype) * scaling
+                    row = row + scores.softmax(dim=0) @ values[key_set]
+                rows.append(row)
+    return torch.stack(rows).view(query.shape).to(query.dtype)
+
+
+def mmca_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mm_token_type_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    scaling: float | None = None,
+) -> torch.Tensor:
+    """
+    MMCA on PyTorch's scaled dot product attention. Takes, returns and raises what [`mmca_attention_reference`] does.
+    """
+    _check_shapes(query, key, value, mm_token_type_ids, attention_mask)
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    kept = None if attention_mask is None else attention_mask.bool()
+    mask = mmca_mask(
+        batch_size=query.shape[0],
+        q_length=num_queries,
+        kv_length=num_keys,
+        q_offset=num_keys - num_queries,
+        mask_function=and_masks(causal_mask_function, mmca_mask_function(mm_token_type_ids, kept)),
+        attention_mask=kept,
+        device=query.device,
+    )
+    return _attend(sdpa_kernel, query, key, value, mask, scaling)[0]
+
+
+def mmca_mask_function(mm_token_type_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Callable:
+    """
+    The part of MMCA that is not plain causality, as a mask function of transformers: `(batch, head, query, key)`
+    indices, absolute in the conversation, to whether the query attends. Head 0 is the text softmax, head 1 the image
+    softmax.
+
+    Args:
+        mm_token_type_ids (`torch.Tensor` of shape `(B, T)`): 0 for text, 1 for image, past and current tokens.
+        attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 or `True` for a token to keep, 0 for padding.
+    """
+    is_image = mm_token_type_ids.bool()
+    is_kept = None if attention_mask is None else attention_mask.bool()
+    last = is_image.shape[1] - 1
+
+    def mask_function(batch_idx, head_idx, q_idx, kv_idx):
+        # A static cache has room beyond the last token; causality masks what is there.
+        query_idx, key_idx = q_idx.clamp(max=last), kv_idx.clamp(max=last)
+        allowed = is_image[batch_idx, key_idx] == (head_idx == 1)
+        allowed = allowed & (~is_image[batch_idx, query_idx] | (q_idx == kv_idx))
+        return allowed if is_kept is None else allowed & is_kept[batch_idx, query_idx]
+
+    return mask_function
+
+
+def mmca_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **kwargs,
+) -> torch.Tensor:
+    """
+    The mask interface registered with transformers for MMCA: evaluates a mask function that may tell two heads apart.
+
+    Returns:
+        `torch.Tensor` of shape `(B, 2, Q, S)`, `True` where a query attends, or `(B, 1, Q, S)` when `mask_function`
+        knows no modality, as in a decoder that is called on its own with text.
+    """
+    padding_mask = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    if padding_mask is not None:
+        mask_function = and_masks(mask_function, padding_mask_function(padding_mask))
+    batch_idx = torch.arange(batch_size, device=device)[:, None, None, None]
+    head_idx = torch.arange(2, device=device)[None, :, None, None]
+    q_idx = (torch.arange(q_length, device=device) + q_offset)[None, None, :, None]
+    kv_idx = (torch.arange(kv_length, device=device) + kv_offset)[None, None, None, :]
+    return mask_function(batch_idx, head_idx, q_idx, kv_idx).expand(batch_size, -1, q_length, kv_length)
+
+
+def create_mmca_masks(
+    config: PreTrainedConfig,
+    inputs_embeds: torch.Tensor,
+    mm_token_type_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values,
+    position_ids: torch.Tensor | None = None,
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """
+    The MMCA masks of one forward pass, one for every kind of layer (full, sliding) that the decoder has.
+
+    Args:
+        config (`PreTrainedConfig`): Configuration of the language model, with an MMCA attention implementation.
+        inputs_embeds (`torch.Tensor` of shape `(B, Q, hidden)`): Only its shape, dtype and device are read.
+        mm_token_type_ids (`torch.Tensor` of shape `(B, T)`): 0 for text, 1 for image, past and current tokens.
+        attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 to keep, 0 for padding.
+        past_key_values (`Cache`, *optional*): The cache of the decoder.
+        position_ids (`torch.Tensor` of shape `(B, Q)`, *optional*): Positions; a restart marks a packed sequence.
+
+    Returns:
+        `torch.Tensor` of shape `(B, 2, Q, S)`, or a `dict` of them by layer type.
+    """
+    return create_masks_for_generate(
+        config=config,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        past_key_values=past_key_values,
+        position_ids=position_ids,
+        and_mask_function=mmca_mask_function(mm_token_type_ids, attention_mask),
+    )
+
+
+def sdpa_kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float | None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, None]:
+    """One masked softmax by PyTorch's fused kernel: (B, H, Q, D) and no weights. A row without a key is zero."""
+    if softcap is not None:
+        raise ValueError(
+            f'The sdpa kernel cannot cap attention scores (softcap={softcap}); load with attn_implementation="eager".'
+        )
+    has_key = mask.any(dim=-1, keepdim=True)
+    output = nn.functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask | ~has_key,
+        dropout_p=dropout,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output.masked_fill(~has_key, 0.0), None
+
+
+def eager_kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float | None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One masked softmax spelled out: (B, H, Q, D) and the weights (B, H, Q, S). A row without a key is zero."""
+    queries_per_key = query.shape[1] // key.shape[1]
+    key, value = (states.repeat_interleave(queries_per_key, dim=1) for states in (key, value))
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    has_key = mask.any(dim=-1, keepdim=True)
+    weights = scores.masked_fill(~(mask | ~has_key), float("-inf")).softmax(dim=-1, dtype=torch.float32)
+    weights = weights.masked_fill(~has_key, 0.0).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=dropout > 0.0)
+    return weights @ value, weights
+
+
+def _attend(kernel: Callable, query, key, value, mask, scaling, dropout=0.0, softcap=None):
+    """The sum of one softmax for every channel of the mask, and the sum of their weights where the kernel has any."""
+    output, weights = None, None
+    for channel in mask.split(1, dim=1):
+        channel_output, channel_weights = kernel(query, key, value, channel, scaling, dropout, softcap)
+        output = channel_output if output is None else output + channel_output
+        if channel_weights is not None:
+            weights = channel_weights if weights is None else weights + channel_weights
+    return output, weights
+
+
+class MultiModalCausalAttention:
+    """
+    MMCA as an attention function of transformers, called by every layer of a decoder in place of its own.
+
+    Args:
+        kernel (`Callable`): What computes one masked softmax, [`sdpa_kernel`] or [`eager_kernel`].
+    """
+
+    def __init__(self, kernel: Callable):
+        self.kernel = kernel
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,
+        position_bias: torch.Tensor | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            module (`nn.Module`): The attention layer that calls.
+            query (`torch.Tensor` of shape `(B, H, Q, D)`): Queries, rotated.
+            key (`torch.Tensor` of shape `(B, K, S, D)`): Keys, rotated, those of the cache included.
+            value (`torch.Tensor` of shape `(B, K, S, D)`): Values.
+            attention_mask (`torch.Tensor` of shape `(B, 2, Q, S)` or `(B, 1, Q, S)`):
+                The mask of [`create_mmca_masks`], or one channel for text alone.
+
+        Returns:
+            The output of shape `(B, Q, H, D)`, and the summed weights `(B, H, Q, S)` where the kernel yields them.
+
+        Raises:
+            `ValueError`: no mask, or a feature of the decoder that MMCA does not define.
+        """
+        if attention_mask is None:
+            raise ValueError(f"{type(module).__name__} called multi-modal causal attention without a mask.")
+        if s_aux is not None or position_bias is not None:
+            raise ValueError(f"{type(module).__name__} uses attention sinks or a position bias; MMCA has neither.")
+        output, weights = _attend(self.kernel, query, key, value, attention_mask, scaling, dropout, softcap)
+        return output.transpose(1, 2).contiguous(), weights
+
+
+KERNELS = {"sdpa": sdpa_kernel, "eager": eager_kernel}
+
+for _name, _kernel in KERNELS.items():
+    AttentionInterface.register(MMCA_PREFIX + _name, MultiModalCausalAttention(_kernel))
+    AttentionMaskInterface.register(MMCA_PREFIX + _name, mmca_mask)
+
+
+def mmca_implementation(attn_implementation: str | None) -> str:
+    """
+    The MMCA implementation on the kernel that a user asked for: `None` or `"sdpa"` gives `"mmca_sdpa"`, `"eager"` gives
+    `"mmca_eager"`.
+
+    Raises:
+        `ValueError`: a kernel on which MMCA is not available.
+    """
+    kernel = (attn_implementation or "sdpa").removeprefix(MMCA_PREFIX)
+    if kernel not in KERNELS:
+        raise ValueError(
+            f"attn_implementation={attn_implementation!r} is not available for multi-modal causal attention; choose "
+            f"one of {sorted(KERNELS)} for the language model. The vision tower may use another, "
+            'as in attn_implementation={"text_config": "sdpa", "vision_config": "flash_attention_2"}.'
+        )
+    return MMCA_PREFIX + kernel
+
+
+def check_decoder(config: PreTrainedConfig, language_model: nn.Module) -> None:
+    """
+    Refuses a decoder in which MMCA would not be exact.
+
+    Args:
+        config (`PreTrainedConfig`): Configuration of the decoder.
+        language_model (`nn.Module`): The decoder itself.
+
+    Raises:
+        `ValueError`: names the decoder and the reason.
+    """
+    exact_layer_types = {"full_attention", "sliding_attention"}
+    other_layer_types = sorted(set(getattr(config, "layer_types", None) or ()) - exact_layer_types)
+    reason = None
+    if config.is_encoder_decoder:
+        reason = "it is an encoder-decoder"
+    elif not getattr(language_model, "_supports_attention_backend", False):
+        reason = "it does not take its attention from transformers' attention interface"
+    elif other_layer_types:
+        reason = f"its layers of type {', '.join(other_layer_types)} mix tokens by other means than softmax attention"
+    elif getattr(config, "rope_parameters", None) is None:
+        reason = "its positions are not rotary, so an image would depend on where it stands"
+    elif getattr(config, "use_bidirectional_attention", False):
+        reason = "its attention is bidirectional"
+    elif any(name.endswith(".sinks") for name, _ in language_model.named_parameters()):
+        reason = "its attention has sinks, a key that belongs to neither softmax"
+    if reason is not None:
+        raise ValueError(
+            f"The decoder {type(language_model).__name__} (model type {config.model_type!r}) cannot carry multi-modal "
+            f'causal attention: {reason}. Use a Llama-style decoder, or attention_type="causal".'
+        )
+
+
+def _check_shapes(query, key, value, mm_token_type_ids, attention_mask) -> None:
+    batch_size, num_heads, num_queries, head_dim = query.shape
+    num_keys = key.shape[2]
+    if key.shape != value.shape or key.shape[0] != batch_size or key.shape[3] != head_dim:
+        raise ValueError(
+            f"query (B, H, Q, D), key and value (B, K, S, D) do not fit together: {tuple(query.shape)}, "
+            f"{tuple(key.shape)}, {tuple(value.shape)}."
+        )
+    if num_heads % key.shape[1]:
+        raise ValueError(f"The {key.shape[1]} key/value heads do not divide the {num_heads} query heads.")
+    if num_queries > num_keys:
+        raise ValueError(f"The {num_queries} queries are more than the {num_keys} positions that they end.")
+    for name, ids in (("mm_token_type_ids", mm_token_type_ids), ("attention_mask", attention_mask)):
+        if ids is not None and ids.shape != (batch_size, num_keys):
+            raise ValueError(f"{name} must have shape {(batch_size, num_keys)}, got {tuple(ids.shape)}.")

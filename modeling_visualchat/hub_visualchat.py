@@ -1,0 +1,65 @@
+"""Uploads a model, its processor, its code and its card to the Hub as one commit."""
+
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import HfApi, ModelCard
+
+
+CARD_PATH = Path(__file__).with_name("hub_card.md")
+
+
+def push_repository(
+    model,
+    processor,
+    repo_id: str,
+    card: str | None = None,
+    commit_message: str = "Upload VisualChat model and processor",
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    max_shard_size: int | str = "50GB",
+    tags: list[str] | None = None,
+) -> str:
+    """
+    Saves everything to a folder first and uploads it then, so that a repository is never half there.
+
+    Args:
+        model (`VisualChatForConditionalGeneration`): The model.
+        processor (`VisualChatProcessor`): Its processor.
+        repo_id (`str`): Repository, as in `"user/name"`.
+        card (`str`, *optional*): Path of the model card; by default the one that comes with the package.
+        private, token, revision, create_pr, commit_message, commit_description, max_shard_size, tags:
+            As in `PreTrainedModel.push_to_hub`.
+
+    Returns:
+        `str`: the address of the commit.
+
+    Raises:
+        `FileNotFoundError`: no model card at `card`.
+    """
+    card_path = Path(card) if card is not None else CARD_PATH
+    if card is not None and not card_path.is_file():
+        raise FileNotFoundError(f"No model card at {card_path}; pass the path of a Markdown file.")
+    api = HfApi(token=token if isinstance(token, str) else None)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        processor.save_pretrained(folder)
+        # Remote code comes without the card; what the repository has then stays as it is.
+        if card_path.is_file():
+            model_card = ModelCard.load(card_path)
+            model_card.text = model_card.text.replace("{repo_id}", repo_id)
+            model_card.data.tags = sorted({*(model_card.data.tags or []), *(tags or [])})
+            model_card.save(Path(folder) / "README.md")
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+        )
+    return commit.commit_url

@@ -1,0 +1,603 @@
+"""VisualChat: a vision tower, a projector and a causal language model, joined by multi-modal causal attention."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils import can_return_tuple, torch_compilable_check
+from transformers.utils.output_capturing import select_hidden_states
+
+from .attention_visualchat import MMCA_PREFIX, check_decoder, create_mmca_masks, mmca_implementation
+from .configuration_visualchat import VisualChatConfig
+from .hub_visualchat import push_repository
+from .parts_visualchat import image_features_length, load_language_model, load_vision_tower, placeholder_token_id
+from .projector_visualchat import PROJECTORS, PerceiverProjector
+
+
+# Parts that `set_trainable` knows, and where they live in `VisualChatForConditionalGeneration`.
+TRAINABLE_PARTS = {
+    "vision_tower": lambda model: model.model.vision_tower,
+    "multi_modal_projector": lambda model: model.model.multi_modal_projector,
+    "language_model": lambda model: model.model.language_model,
+    "input_embeddings": lambda model: model.get_input_embeddings(),
+    "lm_head": lambda model: model.lm_head,
+}
+
+
+@dataclass
+class VisualChatModelOutputWithPast(BaseModelOutputWithPast):
+    """
+    Output of [`VisualChatModel`].
+
+    Args:
+        image_hidden_states (`torch.Tensor` of shape `(images, image_seq_length, text hidden)`, *optional*):
+            The projected features of the images of this call.
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+
+
+@dataclass
+class VisualChatCausalLMOutputWithPast(ModelOutput):
+    """
+    Output of [`VisualChatForConditionalGeneration`].
+
+    Args:
+        loss (`torch.Tensor` of shape `()`, *optional*):
+            Next-token cross-entropy over the labels that are not -100.
+        logits (`torch.Tensor` of shape `(B, Q, vocabulary)`):
+            Scores before the softmax, at the positions that `logits_to_keep` asked for.
+        past_key_values (`Cache`, *optional*):
+            Keys and values of every layer.
+        hidden_states (`tuple[torch.Tensor]`, *optional*):
+            Hidden states of the language model, each (B, Q, text hidden).
+        attentions (`tuple[torch.Tensor]`, *optional*):
+            Attention weights of the `eager` kernel, each (B, H, Q, S); the two softmaxes of MMCA summed.
+        image_hidden_states (`torch.Tensor` of shape `(images, image_seq_length, text hidden)`, *optional*):
+            The projected features of the images of this call.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor] | None = None
+    attentions: tuple[torch.Tensor] | None = None
+    image_hidden_states: torch.Tensor | None = None
+
+
+class VisualChatPreTrainedModel(PreTrainedModel):
+    """What both models share: weights, kernels and pushing to the Hub."""
+
+    config_class = VisualChatConfig
+    config: VisualChatConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, PerceiverProjector):
+            init.normal_(module.queries, std=0.02)
+
+    def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False):
+        """
+        Picks the attention kernel of both towers, or of each by a `dict` with `"vision_config"` and `"text_config"`.
+        The mathematics stays: with `attention_type="mmca"` the language model computes MMCA on the kernel chosen.
+
+        Raises:
+            `ValueError`: a kernel on which MMCA is not available.
+        """
+        requested = attn_implementation
+        if self.config.attention_type == "mmca":
+            if not isinstance(requested, dict):
+                requested = {"": requested, "vision_config": requested, "text_config": requested}
+            if "text_config" in requested:
+                requested = {**requested, "text_config": mmca_implementation(requested["text_config"])}
+        super().set_attn_implementation(requested, allow_all_kernels=allow_all_kernels)
+
+    def push_to_hub(self, repo_id: str, *, processor=None, card: str | None = None, **kwargs) -> str:
+        """
+        Uploads the model to the Hub; with a processor, one complete repository in one commit.
+
+        Args:
+            repo_id (`str`): Repository, as in `"user/name"`.
+            processor (`VisualChatProcessor`, *optional*): The processor of the model.
+            card (`str`, *optional*): Path of the model card to upload as README.md; by default our own.
+            kwargs: `commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr`,
+                `max_shard_size` and `tags`, as in `PreTrainedModel.push_to_hub`.
+
+        Returns:
+            `str`: the address of the commit.
+        """
+        if processor is None:
+            return super().push_to_hub(repo_id, **kwargs)
+        return push_repository(self, processor, repo_id, card=card, **kwargs)
+
+
+class VisualChatModel(VisualChatPreTrainedModel):
+    """The vision tower, the projector and the language model without its head."""
+
+    def __init__(self, config: VisualChatConfig):
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = PROJECTORS[config.projector_type](config)
+        # Before the decoder is built, so that no way of loading leaves it with a plain kernel.
+        text_implementation = config.text_config._attn_implementation
+        if config.attention_type == "mmca":
+            config.text_config._attn_implementation = mmca_implementation(text_implementation)
+        elif text_implementation is not None:
+            config.text_config._attn_implementation = text_implementation.removeprefix(MMCA_PREFIX)
+        self.language_model = AutoModel.from_config(config.text_config)
+        if config.attention_type == "mmca":
+            check_decoder(config.text_config, self.language_model)
+        self.post_init()
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """
+        Encodes and projects images.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`): Preprocessed pixels.
+            vision_feature_layer (`int` or `list[int]`, *optional*): Overrides the configuration.
+            vision_feature_select_strategy (`str`, *optional*): Overrides the configuration.
+
+        Returns:
+            The output of the vision tower, its `pooler_output` a list with one tensor
+            `(image_seq_length, text hidden)` an image.
+        """
+        layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+        strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
+        kwargs.pop("return_dict", None)
+        outputs = self._run_vision_tower(pixel_values, vision_feature_layer=layer, **kwargs)
+        layers = [layer] if isinstance(layer, int) else layer
+        features = torch.cat([outputs.hidden_states[index] for index in layers], dim=-1)
+        if strategy == "default":
+            features = features[:, 1:]
+        outputs.pooler_output = list(self.multi_modal_projector(features))
+        return outputs
+
+    @select_hidden_states("vision_feature_layer")
+    def _run_vision_tower(self, pixel_values: torch.Tensor, vision_feature_layer: int | list[int], **kwargs):
+        return self.vision_tower(pixel_values.to(self.vision_tower.dtype), return_dict=True, **kwargs)
+
+    def get_placeholder_mask(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Where the image tokens are, from the ids or, without ids, from embeddings equal to the placeholder's.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(B, Q)`, *optional*): Token ids.
+            inputs_embeds (`torch.Tensor` of shape `(B, Q, hidden)`, *optional*): Read when there are no ids.
+            image_features (`torch.Tensor` of shape `(images, image_seq_length, hidden)`, *optional*):
+                When given, its number of rows has to match.
+
+        Returns:
+            `torch.Tensor` of shape `(B, Q)`, `True` at image tokens.
+
+        Raises:
+            `ValueError`: the number of placeholders is not the number of feature rows.
+        """
+        if input_ids is not None:
+            mask = input_ids == self.config.image_token_id
+        else:
+            placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+            mask = (inputs_embeds == self.get_input_embeddings()(placeholder)).all(dim=-1)
+        if image_features is not None:
+            num_rows = image_features.shape[0] * image_features.shape[1]
+            torch_compilable_check(
+                mask.sum() == num_rows,
+                lambda: (
+                    f"The text holds {int(mask.sum())} image tokens, the images give {num_rows}. One image takes "
+                    f"{self.config.image_seq_length} tokens (config.image_seq_length); build text and pixel_values with one "
+                    "call of the processor, and pass only the images of the new tokens."
+                ),
+            )
+        return mask
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        **kwargs,
+    ) -> VisualChatModelOutputWithPast:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, Q)`, *optional*): Token ids, or `inputs_embeds` instead.
+            pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`, *optional*):
+                The images of these tokens, over the whole batch, in the order of their placeholders.
+            attention_mask (`torch.Tensor` of shape `(B, past + Q)`, *optional*): 1 to keep, 0 for padding.
+            position_ids (`torch.LongTensor` of shape `(B, Q)`, *optional*): Positions.
+            past_key_values (`Cache`, *optional*): Keys and values of the past.
+            inputs_embeds (`torch.Tensor` of shape `(B, Q, hidden)`, *optional*): Instead of `input_ids`.
+            mm_token_type_ids (`torch.LongTensor` of shape `(B, past + Q)`, *optional*):
+                0 for text, 1 for image, past tokens included. Needed with a past; otherwise read off the ids.
+            mm_encoder_outputs (`dict`, *optional*): Features under `"image"`, as [`get_image_features`] returns them.
+
+        Returns:
+            [`VisualChatModelOutputWithPast`]
+
+        Raises:
+            `ValueError`: inputs that contradict each other, or a past of unknown modality.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        if pixel_values is not None and mm_encoder_outputs and mm_encoder_outputs.get("image") is not None:
+            raise ValueError('Pass either pixel_values or mm_encoder_outputs["image"], not both.')
+
+        image_outputs = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None:
+            image_outputs = self.get_image_features(pixel_values, vision_feature_layer, vision_feature_select_strategy)
+        image_features = None
+        if image_outputs is not None:
+            image_features = torch.stack(tuple(image_outputs.pooler_output))
+
+        is_placeholder = None
+        if input_ids is not None or image_features is not None:
+            is_placeholder = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
+        if inputs_embeds is None:
+            if image_features is None and input_ids.shape[1] > 1:
+                torch_compilable_check(
+                    ~is_placeholder.any(),
+                    "The text holds image tokens, but there are no images. Pass pixel_values, as the processor returns them.",
+                )
+            # The placeholder's own embedding is never read, so its id may even lie outside the table.
+            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_placeholder, 0))
+        if image_features is not None:
+            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
+            inputs_embeds = inputs_embeds.masked_scatter(is_placeholder.unsqueeze(-1), image_features)
+        elif self.training and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            # Every rank runs the same modules, also one whose batch has no image: sharded parameters need it.
+            inputs_embeds = inputs_embeds + 0.0 * self._features_of_a_blank_image().sum().to(inputs_embeds.device)
+
+        if self.config.attention_type == "mmca" and (attention_mask is None or not _is_prepared(attention_mask)):
+            mm_token_type_ids = self._complete_mm_token_type_ids(
+                mm_token_type_ids, is_placeholder, past_key_values, inputs_embeds.shape[1]
+            )
+            attention_mask = create_mmca_masks(
+                self.config.text_config, inputs_embeds, mm_token_type_ids, attention_mask, past_key_values, position_ids
+            )
+
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        return VisualChatModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_features,
+        )
+
+    def _features_of_a_blank_image(self) -> torch.Tensor:
+        size, channels = self.config.vision_config.image_size, self.config.vision_config.num_channels
+        blank = torch.zeros(1, channels, size, size, device=self.device, dtype=self.vision_tower.dtype)
+        return self.get_image_features(blank).pooler_output[0]
+
+    def _complete_mm_token_type_ids(self, mm_token_type_ids, is_placeholder, past_key_values, num_queries):
+        num_past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        if mm_token_type_ids is None:
+            if num_past > 0 or is_placeholder is None:
+                raise ValueError(
+                    "Which tokens are images cannot be told "
+                    + (f"for the {num_past} tokens in the cache: " if num_past else "from embeddings alone: ")
+                    + f"pass mm_token_type_ids of shape (batch, {num_past + num_queries}), 0 for text and 1 for image, "
+                    "covering past and current tokens as attention_mask does."
+                )
+            return is_placeholder.long()
+        if mm_token_type_ids.shape[1] != num_past + num_queries:
+            raise ValueError(
+                f"mm_token_type_ids covers {mm_token_type_ids.shape[1]} tokens; it has to cover the {num_past} tokens in "
+                f"the cache and the {num_queries} current ones, as attention_mask does."
+            )
+        return mm_token_type_ids
+
+
+class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, GenerationMixin):
+    """
+    VisualChat with its language model head: training, generation and chat.
+
+    Example:
+
+    ```python
+    >>> from modeling_visualchat import VisualChatForConditionalGeneration
+    >>> from processing_visualchat import VisualChatProcessor
+
+    >>> model = VisualChatForConditionalGeneration.from_pretrained("checkpoint")
+    >>> processor = VisualChatProcessor.from_pretrained("checkpoint")
+    >>> messages = [{"role": "user", "content": [
+    ...     {"type": "image", "path": "cat.png"}, {"type": "text", "text": "please describe the image."}]}]
+    >>> inputs = processor.apply_chat_template(
+    ...     messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+    >>> ids = model.generate(**inputs, max_new_tokens=50)
+    >>> processor.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+    ```
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: VisualChatConfig):
+        super().__init__(config)
+        self.model = VisualChatModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        # A placeholder stands for an image that somebody passes; the model has none to give.
+        self.generation_config.suppress_tokens = [config.image_token_id]
+        self.post_init()
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision: str | PreTrainedModel,
+        text: str | PreTrainedModel,
+        image_token_id: int | None = None,
+        dtype: torch.dtype | None = None,
+        **config_kwargs,
+    ) -> "VisualChatForConditionalGeneration":
+        """
+        Joins a vision encoder and a language model. The projector is new; it and the input embeddings are trainable,
+        all else is frozen (see [`set_trainable`]).
+
+        Args:
+            vision (`str` or `PreTrainedModel`): Name or folder of a checkpoint, or a loaded encoder.
+            text (`str` or `PreTrainedModel`): Name or folder of a checkpoint, a `.gguf` file, or a loaded causal model.
+            image_token_id (`int`, *optional*): Id of the placeholder; by default the one that `<image>` has, or is
+                given, in the tokenizer of `text`.
+            dtype (`torch.dtype`, *optional*): Of all weights; by default that of the language model.
+            config_kwargs: Further fields of [`VisualChatConfig`].
+
+        Raises:
+            `ValueError`: a decoder that cannot carry MMCA, or an output layer with a bias.
+        """
+        vision_tower = load_vision_tower(vision, dtype)
+        causal_lm = load_language_model(text, dtype)
+        lm_head = causal_lm.get_output_embeddings()
+        if getattr(lm_head, "bias", None) is not None:
+            raise ValueError(f"{type(causal_lm).__name__} has an output layer with a bias, which VisualChat does not carry.")
+        if image_token_id is None:
+            image_token_id = placeholder_token_id(text)
+        config = cls.config_class(
+            vision_config=vision_tower.config,
+            text_config=causal_lm.config,
+            image_token_id=image_token_id,
+            **{"image_seq_length": image_features_length(vision_tower.config, config_kwargs), **config_kwargs},
+        )
+        with torch.device("meta"):
+            model = cls(config)
+        projector = PROJECTORS[config.projector_type](config)
+        projector.apply(model._init_weights)
+        causal_lm.config = config.text_config
+        causal_lm.base_model.set_attn_implementation(config.text_config._attn_implementation)
+        model.model.vision_tower = vision_tower
+        model.model.multi_modal_projector = projector
+        model.model.language_model = causal_lm.base_model
+        model.lm_head = lm_head
+        model.tie_weights()
+        model.to(dtype=causal_lm.dtype)
+        model.generation_config = causal_lm.generation_config
+        model.generation_config.suppress_tokens = [image_token_id]
+        if image_token_id >= config.text_config.vocab_size:
+            model.resize_token_embeddings(image_token_id + 1, mean_resizing=False)
+        model.set_trainable()
+        return model.eval()
+
+    def set_trainable(self, *parts: str) -> "VisualChatForConditionalGeneration":
+        """
+        Names what learns; everything else is frozen.
+
+        Args:
+            parts (`str`): Any of `"vision_tower"`, `"multi_modal_projector"`, `"language_model"` (its embeddings
+                included), `"input_embeddings"`, `"lm_head"`. By default the projector and the input embeddings, as in
+                arXiv 2309.14327. Tied embeddings are one table: to train the input is to train the output.
+
+        Raises:
+            `ValueError`: an unknown part.
+        """
+        parts = parts or ("multi_modal_projector", "input_embeddings")
+        if unknown := sorted(set(parts) - TRAINABLE_PARTS.keys()):
+            raise ValueError(f"Unknown trainable part {', '.join(unknown)}; choose from {', '.join(TRAINABLE_PARTS)}.")
+        self.requires_grad_(False)
+        for part in parts:
+            TRAINABLE_PARTS[part](self).requires_grad_(True)
+        return self
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """See [`VisualChatModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        **kwargs,
+    ) -> VisualChatCausalLMOutputWithPast:
+        """
+        Takes what [`VisualChatModel.forward`] takes, and:
+
+        Args:
+            labels (`torch.LongTensor` of shape `(B, Q)`, *optional*): The ids to predict, -100 where there is no loss.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): The last positions to score; 0 for all.
+
+        Returns:
+            [`VisualChatCausalLMOutputWithPast`]
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_token_type_ids=mm_token_type_ids,
+            mm_encoder_outputs=mm_encoder_outputs,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            **kwargs,
+        )
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits = self._scale_logits(self.lm_head(hidden_states))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return VisualChatCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def _scale_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """What some decoders (Gemma; Granite; Cohere) do to their logits after the head, read off their configuration."""
+        text_config = self.config.text_config
+        if (cap := getattr(text_config, "final_logit_softcapping", None)) is not None:
+            logits = torch.tanh(logits / cap) * cap
+        if (divisor := getattr(text_config, "logits_scaling", None)) is not None:
+            logits = logits / divisor
+        if (factor := getattr(text_config, "logit_scale", None)) is not None:
+            logits = logits * factor
+        return logits
+
+    def create_masks_for_generate(self, config, attention_mask, **kwargs):
+        """MMCA needs the modality of the past too, so `prepare_inputs_for_generation` makes its masks afterwards."""
+        if self.config.attention_type == "mmca":
+            return attention_mask
+        return create_masks_for_generate(config=config, attention_mask=attention_mask, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool = False,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs,
+    ) -> dict:
+        """Adds the modality of past and current tokens, or the finished masks for a cache of fixed size."""
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        embeds, ids = model_inputs.get("inputs_embeds"), model_inputs.get("input_ids")
+        num_queries = embeds.shape[1] if embeds is not None else ids.shape[1]
+        num_past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        all_ids = input_ids if input_ids.shape[1] == num_past + num_queries else None
+        if num_past > 0 and all_ids is not None and model_inputs.get("mm_encoder_outputs"):
+            model_inputs["mm_encoder_outputs"] = self._drop_cached_images(mm_encoder_outputs, all_ids, num_past)
+        if self.config.attention_type != "mmca":
+            return model_inputs
+
+        if all_ids is not None:
+            mm_token_type_ids = (all_ids == self.config.image_token_id).long()
+        elif mm_token_type_ids is not None:
+            # Drafted and generated tokens are text.
+            num_missing = num_past + num_queries - mm_token_type_ids.shape[1]
+            mm_token_type_ids = nn.functional.pad(mm_token_type_ids, (0, max(num_missing, 0)))
+            mm_token_type_ids = mm_token_type_ids[:, : num_past + num_queries]
+        if isinstance(past_key_values, Cache) and past_key_values.is_compileable and mm_token_type_ids is not None:
+            shape = torch.empty((mm_token_type_ids.shape[0], num_queries, 0), dtype=self.dtype, device=self.device)
+            model_inputs["attention_mask"] = create_mmca_masks(
+                self.config.text_config,
+                shape,
+                mm_token_type_ids.to(self.device),
+                attention_mask,
+                past_key_values,
+                model_inputs.get("position_ids"),
+            )
+        else:
+            model_inputs["mm_token_type_ids"] = mm_token_type_ids
+        return model_inputs
+
+    def _drop_cached_images(self, mm_encoder_outputs, input_ids, num_past):
+        """A conversation that goes on may pass all its images: those whose tokens are in the cache are left out."""
+        is_image = input_ids == self.config.image_token_id
+        features = mm_encoder_outputs["image"].pooler_output
+        num_tokens = [len(feature) for feature in features]
+        if sum(num_tokens) != int(is_image.sum()):
+            return mm_encoder_outputs
+        is_new = is_image.clone()
+        is_new[:, :num_past] = False
+        first_tokens = torch.tensor([0, *num_tokens[:-1]], device=is_image.device).cumsum(0)
+        kept = is_new[is_image][first_tokens].tolist()
+        if not any(kept):
+            return None
+        return {"image": BaseModelOutputWithPooling(pooler_output=[f for f, keep in zip(features, kept) if keep])}
+
+
+def _is_prepared(attention_mask: torch.Tensor | dict[str, torch.Tensor]) -> bool:
+    """Whether this is a finished mask already, as generation makes it for a cache of fixed size."""
+    if isinstance(attention_mask, dict):
+        return True
+    if attention_mask.ndim == 2:
+        return False
+    if attention_mask.ndim == 4 and attention_mask.shape[1] == 2:
+        return True
+    raise ValueError(
+        f"attention_mask must have shape (batch, tokens) with 1 to keep and 0 for padding, got {tuple(attention_mask.shape)}."
+    )
+
+
+VisualChatModel.register_for_auto_class("AutoModel")
+VisualChatForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+
+__all__ = ["VisualChatForConditionalGeneration", "VisualChatModel", "VisualChatPreTrainedModel"]
