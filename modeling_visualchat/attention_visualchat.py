@@ -39,6 +39,7 @@ from transformers.masking_utils import (
     and_masks,
     causal_mask_function,
     create_masks_for_generate,
+    find_packed_sequence_indices,
     padding_mask_function,
     prepare_padding_mask,
 )
@@ -127,7 +128,11 @@ def mmca_attention(
     return _attend(sdpa_kernel, query, key, value, mask, scaling)[0]
 
 
-def mmca_mask_function(mm_token_type_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Callable:
+def mmca_mask_function(
+    mm_token_type_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    sequence_ids: torch.Tensor | None = None,
+) -> Callable:
     """
     The part of MMCA that is not plain causality, as a mask function of transformers: `(batch, head, query, key)`
     indices, absolute in the conversation, to whether the query attends. Head 0 is the text softmax, head 1 the image
@@ -136,6 +141,7 @@ def mmca_mask_function(mm_token_type_ids: torch.Tensor, attention_mask: torch.Te
     Args:
         mm_token_type_ids (`torch.Tensor` of shape `(B, T)`): 0 for text, 1 for image, past and current tokens.
         attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 or `True` for a token to keep, 0 for padding.
+        sequence_ids (`torch.Tensor` of shape `(B, T)`, *optional*): Of packed rows, which conversation a token is in.
     """
     is_image = mm_token_type_ids.bool()
     is_kept = None if attention_mask is None else attention_mask.bool()
@@ -146,7 +152,11 @@ def mmca_mask_function(mm_token_type_ids: torch.Tensor, attention_mask: torch.Te
         query_idx, key_idx = q_idx.clamp(max=last), kv_idx.clamp(max=last)
         allowed = is_image[batch_idx, key_idx] == (head_idx == 1)
         allowed = allowed & (~is_image[batch_idx, query_idx] | (q_idx == kv_idx))
-        return allowed if is_kept is None else allowed & is_kept[batch_idx, query_idx]
+        if is_kept is not None:
+            allowed = allowed & is_kept[batch_idx, query_idx]
+        if sequence_ids is not None:
+            allowed = allowed & (sequence_ids[batch_idx, query_idx] == sequence_ids[batch_idx, key_idx])
+        return allowed
 
     return mask_function
 
@@ -201,13 +211,16 @@ def create_mmca_masks(
     Returns:
         `torch.Tensor` of shape `(B, 2, Q, S)`, or a `dict` of them by layer type.
     """
+    sequence_ids = None
+    if position_ids is not None and attention_mask is None and past_key_values is None:
+        # Here and not in transformers, which would hand positions to the mask function where it needs indices.
+        sequence_ids = find_packed_sequence_indices(position_ids.expand(inputs_embeds.shape[0], -1))
     return create_masks_for_generate(
         config=config,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
         past_key_values=past_key_values,
-        position_ids=position_ids,
-        and_mask_function=mmca_mask_function(mm_token_type_ids, attention_mask),
+        and_mask_function=mmca_mask_function(mm_token_type_ids, attention_mask, sequence_ids),
     )
 
 

@@ -1,0 +1,21 @@
+"""The VisualChat processor and what feeds it, registered with transformers' `AutoProcessor` on import."""
+
+from configuration_visualchat import VisualChatConfig
+from transformers import AutoProcessor
+
+from .conversation_files import load_conversations
+from .conversation_visualchat import validate_conversation
+from .data_collator import DataCollatorForVisualChat
+from .image_loading_visualchat import load_image
+from .processing_visualchat import VisualChatProcessor
+
+
+AutoProcessor.register(VisualChatConfig, VisualChatProcessor, exist_ok=True)
+
+__all__ = [
+    "DataCollatorForVisualChat",
+    "VisualChatProcessor",
+    "load_conversations",
+    "load_image",
+    "validate_conversation",
+]

@@ -1,0 +1,72 @@
+"""
+The one form of a conversation, and what is wrong with one that is not of that form.
+
+    [{"role": "system", "content": "Answer in one word."},                        # optional, first
+     {"role": "user", "content": [{"type": "image", "path": "cat.png"},           # path, url, base64 or image
+                                  {"type": "text", "text": "What is it?"}]},
+     {"role": "assistant", "content": "A cat."}, ...]                             # user and assistant take turns
+"""
+
+ROLES = ("system", "user", "assistant")
+IMAGE_SOURCES = ("image", "path", "url", "base64")
+
+
+def validate_conversation(messages: list[dict], image_token: str = "<image>", name: str = "The conversation") -> None:
+    """
+    Checks a conversation once, where it enters.
+
+    Args:
+        messages (`list[dict]`): The messages, as above; OpenAI's `image_url` blocks are images too.
+        image_token (`str`, *optional*, defaults to `"<image>"`): The placeholder, which no text may hold.
+        name (`str`, *optional*): What to call the conversation in an error.
+
+    Raises:
+        `ValueError`: says which message is wrong, what was found and what is allowed.
+    """
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ValueError(f"{name} must be a list of messages that is not empty, got {messages!r:.80}.")
+    for index, message in enumerate(messages):
+        where = f"{name}, message {index}"
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+            raise ValueError(f"{where} must have a role and a content, got {message!r:.80}.")
+        if message["role"] not in ROLES:
+            raise ValueError(f"{where} has the unknown role {message['role']!r}; use one of {', '.join(ROLES)}.")
+        if message["role"] == "system" and index > 0:
+            raise ValueError(f"{where} is a system message; it can only be the first.")
+        _validate_content(message, image_token, where)
+    turns = [message["role"] for message in messages if message["role"] != "system"]
+    if "user" not in turns:
+        raise ValueError(f"{name} has no user turn; it needs a question.")
+    for index, role in enumerate(turns):
+        expected = "assistant" if index % 2 else "user"
+        if role != expected:
+            raise ValueError(
+                f"{name} has {role!r} at turn {index + 1} where {expected!r} is due: "
+                + ("it must start with the user." if index == 0 else "user and assistant take turns; join the two messages.")
+            )
+
+
+def _validate_content(message: dict, image_token: str, where: str) -> None:
+    role, content = message["role"], message["content"]
+    if not isinstance(content, (str, list, tuple)) or not content:
+        raise ValueError(f"{where} must have text or a list of blocks that is not empty, got {content!r:.80}.")
+    blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    for block in blocks:
+        kind = block.get("type") if isinstance(block, dict) else None
+        if kind == "text":
+            if not isinstance(block.get("text"), str):
+                raise ValueError(f"{where} has a text block without text: {block!r:.80}.")
+            if image_token in block["text"]:
+                raise ValueError(
+                    f"{where} holds a literal {image_token} in its text. Give the image as a block of its own, "
+                    '{"type": "image", "path": …}; to write the characters themselves, pass sanitize_control_tokens=True.'
+                )
+        elif kind in ("image", "image_url"):
+            if role != "user":
+                raise ValueError(f"{where} shows an image as {role}; only the user shows images.")
+            if kind == "image_url" and not block.get("image_url"):
+                raise ValueError(f"{where} has an image_url block without an address: {block!r:.80}.")
+            if sum(source in block for source in IMAGE_SOURCES) > 1:
+                raise ValueError(f"{where} has an image with more than one source; give one of {', '.join(IMAGE_SOURCES)}.")
+        else:
+            raise ValueError(f"{where} has a block of type {kind!r}; use text, image or image_url.")

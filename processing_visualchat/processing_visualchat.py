@@ -1,0 +1,181 @@
+"""The VisualChat processor: conversations with images in, token ids, pixels and labels out."""
+
+import torch
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
+
+from .chat_template_visualchat import chat_template as default_chat_template
+from .conversation_visualchat import validate_conversation
+from .image_loading_visualchat import load_image
+
+
+IGNORE_INDEX = -100
+
+
+class VisualChatProcessor(ProcessorMixin):
+    """
+    An image processor, a tokenizer and the chat template.
+
+    Args:
+        image_processor (`BaseImageProcessor`): That of the vision tower.
+        tokenizer (`PreTrainedTokenizerBase`): That of the language model; `<image>` is one of its tokens.
+        image_seq_length (`int`): Tokens that one image takes, `config.image_seq_length` of the model.
+        chat_template (`str`, *optional*): By default the format of arXiv 2309.14327.
+        image_token (`str`, *optional*, defaults to `"<image>"`): The placeholder of an image.
+
+    Raises:
+        `ValueError`: the tokenizer does not know the placeholder, or has no end-of-sequence token.
+    """
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        image_seq_length: int | None = None,
+        chat_template: str | None = None,
+        image_token: str = "<image>",
+        **kwargs,
+    ):
+        if tokenizer is None or image_processor is None:
+            raise ValueError("VisualChatProcessor needs an image_processor and a tokenizer.")
+        if not isinstance(image_seq_length, int) or image_seq_length < 1:
+            raise ValueError(
+                f"image_seq_length must be the number of tokens of an image (config.image_seq_length), got {image_seq_length}."
+            )
+        if image_token not in tokenizer.get_vocab():
+            raise ValueError(
+                f"The tokenizer has no token {image_token}; build the processor with from_vision_text_pretrained, which adds it."
+            )
+        if tokenizer.eos_token is None:
+            raise ValueError("The tokenizer has no end-of-sequence token, without which an answer never ends.")
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self.image_seq_length = image_seq_length
+        self.image_token = image_token
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        super().__init__(
+            image_processor, tokenizer, chat_template=chat_template or default_chat_template(image_token), **kwargs
+        )
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls, vision: str, text: str, image_seq_length: int, image_token: str = "<image>", **kwargs
+    ) -> "VisualChatProcessor":
+        """
+        Joins the image processor of a vision encoder and the tokenizer of a language model, which learns `<image>`.
+
+        Args:
+            vision (`str`): Name or folder of the encoder.
+            text (`str`): Name or folder of the language model, or a `.gguf` file.
+            image_seq_length (`int`): Tokens that one image takes, `config.image_seq_length` of the model.
+            image_token (`str`, *optional*, defaults to `"<image>"`): The placeholder of an image.
+        """
+        folder, _, file = text.rpartition("/") if text.endswith(".gguf") else (text, "", "")
+        source = {"gguf_file": file} if file else {}
+        tokenizer = AutoTokenizer.from_pretrained(folder or ".", **source)
+        tokenizer.add_special_tokens({"extra_special_tokens": [image_token]}, replace_extra_special_tokens=False)
+        max_length = getattr(AutoConfig.from_pretrained(folder or ".", **source), "max_position_embeddings", None)
+        if max_length is not None:
+            tokenizer.model_max_length = min(tokenizer.model_max_length, max_length)
+        image_processor = AutoImageProcessor.from_pretrained(vision)
+        return cls(image_processor, tokenizer, image_seq_length, image_token=image_token, **kwargs)
+
+    def __call__(self, images=None, text=None, **kwargs) -> BatchFeature:
+        """
+        Args:
+            images: An image, a list, or a list for every text; anything [`load_image`] takes.
+            text (`str` or `list[str]`): Text with one `<image>` for every image, as the chat template writes it.
+
+        Returns:
+            [`BatchFeature`] with `input_ids`, `attention_mask` and `mm_token_type_ids` of shape (B, S), and
+            `pixel_values` of shape (images of the whole batch, channels, height, width) if there are images.
+
+        Raises:
+            `ValueError`: more or fewer `<image>` marks than images, or a text longer than the model reads.
+        """
+        kwargs.setdefault("return_mm_token_type_ids", True)
+        inputs = super().__call__(images=images, text=text, **kwargs)
+        for row, ids in enumerate(inputs.get("input_ids", ())):
+            if len(ids) > self.tokenizer.model_max_length:
+                raise ValueError(
+                    f"Text {row} of the batch has {len(ids)} tokens, {self.image_seq_length} for an image; the model reads "
+                    f"{self.tokenizer.model_max_length}. Leave out rounds or images: a cut could go through an image."
+                )
+        return inputs
+
+    def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        """Opens every image before anything else happens."""
+        return super().prepare_inputs_layout(_load_images(images), text, videos, audio, **kwargs)
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """One `<image>` in the text becomes as many as the image takes tokens."""
+        return self.image_token * self.image_seq_length
+
+    def apply_chat_template(
+        self, conversation, chat_template: str | None = None, return_labels: bool = False, **kwargs
+    ) -> str | list[str] | BatchFeature | list:
+        """
+        Renders a conversation, or a batch of them, and with `tokenize=True, return_dict=True` prepares it for the model.
+
+        Args:
+            conversation (`list[dict]` or `list[list[dict]]`): Messages, see [`validate_conversation`].
+            chat_template (`str`, *optional*): Another template.
+            return_labels (`bool`, *optional*, defaults to `False`): Adds `labels` of shape (B, S): the ids of the answers
+                with their end-of-sequence token, -100 elsewhere.
+            kwargs: As in `ProcessorMixin.apply_chat_template`; arguments of the tokenizer go into `processor_kwargs`.
+
+        Raises:
+            `ValueError`: a conversation that is not valid, or an image that cannot be read.
+            `FileNotFoundError`: an image that is not there.
+        """
+        is_batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
+        for index, messages in enumerate(conversation if is_batched else [conversation]):
+            self._validate(messages, f"Conversation {index}" if is_batched else "The conversation", kwargs)
+        if not return_labels:
+            return super().apply_chat_template(conversation, chat_template, **kwargs)
+
+        return_tensors = kwargs.pop("return_tensors", None)
+        kwargs.update(tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        inputs = super().apply_chat_template(conversation, chat_template, **kwargs)
+        masks = inputs.pop("assistant_masks")
+        inputs["labels"] = [
+            [int(token) if is_answer else IGNORE_INDEX for token, is_answer in zip(row, mask)]
+            for row, mask in zip(inputs["input_ids"], masks)
+        ]
+        return inputs.convert_to_tensors(return_tensors)
+
+    def _validate(self, messages, name: str, kwargs: dict) -> None:
+        # Marked as plain text, a placeholder in a user's words does no harm.
+        forbidden = "\0" if kwargs.get("sanitize_control_tokens") else self.image_token
+        validate_conversation(messages, forbidden, name)
+        if kwargs.get("tokenize") and not (kwargs.get("processor_kwargs") or {}).get("images"):
+            for index, message in enumerate(messages):
+                for block in message["content"] if not isinstance(message["content"], str) else ():
+                    if block["type"] == "image" and not {"image", "path", "url", "base64"} & block.keys():
+                        raise ValueError(
+                            f"{name}, message {index} has an image without a source; give it a path, url, base64 or image."
+                        )
+
+    def _get_num_multimodal_tokens(self, image_sizes: list[tuple[int, int]] | None = None, **kwargs):
+        """How many tokens images of the given sizes (height, width in pixels) take, for serving engines."""
+        from transformers.processing_utils import MultiModalData
+
+        if image_sizes is None:
+            return MultiModalData()
+        return MultiModalData(
+            num_image_tokens=[self.image_seq_length] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
+        )
+
+
+def _load_images(images):
+    if images is None:
+        return None
+    if isinstance(images, (list, tuple)):
+        return [_load_images(image) for image in images]
+    if isinstance(images, torch.Tensor):
+        images = images.numpy(force=True)
+    return load_image(images)
+
+
+VisualChatProcessor.register_for_auto_class("AutoProcessor")
+
+__all__ = ["VisualChatProcessor"]
