@@ -509,6 +509,18 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, GenerationMi
             logits = logits * factor
         return logits
 
+    def generate(self, inputs: torch.Tensor | None = None, **kwargs):
+        """
+        See `GenerationMixin.generate`; images are passed as `pixel_values`.
+
+        A conversation that goes on with its cache (`past_key_values`) takes all the tokens so far, and either all the
+        images so far or those of the new tokens alone.
+        """
+        embeds, has_images = kwargs.get("inputs_embeds"), kwargs.keys() & {"pixel_values", "mm_encoder_outputs"}
+        if embeds is not None and has_images and kwargs.get("mm_token_type_ids") is None:
+            kwargs["mm_token_type_ids"] = self.model.get_placeholder_mask(None, embeds).long()
+        return super().generate(inputs, **kwargs)
+
     def create_masks_for_generate(self, config, attention_mask, **kwargs):
         """MMCA needs the modality of the past too, so `prepare_inputs_for_generation` makes its masks afterwards."""
         if self.config.attention_type == "mmca":
@@ -542,7 +554,8 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, GenerationMi
         num_queries = embeds.shape[1] if embeds is not None else ids.shape[1]
         num_past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         all_ids = input_ids if input_ids.shape[1] == num_past + num_queries else None
-        if num_past > 0 and all_ids is not None and model_inputs.get("mm_encoder_outputs"):
+        if embeds is None and all_ids is not None and mm_encoder_outputs:
+            # By what the tokens hold, not by the iteration: an assistant model is never told of a first one.
             model_inputs["mm_encoder_outputs"] = self._drop_cached_images(mm_encoder_outputs, all_ids, num_past)
         if self.config.attention_type != "mmca":
             return model_inputs
@@ -570,18 +583,19 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, GenerationMi
 
     def _drop_cached_images(self, mm_encoder_outputs, input_ids, num_past):
         """A conversation that goes on may pass all its images: those whose tokens are in the cache are left out."""
-        is_image = input_ids == self.config.image_token_id
-        features = mm_encoder_outputs["image"].pooler_output
-        num_tokens = [len(feature) for feature in features]
-        if sum(num_tokens) != int(is_image.sum()):
+        if num_past == 0:
             return mm_encoder_outputs
+        is_image = input_ids == self.config.image_token_id
         is_new = is_image.clone()
         is_new[:, :num_past] = False
-        first_tokens = torch.tensor([0, *num_tokens[:-1]], device=is_image.device).cumsum(0)
-        kept = is_new[is_image][first_tokens].tolist()
-        if not any(kept):
+        if not is_new.any():
             return None
-        return {"image": BaseModelOutputWithPooling(pooler_output=[f for f, keep in zip(features, kept) if keep])}
+        features = mm_encoder_outputs["image"].pooler_output
+        if sum(len(feature) for feature in features) != is_image.sum():
+            return mm_encoder_outputs
+        first_tokens = torch.tensor([0, *(len(feature) for feature in features[:-1])], device=is_image.device).cumsum(0)
+        new_features = [feature for feature, keep in zip(features, is_new[is_image][first_tokens].tolist()) if keep]
+        return {"image": BaseModelOutputWithPooling(pooler_output=new_features)}
 
 
 def _is_prepared(attention_mask: torch.Tensor | dict[str, torch.Tensor]) -> bool:

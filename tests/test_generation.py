@@ -1,0 +1,239 @@
+"""Everything `generate` can do, against a loop that runs the whole sequence anew for every token."""
+
+import pytest
+import torch
+from conftest import IMAGE_SEQ_LENGTH, IMAGE_TOKEN_ID, TEXT_CONFIGS, make_model, pad_left, pixels, tokens
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+
+from modeling_visualchat import VisualChatForConditionalGeneration
+
+
+DECODERS = list(TEXT_CONFIGS)
+NEW = 12
+OPTIONS = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
+
+PROMPT = (3, "I", 4, "I", 6)
+IMAGES = (0, 1)
+
+
+@torch.no_grad()
+def generate_uncached(model, input_ids, pixel_values=None, num_new=NEW):
+    """Greedy decoding of one row without a cache, without padding and without `generate`."""
+    for _ in range(num_new):
+        logits = model(input_ids, pixel_values, use_cache=False).logits[:, -1].float()
+        logits[:, [IMAGE_TOKEN_ID, 1]] = -torch.inf  # no placeholder, and no end before its time
+        input_ids = torch.cat([input_ids, logits.argmax(dim=-1, keepdim=True)], dim=1)
+    return input_ids
+
+
+@pytest.mark.parametrize("cache", [None, "dynamic", "static", "offloaded", "offloaded_static"])
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_caches(decoder, cache):
+    model = make_model(decoder)
+    ids, images = tokens(*PROMPT), pixels(*IMAGES)
+    if cache in ("offloaded", "offloaded_static") and not torch.accelerator.is_available():
+        cache = cache.replace("offloaded_static", "static").replace("offloaded", "dynamic")
+    actual = model.generate(ids, pixel_values=images, cache_implementation=cache, disable_compile=True, **OPTIONS)
+    assert torch.equal(actual, generate_uncached(model, ids, images))
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_generation_beyond_a_sliding_window(decoder):
+    model = make_model(decoder)
+    ids, images = tokens(2, "I", 14, "I", 9), pixels(*IMAGES)
+    expected = generate_uncached(model, ids, images, 24)
+    for cache in (None, "static"):
+        options = {**OPTIONS, "max_new_tokens": 24, "min_new_tokens": 24, "cache_implementation": cache}
+        assert torch.equal(model.generate(ids, pixel_values=images, disable_compile=True, **options), expected)
+
+
+@pytest.mark.parametrize("attention_type", ["mmca", "causal"])
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_a_left_padded_batch_of_unequal_rows(cache, attention_type):
+    model = make_model(attention_type=attention_type)
+    rows = [tokens(3, "I", 4), tokens(9, seed=1), tokens(2, "I", "I", 5, "I", 7, seed=2)]
+    images = [pixels(0), None, pixels(1, 2, 3)]
+    actual = model.generate(
+        **pad_left(rows), pixel_values=pixels(0, 1, 2, 3), cache_implementation=cache, disable_compile=True, **OPTIONS
+    )
+    for row, (ids, pixel_values) in enumerate(zip(rows, images)):
+        assert torch.equal(actual[row, -NEW:], generate_uncached(model, ids, pixel_values)[0, -NEW:])
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_beam_search(decoder):
+    model = make_model(decoder)
+    options = {**OPTIONS, "num_beams": 3, "num_return_sequences": 2}
+    cached, uncached = (
+        model.generate(**pad_left([tokens(*PROMPT), tokens(4)]), pixel_values=pixels(*IMAGES), use_cache=use, **options)
+        for use in (True, False)
+    )
+    assert cached.shape[0] == 4 and torch.equal(cached, uncached)
+
+
+def test_sampling_with_several_returns():
+    model = make_model()
+    options = {**OPTIONS, "do_sample": True, "num_return_sequences": 3}
+    results = []
+    for use_cache in (True, False):
+        torch.manual_seed(5)
+        results.append(
+            model.generate(
+                **pad_left([tokens(*PROMPT), tokens(4)]), pixel_values=pixels(*IMAGES), use_cache=use_cache, **options
+            )
+        )
+    assert torch.equal(*results)
+    assert len({tuple(row.tolist()) for row in results[0][:3]}) > 1
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_prompt_lookup_decoding(decoder):
+    model = make_model(decoder)
+    ids = torch.cat([tokens(*PROMPT), tokens(*PROMPT)], dim=1)  # repetition gives the lookup something to find
+    actual = model.generate(ids, pixel_values=pixels(0, 1, 0, 1), prompt_lookup_num_tokens=3, **OPTIONS)
+    assert torch.equal(actual, generate_uncached(model, ids, pixels(0, 1, 0, 1)))
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("assistant_seed", [0, 1], ids=["assistant agrees", "assistant differs"])
+def test_assisted_decoding(decoder, assistant_seed):
+    model, assistant = make_model(decoder), make_model(decoder, seed=assistant_seed)
+    ids, images = tokens(*PROMPT), pixels(*IMAGES)
+    actual = model.generate(ids, pixel_values=images, assistant_model=assistant, **OPTIONS)
+    assert torch.equal(actual, generate_uncached(model, ids, images))
+
+
+def test_assisted_decoding_by_a_text_model():
+    model = make_model()
+    assistant = AutoModelForCausalLM.from_config(TEXT_CONFIGS["llama"]()).eval()
+    ids, images = tokens(*PROMPT), pixels(*IMAGES)
+    actual = model.generate(ids, pixel_values=images, assistant_model=assistant, **OPTIONS)
+    assert torch.equal(actual, generate_uncached(model, ids, images))
+
+
+@pytest.mark.parametrize("chunk", [3, 7])
+def test_chunked_prefill(chunk):
+    model = make_model()
+    ids, images = tokens(*PROMPT), pixels(*IMAGES)
+    actual = model.generate(
+        ids,
+        pixel_values=images,
+        mm_token_type_ids=(ids == IMAGE_TOKEN_ID).long(),
+        prefill_chunk_size=chunk,
+        past_key_values=DynamicCache(config=model.config.text_config),
+        **OPTIONS,
+    )
+    assert torch.equal(actual, generate_uncached(model, ids, images))
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("passed", ["all images", "new images only"])
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_a_conversation_goes_on_with_its_cache(decoder, passed, static):
+    model = make_model(decoder)
+    first = tokens(3, "I", 4)
+    config = model.config.text_config
+    cache = StaticCache(config=config, max_cache_len=128) if static else DynamicCache(config=config)
+    answered = model.generate(first, pixel_values=pixels(0), past_key_values=cache, disable_compile=True, **OPTIONS)
+    second = torch.cat([answered, tokens(2, "I", 1, "I", 5, seed=4)], dim=1)
+    images = pixels(0, 1, 2) if passed == "all images" else pixels(1, 2)
+    actual = model.generate(second, pixel_values=images, past_key_values=cache, disable_compile=True, **OPTIONS)
+    assert torch.equal(actual, generate_uncached(model, second, pixels(0, 1, 2)))
+    third = torch.cat([actual, tokens(6, seed=5)], dim=1)
+    images = {"pixel_values": pixels(0, 1, 2)} if passed == "all images" else {}
+    actual = model.generate(third, past_key_values=cache, disable_compile=True, **images, **OPTIONS)
+    assert torch.equal(actual, generate_uncached(model, third, pixels(0, 1, 2)))
+
+
+def test_a_batch_goes_on_with_its_cache():
+    model = make_model()
+    cache = DynamicCache(config=model.config.text_config)
+    rows = [tokens(3, "I", 4), tokens(2, "I", 5, seed=1)]
+    answered = model.generate(**pad_left(rows), pixel_values=pixels(0, 1), past_key_values=cache, **OPTIONS)
+    new = [tokens(2, "I", 3, seed=2), tokens(5 + IMAGE_SEQ_LENGTH, seed=3)]
+    second = torch.cat([answered, torch.cat(new)], dim=1)
+    padding = (second != 0).long()
+    actual = model.generate(
+        second, attention_mask=padding, pixel_values=pixels(0, 2, 1), past_key_values=cache, **OPTIONS
+    )
+    for row, images in enumerate([pixels(0, 2), pixels(1)]):
+        ids = second[row : row + 1, padding[row].bool()]
+        assert torch.equal(actual[row, -NEW:], generate_uncached(model, ids, images)[0, -NEW:])
+
+
+def test_from_embeddings():
+    model = make_model()
+    ids, images = tokens(*PROMPT), pixels(*IMAGES)
+    embeds = model.get_input_embeddings()(ids)
+    expected = generate_uncached(model, ids, images)[:, -NEW:]
+    is_image = (ids == IMAGE_TOKEN_ID).long()
+    assert torch.equal(model.generate(inputs_embeds=embeds, pixel_values=images, **OPTIONS), expected)
+    features = torch.stack(model.get_image_features(images).pooler_output)
+    filled = embeds.masked_scatter(is_image.bool()[..., None], features)
+    for cache in (None, "static"):
+        options = {**OPTIONS, "cache_implementation": cache, "disable_compile": True}
+        actual = model.generate(inputs_embeds=filled, mm_token_type_ids=is_image, **options)
+        assert torch.equal(actual, expected)
+    with pytest.raises(ValueError, match="cannot be told from embeddings alone: pass mm_token_type_ids"):
+        model.generate(inputs_embeds=filled, **OPTIONS)
+
+
+def test_text_alone():
+    model = make_model()
+    assert torch.equal(model.generate(tokens(9), **OPTIONS), generate_uncached(model, tokens(9)))
+
+
+def test_never_generates_a_placeholder():
+    model = make_model()
+    with torch.no_grad():
+        model.lm_head.weight[IMAGE_TOKEN_ID] = 100 * model.lm_head.weight.abs().sum(dim=0)
+    model.generation_config.do_sample = True
+    generated = model.generate(tokens(9).expand(8, -1), max_new_tokens=20)
+    assert not (generated == IMAGE_TOKEN_ID).any()
+
+
+def test_a_past_of_unknown_modality_is_refused():
+    model = make_model()
+    ids, images = tokens(*PROMPT), pixels(*IMAGES)
+    past = model(ids, images, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"cannot be told for the 23 tokens in the cache: pass mm_token_type_ids"):
+        model(tokens(1), past_key_values=past)
+    with pytest.raises(ValueError, match="mm_token_type_ids covers 1 tokens"):
+        model(tokens(1), past_key_values=past, mm_token_type_ids=torch.zeros(1, 1, dtype=torch.long))
+
+
+def test_images_and_placeholders_have_to_match():
+    model = make_model()
+    with pytest.raises(ValueError, match=r"The text holds 5 image tokens, the images give 10"):
+        model(tokens(3, "I"), pixels(0, 1))
+    with pytest.raises(ValueError, match="there are no images"):
+        model(tokens(3, "I"))
+    with pytest.raises(ValueError, match="either pixel_values or mm_encoder_outputs"):
+        model(tokens(3, "I"), pixels(0), mm_encoder_outputs={"image": model.get_image_features(pixels(0))})
+
+
+def test_encoded_images_stand_in_for_pixels():
+    model = make_model()
+    ids, images = tokens(*PROMPT), pixels(*IMAGES)
+    features = {"image": model.get_image_features(images)}
+    assert torch.equal(model(ids, mm_encoder_outputs=features).logits, model(ids, images).logits)
+
+
+def test_logits_to_keep():
+    model = make_model()
+    ids, images = tokens(*PROMPT), pixels(*IMAGES)
+    torch.testing.assert_close(model(ids, images, logits_to_keep=3).logits, model(ids, images).logits[:, -3:])
+
+
+def test_kernel_asked_for_at_loading_keeps_the_mathematics(tmp_path):
+    model = make_model()
+    ids, images = tokens(*PROMPT), pixels(*IMAGES)
+    model.save_pretrained(tmp_path)
+    for kernel in (None, "sdpa", "eager", {"text_config": "eager", "vision_config": "sdpa"}):
+        loaded = VisualChatForConditionalGeneration.from_pretrained(tmp_path, attn_implementation=kernel).eval()
+        torch.testing.assert_close(loaded(ids, images).logits, model(ids, images).logits, rtol=1e-4, atol=1e-4)
+    for kernel in ("flex_attention", {"text_config": "flex_attention"}):
+        with pytest.raises(ValueError, match="not available for multi-modal causal attention"):
+            VisualChatForConditionalGeneration.from_pretrained(tmp_path, attn_implementation=kernel)
+        with pytest.raises(ValueError, match="not available for multi-modal causal attention"):
+            model.set_attn_implementation(kernel)
