@@ -116,6 +116,23 @@ class VisualChatConfig(PreTrainedConfig):
         if self.image_seq_length is None:
             self.image_seq_length = self._derive_image_seq_length()
 
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """
+        As in `PreTrainedConfig.from_dict`.
+
+        Raises:
+            `ValueError`: the dictionary describes a model of another type.
+        """
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"This is the configuration of a {model_type!r} model, not of a {cls.model_type!r} one. To build on it, "
+                "join a vision encoder and a language model with "
+                "VisualChatForConditionalGeneration.from_vision_text_pretrained."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     def _derive_image_seq_length(self) -> int:
         if self.projector_type == "perceiver":
             return NUM_PERCEIVER_QUERIES

@@ -107,6 +107,12 @@ class VisualChatPreTrainedModel(PreTrainedModel):
                 requested = {**requested, "text_config": mmca_implementation(requested["text_config"])}
         super().set_attn_implementation(requested, allow_all_kernels=allow_all_kernels)
 
+    def save_pretrained(self, save_directory, **kwargs):
+        """As in `PreTrainedModel.save_pretrained`; the configurations of the parts say their dtype, as the whole does."""
+        for part in (self.config.vision_config, self.config.text_config):
+            part.dtype = self.dtype
+        return super().save_pretrained(save_directory, **kwargs)
+
     def push_to_hub(self, repo_id: str, *, processor=None, card: str | None = None, **kwargs) -> str:
         """
         Uploads the model to the Hub; with a processor, one complete repository in one commit.

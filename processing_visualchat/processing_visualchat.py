@@ -79,6 +79,12 @@ class VisualChatProcessor(ProcessorMixin):
         image_processor = AutoImageProcessor.from_pretrained(vision)
         return cls(image_processor, tokenizer, image_seq_length, image_token=image_token, **kwargs)
 
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """As in `ProcessorMixin.save_pretrained`, without a trace of where the tokenizer was loaded from."""
+        for key in ("is_local", "local_files_only"):
+            self.tokenizer.init_kwargs.pop(key, None)
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
     def __call__(self, images=None, text=None, **kwargs) -> BatchFeature:
         """
         Args:
