@@ -162,7 +162,7 @@ def build_model(attention_type: str = "mmca", projector_type: str = "linear") ->
     tokenizer = build_tokenizer()
     config = VisualChatConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=8, patch_size=2
+            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=8, patch_size=4
         ),
         text_config=LlamaConfig(
             vocab_size=len(tokenizer),
@@ -172,6 +172,7 @@ def build_model(attention_type: str = "mmca", projector_type: str = "linear") ->
             num_attention_heads=4,
             num_key_value_heads=4,
             max_position_embeddings=1024,
+            initializer_range=0.06,  # a width of 128 wants more than the 0.02 of wide models
             tie_word_embeddings=True,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -181,5 +182,5 @@ def build_model(attention_type: str = "mmca", projector_type: str = "linear") ->
         attention_type=attention_type,
         projector_type=projector_type,
     )
-    model = VisualChatForConditionalGeneration(config)
+    model = VisualChatForConditionalGeneration._from_config(config)
     return model, build_processor(config.image_seq_length)

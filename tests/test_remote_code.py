@@ -101,11 +101,17 @@ def test_auto_classes_with_the_packages_installed(tmp_path):
         assert torch.equal(loaded(tokens("I", 4), pixels(0)).logits, model(tokens("I", 4), pixels(0)).logits)
 
 
-CLEAN_PROCESS = """
-import importlib.util, json, sys
+# First lines of a process that cannot import the packages, though they are installed, editable, beside these tests.
+HIDE_PACKAGES = f"""
+import importlib.util, sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+sys.path[:] = [folder for folder in sys.path if folder not in ({str(REPOSITORY)!r}, "")]
 for package in ("configuration_visualchat", "modeling_visualchat", "processing_visualchat"):
-    assert importlib.util.find_spec(package) is None, f"{package} can be imported"
-import torch
+    assert importlib.util.find_spec(package) is None, package + " can be imported"
+"""
+
+CLEAN_PROCESS = """
+import json, torch
 from transformers import (
     AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor, pipeline
 )
@@ -137,14 +143,8 @@ def test_remote_code_in_a_process_that_cannot_import_the_packages(tmp_path, chat
     picture = chat[0]["content"][0]["path"]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    # -I leaves the working folder out of the path; the rest hides an installed VisualChat, editable or not.
-    blocker = (
-        "import sys\n"
-        "sys.meta_path[:] = [finder for finder in sys.meta_path if 'editable' not in repr(finder).lower()]\n"
-        f"sys.path[:] = [folder for folder in sys.path if folder not in ({str(REPOSITORY)!r}, '')]\n"
-    )
     completed = subprocess.run(
-        [sys.executable, "-I", "-c", blocker + CLEAN_PROCESS, str(tmp_path / "checkpoint"), picture, str(tmp_path / "again")],
+        [sys.executable, "-I", "-c", HIDE_PACKAGES + CLEAN_PROCESS, str(tmp_path / "checkpoint"), picture, str(tmp_path / "again")],
         capture_output=True, text=True, env=environment, cwd=tmp_path,
     )  # fmt: skip
     assert completed.returncode == 0, completed.stderr[-3000:]

@@ -1,0 +1,119 @@
+"""
+Talks to a saved VisualChat checkpoint in the terminal: several rounds, images by path, answers streamed.
+
+    python examples/chat.py CHECKPOINT [--image PATH …]
+    python examples/chat.py hub-user/repository --trust_remote_code
+
+    /image PATH …    show one or more images with the next question
+    /new             start a new conversation
+    /quit            leave
+"""
+
+import readline  # noqa: F401  (line editing and history in input())
+import shlex
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache, TextStreamer, logging
+
+import modeling_visualchat  # noqa: F401  (registers the classes)
+import processing_visualchat
+
+
+class Chat:
+    """
+    One conversation with a model: the messages so far, and the keys and values of all of it but the last answer's end.
+
+    Args:
+        model (`VisualChatForConditionalGeneration`): The model.
+        processor (`VisualChatProcessor`): Its processor.
+        max_new_tokens (`int`): The longest answer, in tokens.
+    """
+
+    def __init__(self, model, processor, max_new_tokens: int = 256):
+        self.model, self.processor, self.max_new_tokens = model, processor, max_new_tokens
+        self.start_anew()
+
+    def start_anew(self) -> None:
+        self.messages = []
+        self.cache = DynamicCache(config=self.model.config.text_config)
+        self.cached_ids = torch.zeros(1, 0, dtype=torch.long)
+
+    def ask(self, question: str, images: list[str], streamer=None) -> str:
+        """Adds a round to the conversation and returns the answer; nothing is kept of a round that fails."""
+        content = [{"type": "image", "path": path} for path in images]
+        content += [{"type": "text", "text": question}] if question else []
+        messages = [*self.messages, {"role": "user", "content": content}]
+        inputs = self.processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        ).to(self.model.device)
+        ids = inputs["input_ids"].cpu()
+        num_shared = self.cache.get_seq_length()
+        if not torch.equal(ids[:, :num_shared], self.cached_ids[:, :num_shared]):
+            # The answer was tokenized in another way than it was generated.
+            self.cache = DynamicCache(config=self.model.config.text_config)
+        generated = self.model.generate(
+            **inputs, past_key_values=self.cache, max_new_tokens=self.max_new_tokens, streamer=streamer
+        )
+        answer = self.processor.decode(generated[0, ids.shape[1] :], skip_special_tokens=True).strip()
+        self.cached_ids = generated.cpu()
+        self.messages = [*messages, {"role": "assistant", "content": answer or "(nothing)"}]
+        return answer
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="folder or name of a checkpoint")
+    parser.add_argument("--image", action="append", default=[], help="image to show with the first question")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="the longest answer, in tokens")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that comes with the checkpoint")
+    arguments = parser.parse_args()
+
+    logging.set_verbosity_error()
+    options = {"trust_remote_code": arguments.trust_remote_code}
+    processor = AutoProcessor.from_pretrained(arguments.checkpoint, **options)
+    model = AutoModelForImageTextToText.from_pretrained(arguments.checkpoint, **options).eval()
+    if torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
+    chat = Chat(model, processor, arguments.max_new_tokens)
+    images = list(arguments.image)
+    for path in images:
+        show(path)
+    print("Ask a question. /image PATH shows an image with it, /new starts again, /quit leaves.")
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if line == "/quit":
+            return
+        if line == "/new":
+            chat.start_anew()
+            images = []
+        elif line.startswith("/image"):
+            images += [path for path in shlex.split(line)[1:] if show(path)]
+        elif line.startswith("/"):
+            print(f"Unknown command {line.split()[0]}; there are /image, /new and /quit.")
+        elif line:
+            try:
+                chat.ask(line, images, TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True))
+                images = []
+            except (OSError, ValueError) as error:
+                print(f"error: {error}")
+
+
+def show(path: str) -> bool:
+    """Whether an image can be opened; says so either way."""
+    try:
+        image = processing_visualchat.load_image(Path(path).expanduser())
+    except (OSError, ValueError) as error:
+        print(f"error: {error}")
+        return False
+    print(f"[{path}: {image.width} x {image.height}]")
+    return True
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""
+Trains a VisualChat model with HF Trainer.
+
+The embedded default, a tiny model that learns to read handwritten digits in a few minutes on a CPU:
+
+    accelerate launch examples/finetune.py
+
+Your own conversations (JSON lines, see README) on a checkpoint, which `examples/join.py` makes of any two parts:
+
+    accelerate launch examples/finetune.py --config examples/configs/finetune.yaml \\
+        --model CHECKPOINT --train_file train.jsonl --eval_file eval.jsonl --output_dir OUTPUT
+
+Every field of TrainingArguments is a flag and a key of the configuration file; a flag wins. With DeepSpeed:
+
+    accelerate launch --use_deepspeed --num_processes 2 examples/finetune.py --deepspeed examples/configs/zero3.json
+"""
+
+import os
+import sys
+from argparse import ArgumentParser
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+from digits import DigitConversations, build_model, load_scans
+from digits_report import report
+from transformers import AutoProcessor, HfArgumentParser, Trainer, TrainingArguments, set_seed
+
+from modeling_visualchat import VisualChatForConditionalGeneration
+from processing_visualchat import DataCollatorForVisualChat, load_conversations
+
+
+DIGITS_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
+
+
+@dataclass
+class FinetuneArguments:
+    """What `TrainingArguments` does not cover."""
+
+    model: str | None = field(default=None, metadata={"help": "Checkpoint to train; without one, the tiny digits model."})
+    train_file: str | None = field(default=None, metadata={"help": "JSON lines of conversations; without, the digits."})
+    eval_file: str | None = field(default=None, metadata={"help": "JSON lines of conversations to evaluate on."})
+    attention_type: str = field(default="mmca", metadata={"help": "Of the digits model: mmca or causal."})
+    projector_type: str = field(default="linear", metadata={"help": "Of the digits model: linear, mlp or vit."})
+    trainable: list[str] = field(
+        default_factory=lambda: ["multi_modal_projector", "input_embeddings"],
+        metadata={"help": "Parts that learn: vision_tower, multi_modal_projector, language_model, input_embeddings, lm_head."},
+    )
+    max_length: int | None = field(default=None, metadata={"help": "The most tokens a conversation may have."})
+    check_images: bool = field(default=True, metadata={"help": "Open every image of the data files before training."})
+
+
+def parse_arguments(argv: list[str]) -> tuple[FinetuneArguments, TrainingArguments]:
+    """Flags over the configuration file over the defaults of the two classes."""
+    config_parser = ArgumentParser(add_help=False)
+    config_parser.add_argument("--config", type=Path, help="YAML file of arguments; flags win over it.")
+    known, flags = config_parser.parse_known_args(argv)
+    parser = HfArgumentParser((FinetuneArguments, TrainingArguments), parents=[config_parser], description=__doc__)
+    is_default = known.config is None and not any(flag.split("=")[0] in ("--model", "--train_file") for flag in flags)
+    config_path = DIGITS_CONFIG if is_default else known.config
+    defaults = {} if torch.accelerator.is_available() else {"use_cpu": True}
+    if config_path is not None:
+        if not config_path.is_file():
+            parser.error(f"no configuration file at {config_path}")
+        defaults |= yaml.safe_load(config_path.read_text()) or {}
+    if unknown := sorted(defaults.keys() - {action.dest for action in parser._actions}):
+        parser.error(f"{config_path} has the unknown argument {', '.join(unknown)}")
+    parser.set_defaults(**defaults)
+    if any(flag.split("=")[0] == "--deepspeed" for flag in flags) or defaults.get("deepspeed"):
+        prepare_deepspeed(defaults.get("use_cpu", False))
+    arguments, training_arguments = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)[:2]
+    if training_arguments.label_smoothing_factor:
+        parser.error(
+            "label_smoothing_factor is not supported: Trainer's label smoothing compares each token with itself instead of "
+            "the next one for models of this kind; leave it at 0"
+        )
+    if (arguments.model is None) != (arguments.train_file is None):
+        parser.error("--model and --train_file go together; without both, the digits are trained on")
+    training_arguments.remove_unused_columns = False
+    return arguments, training_arguments
+
+
+def prepare_deepspeed(use_cpu: bool) -> None:
+    """On a CPU, DeepSpeed has to be started by hand, before TrainingArguments, or every rank trains alone."""
+    if use_cpu:
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled for minutes
+        deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+
+
+def check_output_folder(training_arguments: TrainingArguments) -> None:
+    folder = Path(training_arguments.output_dir)
+    if training_arguments.resume_from_checkpoint is None and folder.exists() and any(folder.iterdir()):
+        raise SystemExit(
+            f"finetune.py: error: the output folder {folder} exists and is not empty. Choose another --output_dir, or go "
+            "on from its last checkpoint with --resume_from_checkpoint true."
+        )
+
+
+def find_checkpoint(training_arguments: TrainingArguments) -> str | None:
+    """The checkpoint to resume from; of `true`, the newest one that was written to its end."""
+    wanted = training_arguments.resume_from_checkpoint
+    if wanted is None or wanted.lower() == "false":
+        return None
+    if wanted.lower() != "true":
+        return wanted
+    folders = sorted(
+        Path(training_arguments.output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True
+    )
+    needed = ["trainer_state.json"] + (["latest"] if training_arguments.deepspeed else [])
+    for folder in folders:
+        if all((folder / name).is_file() for name in needed):
+            return str(folder)
+    raise SystemExit(f"finetune.py: error: {training_arguments.output_dir} holds no complete checkpoint to resume from.")
+
+
+def main() -> None:
+    arguments, training_arguments = parse_arguments(sys.argv[1:])
+    check_output_folder(training_arguments)
+    checkpoint = find_checkpoint(training_arguments)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if training_arguments.world_size != world_size:
+        raise SystemExit(
+            f"finetune.py: error: {world_size} processes were started and each trains alone. On a CPU, start them with "
+            "`accelerate launch --use_deepspeed --num_processes N … --deepspeed FILE`, or with torchrun."
+        )
+    set_seed(training_arguments.seed)
+
+    if arguments.train_file is None:
+        model, processor = build_model(arguments.attention_type, arguments.projector_type)
+        train_scans, test_scans = load_scans()
+        batch_size = training_arguments.train_batch_size * training_arguments.gradient_accumulation_steps * world_size
+        train_dataset = DigitConversations(train_scans, max(training_arguments.max_steps, 100) * batch_size)
+        eval_dataset = None
+    else:
+        processor = AutoProcessor.from_pretrained(arguments.model)
+        train_dataset, eval_dataset = (
+            load_conversations(path, processor.image_token, arguments.check_images) if path else None
+            for path in (arguments.train_file, arguments.eval_file)
+        )
+        model = VisualChatForConditionalGeneration.from_pretrained(arguments.model)
+        model.set_trainable(*arguments.trainable)
+
+    trainer = Trainer(
+        model=model,
+        args=training_arguments,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=DataCollatorForVisualChat(processor, arguments.max_length),
+        processing_class=processor,
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    if eval_dataset is not None:
+        trainer.log_metrics("eval", trainer.evaluate())
+    if arguments.train_file is None and trainer.is_world_process_zero():
+        report(training_arguments.output_dir, train_scans, test_scans, trainer.state.log_history)
+
+
+if __name__ == "__main__":
+    main()
