@@ -33,7 +33,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, PreTrainedConfig
+from transformers import MODEL_MAPPING, AttentionInterface, PreTrainedConfig
 from transformers.masking_utils import (
     AttentionMaskInterface,
     and_masks,
@@ -357,36 +357,39 @@ def mmca_implementation(attn_implementation: str | None) -> str:
     return MMCA_PREFIX + kernel
 
 
-def check_decoder(config: PreTrainedConfig, language_model: nn.Module) -> None:
+def check_decoder(config: PreTrainedConfig) -> None:
     """
-    Refuses a decoder in which MMCA would not be exact.
+    Refuses a decoder in which MMCA would not be exact, before it is built.
 
     Args:
         config (`PreTrainedConfig`): Configuration of the decoder.
-        language_model (`nn.Module`): The decoder itself.
 
     Raises:
         `ValueError`: names the decoder and the reason.
     """
+    decoder_class = MODEL_MAPPING.get(type(config), None)
     exact_layer_types = {"full_attention", "sliding_attention"}
     other_layer_types = sorted(set(getattr(config, "layer_types", None) or ()) - exact_layer_types)
     reason = None
-    if config.is_encoder_decoder:
+    if decoder_class is None:
+        reason = "transformers does not know its model class"
+    elif config.is_encoder_decoder:
         reason = "it is an encoder-decoder"
-    elif not getattr(language_model, "_supports_attention_backend", False):
+    elif not decoder_class._supports_attention_backend:
         reason = "it does not take its attention from transformers' attention interface"
     elif other_layer_types:
         reason = f"its layers of type {', '.join(other_layer_types)} mix tokens by other means than softmax attention"
     elif getattr(config, "rope_parameters", None) is None:
         reason = "its positions are not rotary, so an image would depend on where it stands"
+    elif not decoder_class._supports_sdpa:
+        reason = "its attention is more than a softmax over keys (it has sinks, for one)"
     elif getattr(config, "use_bidirectional_attention", False):
         reason = "its attention is bidirectional"
-    elif any(name.endswith(".sinks") for name, _ in language_model.named_parameters()):
-        reason = "its attention has sinks, a key that belongs to neither softmax"
     if reason is not None:
+        name = type(config).__name__.removesuffix("Config") if decoder_class is None else decoder_class.__name__
         raise ValueError(
-            f"The decoder {type(language_model).__name__} (model type {config.model_type!r}) cannot carry multi-modal "
-            f'causal attention: {reason}. Use a Llama-style decoder, or attention_type="causal".'
+            f"The decoder {name} (model type {config.model_type!r}) cannot carry multi-modal causal attention: {reason}. "
+            'Use a Llama-style decoder, or attention_type="causal".'
         )
 
 

@@ -137,6 +137,8 @@ class VisualChatModel(VisualChatPreTrainedModel):
 
     def __init__(self, config: VisualChatConfig):
         super().__init__(config)
+        if config.attention_type == "mmca":
+            check_decoder(config.text_config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = PROJECTORS[config.projector_type](config)
         # Before the decoder is built, so that no way of loading leaves it with a plain kernel.
@@ -146,8 +148,6 @@ class VisualChatModel(VisualChatPreTrainedModel):
         elif text_implementation is not None:
             config.text_config._attn_implementation = text_implementation.removeprefix(MMCA_PREFIX)
         self.language_model = AutoModel.from_config(config.text_config)
-        if config.attention_type == "mmca":
-            check_decoder(config.text_config, self.language_model)
         self.post_init()
 
     def get_image_features(
@@ -172,8 +172,8 @@ class VisualChatModel(VisualChatPreTrainedModel):
         layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
         kwargs.pop("return_dict", None)
-        outputs = self._run_vision_tower(pixel_values, vision_feature_layer=layer, **kwargs)
         layers = [layer] if isinstance(layer, int) else layer
+        outputs = self._run_vision_tower(pixel_values, vision_feature_layer=layers, **kwargs)
         features = torch.cat([outputs.hidden_states[index] for index in layers], dim=-1)
         if strategy == "default":
             features = features[:, 1:]
@@ -181,7 +181,7 @@ class VisualChatModel(VisualChatPreTrainedModel):
         return outputs
 
     @select_hidden_states("vision_feature_layer")
-    def _run_vision_tower(self, pixel_values: torch.Tensor, vision_feature_layer: int | list[int], **kwargs):
+    def _run_vision_tower(self, pixel_values: torch.Tensor, vision_feature_layer: list[int], **kwargs):
         return self.vision_tower(pixel_values.to(self.vision_tower.dtype), return_dict=True, **kwargs)
 
     def get_placeholder_mask(

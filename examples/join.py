@@ -1,0 +1,49 @@
+"""
+Joins a vision encoder and a language model into a VisualChat checkpoint, ready for `finetune.py`.
+
+    python examples/join.py --vision facebook/dinov2-small --text HuggingFaceTB/SmolLM2-135M-Instruct --output joined
+
+Both are names on the Hub or folders; the language model may also be a `.gguf` file. The projector is new.
+"""
+
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from pathlib import Path
+
+import torch
+
+from modeling_visualchat import VisualChatForConditionalGeneration
+from processing_visualchat import VisualChatProcessor
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--vision", required=True, help="name or folder of a vision encoder")
+    parser.add_argument("--text", required=True, help="name or folder of a language model, or a .gguf file")
+    parser.add_argument("--output", required=True, type=Path, help="folder to write the checkpoint to")
+    parser.add_argument("--projector_type", default="linear", help="linear, mlp, vit or perceiver")
+    parser.add_argument("--attention_type", default="mmca", help="mmca or causal")
+    parser.add_argument("--vision_feature_layer", type=int, default=-1, help="hidden state of the encoder to read")
+    parser.add_argument("--seed", type=int, default=0, help="of the new projector")
+    arguments = parser.parse_args()
+    if arguments.output.exists() and any(arguments.output.iterdir()):
+        parser.error(f"the output folder {arguments.output} exists and is not empty; choose another --output")
+
+    torch.manual_seed(arguments.seed)
+    model = VisualChatForConditionalGeneration.from_vision_text_pretrained(
+        arguments.vision,
+        arguments.text,
+        projector_type=arguments.projector_type,
+        attention_type=arguments.attention_type,
+        vision_feature_layer=arguments.vision_feature_layer,
+    )
+    processor = VisualChatProcessor.from_vision_text_pretrained(
+        arguments.vision, arguments.text, image_seq_length=model.config.image_seq_length
+    )
+    model.save_pretrained(arguments.output)
+    processor.save_pretrained(arguments.output)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    print(f"{arguments.output}: {model.num_parameters():,} parameters, {trainable:,} of them trainable by default")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,296 @@
+"""The model as a piece of transformers: parts, projectors, training, embeddings, errors."""
+
+import pytest
+import torch
+from conftest import IMAGE_SEQ_LENGTH, IMAGE_TOKEN_ID, VOCAB_SIZE, make_config, make_model, make_processor, pixels, tokens
+from huggingface_hub.errors import StrictDataclassError
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BloomConfig,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    Dinov2Config,
+    FalconConfig,
+    GPT2Config,
+    GptOssConfig,
+    LlamaConfig,
+    MambaConfig,
+    MptConfig,
+    OPTConfig,
+    Qwen3NextConfig,
+    SiglipVisionConfig,
+)
+
+from configuration_visualchat import VisualChatConfig
+from modeling_visualchat import VisualChatForConditionalGeneration
+
+
+def labels_of(ids):
+    return ids.masked_fill(ids == IMAGE_TOKEN_ID, -100)
+
+
+@pytest.mark.parametrize("projector_type", ["linear", "mlp", "vit", "perceiver"])
+def test_projectors(projector_type):
+    kwargs = {"image_seq_length": 7} if projector_type == "perceiver" else {}
+    model = make_model(projector_type=projector_type, **kwargs)
+    features = model.get_image_features(pixels(0, 1)).pooler_output
+    assert [tuple(feature.shape) for feature in features] == [(kwargs.get("image_seq_length", 5), 32)] * 2
+    assert not torch.allclose(features[0], features[1], atol=1e-3)
+    torch.testing.assert_close(model.get_image_features(pixels(1)).pooler_output[0], features[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "length"),
+    [
+        ({}, 5),
+        ({"vision_feature_select_strategy": "default"}, 4),
+        ({"vision_feature_layer": -2}, 5),
+        ({"vision_feature_layer": [-2, -1]}, 5),
+        ({"vision_feature_layer": 0}, 5),
+    ],
+    ids=str,
+)
+def test_vision_features(kwargs, length):
+    model = make_model(**kwargs)
+    assert model.config.image_seq_length == length
+    output = model.get_image_features(pixels(0))
+    tower = model.model.vision_tower(pixels(0), output_hidden_states=True).hidden_states
+    layers = kwargs.get("vision_feature_layer", -1)
+    expected = torch.cat([tower[layer] for layer in ([layers] if isinstance(layers, int) else layers)], dim=-1)
+    expected = expected[:, -length:]
+    torch.testing.assert_close(output.pooler_output[0], model.model.multi_modal_projector(expected)[0])
+
+
+def test_only_what_is_trainable_moves():
+    for parts in ((), ("multi_modal_projector",), ("vision_tower", "language_model"), ("lm_head",)):
+        model = make_model().train().set_trainable(*parts)
+        before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        ids = tokens(3, "I", 9)
+        model(ids, pixels(0), labels=labels_of(ids)).loss.backward()
+        optimizer.step()
+        moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+        prefixes = {
+            (): ("model.multi_modal_projector.", "model.language_model.embed_tokens."),
+            ("multi_modal_projector",): ("model.multi_modal_projector.",),
+            ("vision_tower", "language_model"): ("model.vision_tower.", "model.language_model."),
+            ("lm_head",): ("lm_head.",),
+        }[parts]
+        named = {name for name in before if name.startswith(prefixes)}
+        unread = {name for name in named if "post_layernorm" in name}  # the tower's pooled output is not read
+        assert moved == named - unread, parts
+
+
+def test_an_unknown_trainable_part_is_named():
+    with pytest.raises(ValueError, match="Unknown trainable part projector; choose from vision_tower, multi_modal_projector"):
+        make_model().set_trainable("projector")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_tie_and_resize(tmp_path, tied):
+    model = make_model(tie_word_embeddings=tied)
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+    ids = tokens(3, "I", 4)
+    before = model(ids, pixels(0)).logits
+    model.resize_token_embeddings(VOCAB_SIZE + 7, mean_resizing=False)
+    assert model.config.text_config.vocab_size == VOCAB_SIZE + 7
+    torch.testing.assert_close(model(ids, pixels(0)).logits[..., :VOCAB_SIZE], before)
+    model.save_pretrained(tmp_path)
+    loaded = VisualChatForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) == tied
+    assert loaded(ids, pixels(0)).logits.shape[-1] == VOCAB_SIZE + 7
+
+
+def test_the_embedding_of_the_placeholder_is_never_read():
+    model = make_model()
+    ids = tokens(3, "I", 4)
+    before = model(ids, pixels(0)).logits
+    with torch.no_grad():
+        model.get_input_embeddings().weight[IMAGE_TOKEN_ID] = 1e4
+    assert torch.equal(model(ids, pixels(0)).logits, before)
+
+
+def test_the_loss_is_next_token_cross_entropy():
+    model = make_model()
+    ids = tokens(3, "I", 9)
+    labels = labels_of(ids)
+    output = model(ids, pixels(0), labels=labels)
+    expected = torch.nn.functional.cross_entropy(output.logits[0, :-1], labels[0, 1:])
+    torch.testing.assert_close(output.loss, expected)
+    shared = model(ids, pixels(0), labels=labels, num_items_in_batch=torch.tensor(50)).loss
+    torch.testing.assert_close(shared, expected * (labels[:, 1:] != -100).sum() / 50)
+
+
+def test_a_batch_of_text_and_images_learns_from_both():
+    model = make_model().train()
+    ids = torch.cat([tokens(3, "I", 4), tokens(7 + IMAGE_SEQ_LENGTH, seed=1)])
+    together = model(ids, pixels(0), labels=labels_of(ids))
+    alone = [model(ids[:1], pixels(0), labels=labels_of(ids[:1])), model(ids[1:], labels=ids[1:])]
+    counts = [(labels_of(row[None])[:, 1:] != -100).sum() for row in ids]
+    expected = sum(output.loss * count for output, count in zip(alone, counts)) / sum(counts)
+    torch.testing.assert_close(together.loss, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_is_close_to_float32():
+    model = make_model()
+    ids = tokens(3, "I", 9)
+    expected = model(ids, pixels(0)).logits
+    actual = model.to(torch.bfloat16)(ids, pixels(0)).logits.float()
+    assert (actual - expected).norm() / expected.norm() < 0.05
+
+
+def test_device_map(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    ids = tokens(3, "I", 4)
+    for device_map in ("auto", {"model.vision_tower": "cpu", "model": "cpu", "lm_head": "cpu"}):
+        loaded = VisualChatForConditionalGeneration.from_pretrained(tmp_path, device_map=device_map).eval()
+        torch.testing.assert_close(loaded(ids, pixels(0)).logits, model(ids, pixels(0)).logits)
+
+
+def test_offloaded_to_disk_it_generates_the_same(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path / "model")
+    device_map = {
+        "model.vision_tower": "cpu",
+        "model.multi_modal_projector": "cpu",
+        "model.language_model.embed_tokens": "cpu",
+        "model.language_model.rotary_emb": "cpu",
+        "model.language_model.norm": "cpu",
+        "model.language_model.layers.0": "cpu",
+        "model.language_model.layers.1": "disk",
+        "lm_head": "cpu",
+    }
+    loaded = VisualChatForConditionalGeneration.from_pretrained(
+        tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
+    ).eval()
+    ids = tokens(3, "I", 4)
+    options = {"max_new_tokens": 5, "do_sample": False}
+    actual = loaded.generate(ids, pixel_values=pixels(0), **options)
+    assert torch.equal(actual, model.generate(ids, pixel_values=pixels(0), **options))
+
+
+def test_lora_trains_saves_and_merges(tmp_path):
+    model = make_model()
+    ids = tokens(3, "I", 4)
+    targets = r"model\.language_model\..*\.(q_proj|v_proj)"
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).eval()
+    expected = adapted(input_ids=ids, pixel_values=pixels(0)).logits
+    assert not torch.allclose(expected, make_model()(ids, pixels(0)).logits, atol=1e-3)
+    adapted.save_pretrained(tmp_path)
+    reloaded = PeftModel.from_pretrained(make_model(), tmp_path).eval()
+    torch.testing.assert_close(reloaded(input_ids=ids, pixel_values=pixels(0)).logits, expected)
+    merged = reloaded.merge_and_unload()
+    torch.testing.assert_close(merged(ids, pixels(0)).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+VISION_CONFIGS = {
+    "clip": (CLIPVisionConfig, {}),
+    "siglip": (SiglipVisionConfig, {}),
+    "dinov2": (Dinov2Config, {}),
+}
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 8, "patch_size": 4}
+
+
+@pytest.mark.parametrize("name", VISION_CONFIGS)
+def test_parts_join(name, tmp_path):
+    config_class, extra = VISION_CONFIGS[name]
+    vision = AutoModel.from_config(config_class(**SMALL, **extra))
+    causal_lm = AutoModelForCausalLM.from_config(make_config().text_config).eval()
+    ids = tokens(9)
+    text_logits = causal_lm(ids).logits
+    weights = causal_lm.state_dict()["model.layers.0.self_attn.q_proj.weight"].clone()
+    model = VisualChatForConditionalGeneration.from_vision_text_pretrained(vision, causal_lm)
+    assert model.config.image_token_id == VOCAB_SIZE
+    assert model.config.image_seq_length == (4 if name == "siglip" else 5)
+    assert torch.equal(model.model.language_model.layers[0].self_attn.q_proj.weight, weights)
+    torch.testing.assert_close(model(ids).logits[..., :VOCAB_SIZE], text_logits, rtol=1e-5, atol=1e-5)
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == {
+        "model.multi_modal_projector.linear.weight", "model.multi_modal_projector.linear.bias",
+        "model.multi_modal_projector.norm.weight", "model.multi_modal_projector.norm.bias",
+        "model.language_model.embed_tokens.weight",
+    }  # fmt: skip
+    with_image = torch.cat([torch.full((1, model.config.image_seq_length), VOCAB_SIZE), ids], dim=1)
+    logits = model(with_image, pixels(0)).logits
+    model.save_pretrained(tmp_path)
+    loaded = VisualChatForConditionalGeneration.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(loaded(with_image, pixels(0)).logits, logits)
+
+
+def test_half_a_dual_encoder_joins(tmp_path):
+    CLIPModel(CLIPConfig(vision_config=SMALL, text_config={"hidden_size": 8, "num_attention_heads": 2})).save_pretrained(tmp_path)
+    text = AutoModelForCausalLM.from_config(make_config().text_config)
+    model = VisualChatForConditionalGeneration.from_vision_text_pretrained(str(tmp_path), text)
+    assert type(model.model.vision_tower).__name__ == "CLIPVisionModel"
+
+
+UNFIT_DECODERS = {
+    "gpt2": (GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=99), "its positions are not rotary"),
+    "opt": (OPTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=32, vocab_size=99), "positions are not rotary"),
+    "bloom": (BloomConfig(hidden_size=32, n_layer=2, n_head=2, vocab_size=99), "does not take its attention from transformers"),
+    "mpt": (MptConfig(d_model=32, n_layers=2, n_heads=2, vocab_size=99), "does not take its attention from transformers"),
+    "falcon": (FalconConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=99), "does not take its attention"),
+    "mamba": (MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=99), "does not take its attention"),
+    "gpt_oss": (
+        GptOssConfig(
+            hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+            head_dim=16, num_local_experts=2, vocab_size=99,
+        ),
+        "more than a softmax over keys",
+    ),
+    "qwen3_next": (
+        Qwen3NextConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, num_experts=2, vocab_size=99),
+        "layers of type linear_attention mix tokens by other means|does not take its attention",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNFIT_DECODERS)
+def test_an_unfit_decoder_is_refused_by_name(name):
+    text_config, reason = UNFIT_DECODERS[name]
+    config = VisualChatConfig(vision_config=make_config().vision_config, text_config=text_config)
+    with pytest.raises(ValueError, match=f"model type '{name}'.* cannot carry multi-modal causal attention: .*({reason})"):
+        VisualChatForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"attention_type": "cross"}, r"attention_type.*\n?.*expected one of \('mmca', 'causal'\), got cross"),
+        ({"projector_type": "conv"}, r"projector_type.*\n?.*expected one of \('linear', 'mlp', 'vit', 'perceiver'\), got conv"),
+        ({"vision_feature_select_strategy": "cls"}, r"expected one of \('full', 'default'\), got cls"),
+        ({"image_seq_length": 0}, "image_seq_length must be at least 1, got 0"),
+        ({"image_token_id": -1}, "image_token_id must not be negative, got -1"),
+        ({"image_token_id": "2"}, "image_token_id"),
+    ],
+)
+def test_a_wrong_configuration_says_which_value_and_what_is_allowed(kwargs, message):
+    with pytest.raises(StrictDataclassError, match=message):
+        make_config(**kwargs)
+
+
+def test_an_image_of_unknown_length_is_asked_for():
+    with pytest.raises(ValueError, match="image_seq_length cannot be derived for a vision tower of type 'llama'"):
+        VisualChatConfig(vision_config=LlamaConfig())
+
+
+def test_inputs_that_contradict_each_other_are_refused():
+    model = make_model()
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model()
+    with pytest.raises(ValueError, match=r"attention_mask must have shape \(batch, tokens\)"):
+        model(tokens(4), attention_mask=torch.ones(1, 1, 4, 4))
+    with pytest.raises(ValueError, match="mm_token_type_ids covers 3 tokens"):
+        model(tokens(4), mm_token_type_ids=torch.zeros(1, 3, dtype=torch.long))
+
+
+def test_model_and_processor_fit(chat):
+    processor, model = make_processor(), make_model()
+    inputs = processor.apply_chat_template(chat, return_labels=True, return_tensors="pt")
+    loss = model(**inputs).loss
+    assert loss.isfinite() and loss > 0
