@@ -47,6 +47,7 @@ class FinetuneArguments:
         default_factory=lambda: ["multi_modal_projector", "input_embeddings"],
         metadata={"help": "Parts that learn: vision_tower, multi_modal_projector, language_model, input_embeddings, lm_head."},
     )
+    cpu_threads: int = field(default=0, metadata={"help": "Threads of each process on a CPU; 0 shares out all cores."})
     max_length: int | None = field(default=None, metadata={"help": "The most tokens a conversation may have."})
     check_images: bool = field(default=True, metadata={"help": "Open every image of the data files before training."})
 
@@ -126,6 +127,9 @@ def main() -> None:
             f"finetune.py: error: {world_size} processes were started and each trains alone. On a CPU, start them with "
             "`accelerate launch --use_deepspeed --num_processes N … --deepspeed FILE`, or with torchrun."
         )
+    if training_arguments.use_cpu:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(arguments.cpu_threads or max(1, cores // world_size))
     set_seed(training_arguments.seed)
 
     if arguments.train_file is None:
