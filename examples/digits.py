@@ -6,6 +6,7 @@ once, over several rounds, and its answers are words. Scans held out from traini
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,10 +21,27 @@ from modeling_visualchat import VisualChatForConditionalGeneration
 from processing_visualchat import VisualChatProcessor
 
 
-WORDS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen"
-).split()
+WORDS = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+]
 
 
 @dataclass(frozen=True)
@@ -32,29 +50,32 @@ class Question:
     One kind of question about one or two digits.
 
     Args:
-        kind (`str`): Its name in the table.
         text (`str`): What the user asks.
-        num_images (`int`): How many digits the answer depends on.
-        answer (`Callable`): From the digits to the answer.
+        num_images (`int`): How many of the images the answer depends on.
+        answer (`Callable`): From the digits shown to the answer.
         num_answers (`int`): How many answers there are; one in as many is right by chance.
     """
 
-    kind: str
     text: str
     num_images: int
-    answer: object
+    answer: Callable[..., str]
     num_answers: int
 
 
-ONE_IMAGE = (
-    Question("digit", "what digit is it?", 1, lambda a: WORDS[a], 10),
-    Question("parity", "is it even or odd?", 1, lambda a: ("even", "odd")[a % 2], 2),
+def name_the_larger(first: int, second: int) -> str:
+    return "neither" if first == second else "the first" if first > second else "the second"
+
+
+# Asked of the image just shown, and asked once two have been shown.
+OF_ONE = (
+    Question("what digit is it?", 1, lambda digit: WORDS[digit], 10),
+    Question("is it even or odd?", 1, lambda digit: ("even", "odd")[digit % 2], 2),
 )
-TWO_IMAGES = (
-    Question("first", "what digit is the first?", 2, lambda a, b: WORDS[a], 10),
-    Question("second", "what digit is the second?", 2, lambda a, b: WORDS[b], 10),
-    Question("larger", "which of the two is larger?", 2, lambda a, b: ("the first", "the second", "neither")[(a < b) + 2 * (a == b)], 3),
-    Question("sum", "what is their sum?", 2, lambda a, b: WORDS[a + b], 19),
+OF_TWO = (
+    Question("what digit is the first?", 1, lambda first, second: WORDS[first], 10),
+    Question("what digit is the second?", 1, lambda first, second: WORDS[second], 10),
+    Question("which of the two is larger?", 2, name_the_larger, 3),
+    Question("what is their sum?", 2, lambda first, second: WORDS[first + second], 19),
 )
 
 
@@ -75,15 +96,11 @@ def load_scans(held_out: float = 0.2, seed: int = 0) -> tuple[list, list]:
     return train, test
 
 
-def image_block(image: Image.Image) -> dict:
-    return {"type": "image", "image": image}
-
-
 def converse(rounds: list[tuple[list, Question, tuple[int, ...]]]) -> list[dict]:
     """Messages of `(images, question, digits)` rounds, answers included."""
     messages = []
     for images, question, digits in rounds:
-        content = [image_block(image) for image in images] + [{"type": "text", "text": question.text}]
+        content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": question.text}]
         messages.append({"role": "user", "content": content})
         messages.append({"role": "assistant", "content": question.answer(*digits)})
     return messages
@@ -108,9 +125,9 @@ class DigitConversations(Dataset):
     def __getitem__(self, index: int) -> dict:
         rng = random.Random(f"{self.seed}/{index}")
         (image_a, a), (image_b, b) = rng.choice(self.scans), rng.choice(self.scans)
-        together = rng.sample(TWO_IMAGES, len(TWO_IMAGES))
+        together = rng.sample(OF_TWO, len(OF_TWO))
         if rng.random() < 0.5:
-            rounds = [([image_a], rng.choice(ONE_IMAGE), (a,)), ([image_b], rng.choice(ONE_IMAGE), (b,))]
+            rounds = [([image_a], rng.choice(OF_ONE), (a,)), ([image_b], rng.choice(OF_ONE), (b,))]
             rounds += [([], question, (a, b)) for question in together]
         else:
             rounds = [([image_a, image_b], together[0], (a, b))]
@@ -149,20 +166,19 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_processor(image_seq_length: int, image_size: int = 8) -> VisualChatProcessor:
-    size = {"height": image_size, "width": image_size}
-    image_processor = CLIPImageProcessor(
-        size=size, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3, do_center_crop=False
-    )
-    return VisualChatProcessor(image_processor, build_tokenizer(), image_seq_length=image_seq_length)
-
-
-def build_model(attention_type: str = "mmca", projector_type: str = "linear") -> tuple:
+def build_model(
+    attention_type: str = "mmca", projector_type: str = "linear"
+) -> tuple[VisualChatForConditionalGeneration, VisualChatProcessor]:
     """A vision tower of two layers and a Llama of three, new, with the processor that fits: all of it learns."""
     tokenizer = build_tokenizer()
     config = VisualChatConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=8, patch_size=4
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=8,
+            patch_size=4,
         ),
         text_config=LlamaConfig(
             vocab_size=len(tokenizer),
@@ -182,5 +198,9 @@ def build_model(attention_type: str = "mmca", projector_type: str = "linear") ->
         attention_type=attention_type,
         projector_type=projector_type,
     )
-    model = VisualChatForConditionalGeneration._from_config(config)
-    return model, build_processor(config.image_seq_length)
+    size = {"height": 8, "width": 8}
+    image_processor = CLIPImageProcessor(
+        size=size, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3, do_center_crop=False
+    )
+    processor = VisualChatProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length)
+    return VisualChatForConditionalGeneration._from_config(config), processor

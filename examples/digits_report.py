@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import torch
-from digits import ONE_IMAGE, TWO_IMAGES, DigitConversations
+from digits import OF_ONE, OF_TWO, DigitConversations, Question
 from matplotlib import pyplot
 from tqdm.auto import tqdm
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -78,78 +78,65 @@ def evaluate(model, processor, train_scans: list, test_scans: list, num_conversa
     Exact match on conversations about held-out scans.
 
     Returns:
-        The rows of the table, `(kind, images, asked, exact match, chance, text-only guess)`, and the chats,
-        `(rounds, answers)`.
+        The rows of the table, `(name, asked, exact match, chance, text-only guess)`: one for each kind of question, then
+        the questions about one image, those across two, and those across two that open a conversation, where no earlier
+        answer has named a digit. And the chats, `(rounds, answers)`.
     """
     conversations = DigitConversations(test_scans, num_conversations, seed=1)
     messages = [conversations[index]["messages"] for index in range(num_conversations)]
     answers = hold_conversations(model, processor, messages)
     guesses = most_frequent_answers(train_scans)
-    right, guessed, asked = Counter(), Counter(), Counter()
-    chats = []
-    for conversation, given in zip(messages, answers):
-        rounds = rounds_of(conversation)
-        chats.append((rounds, given))
-        for (question, _, expected), answer in zip(rounds, given):
-            asked[question] += 1
-            right[question] += answer == expected
-            guessed[question] += guesses[question] == expected
-    rows = [
-        (
-            question.text,
-            question.num_images,
-            asked[question.text],
-            right[question.text] / asked[question.text],
-            1 / question.num_answers,
-            guessed[question.text] / asked[question.text],
-        )
-        for question in ONE_IMAGE + TWO_IMAGES
+    chats = [(rounds_of(conversation), given) for conversation, given in zip(messages, answers)]
+    questions = {question.text: question for question in OF_ONE + OF_TWO}
+    asked = [
+        (questions[text], turn, answer == expected, guesses[text] == expected)
+        for rounds, given in chats
+        for turn, ((text, _, expected), answer) in enumerate(zip(rounds, given))
+    ]
+    rows = [summarize(text, [entry for entry in asked if entry[0].text == text]) for text in questions]
+    across = [entry for entry in asked if entry[0].num_images == 2]
+    rows += [
+        summarize("all about one image", [entry for entry in asked if entry[0].num_images == 1]),
+        summarize("all across two images", across),
+        summarize("  of these, asked first", [entry for entry in across if entry[1] == 0]),
     ]
     return rows, chats
 
 
-def summarize(rows: list) -> list:
-    """One row for the questions about one image and one for those across two, every question asked counting once."""
-    summary = []
-    for num_images, name in ((1, "all about one image"), (2, "all across two images")):
-        of_kind = [row for row in rows if row[1] == num_images]
-        total = sum(row[2] for row in of_kind)
-        means = [sum(row[column] * row[2] for row in of_kind) / total for column in (3, 4, 5)]
-        summary.append((name, num_images, total, *means))
-    return summary
+def summarize(name: str, asked: list[tuple[Question, int, bool, bool]]) -> tuple[str, int, float, float, float]:
+    """One row of the table from `(question, turn, is right, guess is right)`, every question counting once."""
+    total = len(asked)
+    chance = sum(1 / question.num_answers for question, *_ in asked) / total
+    return name, total, sum(entry[2] for entry in asked) / total, chance, sum(entry[3] for entry in asked) / total
 
 
 def format_table(rows: list) -> str:
-    lines = [f"{'question':<30} {'images':>6} {'asked':>6} {'exact match':>12} {'chance':>8} {'text only':>10}"]
+    lines = [f"{'question':<30} {'asked':>6} {'exact match':>12} {'chance':>8} {'text only':>10}"]
     lines += [
-        f"{kind:<30} {images:>6} {asked:>6} {match:>12.1%} {chance:>8.1%} {guess:>10.1%}"
-        for kind, images, asked, match, chance, guess in rows
+        f"{name:<30} {asked:>6} {match:>12.1%} {chance:>8.1%} {guess:>10.1%}"
+        for name, asked, match, chance, guess in rows
     ]
     return "\n".join(lines)
 
 
-def draw_chats(chats: list, path: Path, num_chats: int = 6) -> None:
+def draw_chats(chats: list, path: Path, num_chats: int = 8) -> None:
     """A picture of some chats: the images as they are shown, the questions, and answers in green or red."""
-    figure, axes = pyplot.subplots(2, num_chats // 2, figsize=(4.2 * num_chats / 2, 10))
+    figure, axes = pyplot.subplots(2, num_chats // 2, figsize=(3.6 * num_chats / 2, 9))
     for axis, (rounds, answers) in zip(axes.flat, chats[:num_chats]):
         axis.set_axis_off()
-        axis.set_xlim(0, 1)
-        axis.set_ylim(0, 1)
-        height = 1.0
-        number = 0
+        height, number = 0.97, 0
         for (question, images, expected), answer in zip(rounds, answers):
-            for image in images:
+            for column, image in enumerate(images):
                 number += 1
-                inset = axis.inset_axes([0.42 * ((number - 1) % 2) + 0.02, height - 0.14, 0.3, 0.13])
+                inset = axis.inset_axes([0.02 + 0.36 * column, height - 0.15, 0.26, 0.13])
                 inset.imshow(image, cmap="gray", interpolation="nearest")
-                inset.set_xticks([])
-                inset.set_yticks([])
+                inset.set(xticks=[], yticks=[])
                 inset.set_title(f"Image {number}", fontsize=8, pad=2)
-            height -= 0.20 if images else 0.02
+            height -= 0.18 if images else 0.01
+            shown = answer if answer == expected else f"{answer or '(nothing)'}  (it is: {expected})"
+            color = "green" if answer == expected else "red"
             axis.text(0.02, height, question, fontsize=10, va="top", family="monospace")
-            is_right = answer == expected
-            shown = answer if is_right else f"{answer or '(nothing)'}  (it is: {expected})"
-            axis.text(0.02, height - 0.04, shown, fontsize=10, va="top", color="green" if is_right else "red", weight="bold")
+            axis.text(0.02, height - 0.04, shown, fontsize=10, va="top", color=color, weight="bold")
             height -= 0.09
     figure.tight_layout()
     figure.savefig(path, dpi=100)
@@ -169,15 +156,16 @@ def draw_loss(log_history: list[dict], path: Path) -> None:
     pyplot.close(figure)
 
 
-def report(folder: str, train_scans: list, test_scans: list, log_history: list[dict], num_conversations: int = 300) -> list:
+def report(
+    folder: str, train_scans: list, test_scans: list, log_history: list[dict], num_conversations: int = 300
+) -> list:
     """Loads the checkpoint just saved, evaluates it, and leaves the table, the pictures and some scans beside it."""
     folder = Path(folder)
     unset_hf_deepspeed_config()
     model = VisualChatForConditionalGeneration.from_pretrained(folder).eval()
     processor = VisualChatProcessor.from_pretrained(folder)
     rows, chats = evaluate(model, processor, train_scans, test_scans, num_conversations)
-    summary = summarize(rows)
-    table = format_table([*rows, *summary])
+    table = format_table(rows)
     (folder / "accuracy.txt").write_text(table + "\n")
     draw_chats(chats, folder / "chats.png")
     draw_loss(log_history, folder / "loss.png")
@@ -192,4 +180,4 @@ def report(folder: str, train_scans: list, test_scans: list, log_history: list[d
         f"Chats: {folder / 'chats.png'}    loss: {folder / 'loss.png'}    checkpoint: {folder}\n"
         f"Talk to it:\n\n    python examples/chat.py {folder} --image {first} --image {second}\n"
     )
-    return summary
+    return rows

@@ -38,14 +38,20 @@ DIGITS_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 class FinetuneArguments:
     """What `TrainingArguments` does not cover."""
 
-    model: str | None = field(default=None, metadata={"help": "Checkpoint to train; without one, the tiny digits model."})
-    train_file: str | None = field(default=None, metadata={"help": "JSON lines of conversations; without, the digits."})
+    model: str | None = field(
+        default=None, metadata={"help": "Checkpoint to train; without one, the tiny digits model."}
+    )
+    train_file: str | None = field(
+        default=None, metadata={"help": "JSON lines of conversations; without, the digits."}
+    )
     eval_file: str | None = field(default=None, metadata={"help": "JSON lines of conversations to evaluate on."})
     attention_type: str = field(default="mmca", metadata={"help": "Of the digits model: mmca or causal."})
     projector_type: str = field(default="linear", metadata={"help": "Of the digits model: linear, mlp or vit."})
     trainable: list[str] = field(
         default_factory=lambda: ["multi_modal_projector", "input_embeddings"],
-        metadata={"help": "Parts that learn: vision_tower, multi_modal_projector, language_model, input_embeddings, lm_head."},
+        metadata={
+            "help": "Parts that learn: vision_tower, multi_modal_projector, language_model, input_embeddings, lm_head."
+        },
     )
     cpu_threads: int = field(default=0, metadata={"help": "Threads of each process on a CPU; 0 shares out all cores."})
     max_length: int | None = field(default=None, metadata={"help": "The most tokens a conversation may have."})
@@ -108,13 +114,17 @@ def find_checkpoint(training_arguments: TrainingArguments) -> str | None:
     if wanted.lower() != "true":
         return wanted
     folders = sorted(
-        Path(training_arguments.output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True
+        Path(training_arguments.output_dir).glob("checkpoint-*"),
+        key=lambda path: int(path.name.split("-")[1]),
+        reverse=True,
     )
     needed = ["trainer_state.json"] + (["latest"] if training_arguments.deepspeed else [])
     for folder in folders:
         if all((folder / name).is_file() for name in needed):
             return str(folder)
-    raise SystemExit(f"finetune.py: error: {training_arguments.output_dir} holds no complete checkpoint to resume from.")
+    raise SystemExit(
+        f"finetune.py: error: {training_arguments.output_dir} holds no complete checkpoint to resume from."
+    )
 
 
 def main() -> None:

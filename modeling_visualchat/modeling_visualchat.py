@@ -291,7 +291,12 @@ class VisualChatModel(VisualChatPreTrainedModel):
                 mm_token_type_ids, is_placeholder, past_key_values, inputs_embeds.shape[1]
             )
             attention_mask = create_mmca_masks(
-                self.config.text_config, inputs_embeds, mm_token_type_ids, attention_mask, past_key_values, position_ids
+                self.config.text_config,
+                inputs_embeds,
+                mm_token_type_ids,
+                attention_mask,
+                past_key_values,
+                position_ids,
             )
 
         outputs = self.language_model(
@@ -393,7 +398,9 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, GenerationMi
         causal_lm = load_language_model(text, dtype)
         lm_head = causal_lm.get_output_embeddings()
         if getattr(lm_head, "bias", None) is not None:
-            raise ValueError(f"{type(causal_lm).__name__} has an output layer with a bias, which VisualChat does not carry.")
+            raise ValueError(
+                f"{type(causal_lm).__name__} has an output layer with a bias, which VisualChat does not carry."
+            )
         if image_token_id is None:
             image_token_id = placeholder_token_id(text)
         config = cls.config_class(
@@ -599,7 +606,9 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, GenerationMi
         features = mm_encoder_outputs["image"].pooler_output
         if sum(len(feature) for feature in features) != is_image.sum():
             return mm_encoder_outputs
-        first_tokens = torch.tensor([0, *(len(feature) for feature in features[:-1])], device=is_image.device).cumsum(0)
+        first_tokens = torch.tensor([0, *(len(feature) for feature in features[:-1])], device=is_image.device).cumsum(
+            0
+        )
         new_features = [feature for feature, keep in zip(features, is_new[is_image][first_tokens].tolist()) if keep]
         return {"image": BaseModelOutputWithPooling(pooler_output=new_features)}
 

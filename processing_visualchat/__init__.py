@@ -1,7 +1,8 @@
 """The VisualChat processor and what feeds it, registered with transformers' `AutoProcessor` on import."""
 
-from configuration_visualchat import VisualChatConfig
 from transformers import AutoProcessor
+
+from configuration_visualchat import VisualChatConfig
 
 from .conversation_files import load_conversations
 from .conversation_visualchat import validate_conversation

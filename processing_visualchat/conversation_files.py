@@ -64,7 +64,9 @@ def _resolve_image_paths(messages: list[dict], folder: Path, where: str) -> list
             if "path" in block:
                 image_path = (folder / block["path"]).resolve()
                 if not image_path.is_file():
-                    raise FileNotFoundError(f"{where} names the image {block['path']}; there is no file at {image_path}.")
+                    raise FileNotFoundError(
+                        f"{where} names the image {block['path']}; there is no file at {image_path}."
+                    )
                 block["path"] = str(image_path)
                 image_paths.append(block["path"])
     return image_paths

@@ -42,7 +42,11 @@ def validate_conversation(messages: list[dict], image_token: str = "<image>", na
         if role != expected:
             raise ValueError(
                 f"{name} has {role!r} at turn {index + 1} where {expected!r} is due: "
-                + ("it must start with the user." if index == 0 else "user and assistant take turns; join the two messages.")
+                + (
+                    "it must start with the user."
+                    if index == 0
+                    else "user and assistant take turns; join the two messages."
+                )
             )
 
 
@@ -67,6 +71,8 @@ def _validate_content(message: dict, image_token: str, where: str) -> None:
             if kind == "image_url" and not block.get("image_url"):
                 raise ValueError(f"{where} has an image_url block without an address: {block!r:.80}.")
             if sum(source in block for source in IMAGE_SOURCES) > 1:
-                raise ValueError(f"{where} has an image with more than one source; give one of {', '.join(IMAGE_SOURCES)}.")
+                raise ValueError(
+                    f"{where} has an image with more than one source; give one of {', '.join(IMAGE_SOURCES)}."
+                )
         else:
             raise ValueError(f"{where} has a block of type {kind!r}; use text, image or image_url.")

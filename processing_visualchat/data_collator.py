@@ -52,7 +52,5 @@ class DataCollatorForVisualChat:
                 )
         for index, has_answer in enumerate((batch["labels"] != -100).any(dim=1).tolist()):
             if not has_answer:
-                raise ValueError(
-                    f"A conversation has no answer to learn from: {conversations[index]!r:.200}…"
-                )
+                raise ValueError(f"A conversation has no answer to learn from: {conversations[index]!r:.200}…")
         return batch

@@ -42,10 +42,14 @@ def load_image(source) -> Image.Image:
             return _decode(path.read_bytes(), f"The image file {path}")
         if (data := _from_base64(text)) is not None:
             return _decode(data, "The image given as base64")
-        raise FileNotFoundError(f"No image file at {text[:200]}; check the path, or the folder that it is relative to.")
+        raise FileNotFoundError(
+            f"No image file at {text[:200]}; check the path, or the folder that it is relative to."
+        )
     if hasattr(source, "__array__"):
         return _from_array(np.asarray(source))
-    raise ValueError(f"An image must be a path, an address, bytes, a PIL image or an array, got {type(source).__name__}.")
+    raise ValueError(
+        f"An image must be a path, an address, bytes, a PIL image or an array, got {type(source).__name__}."
+    )
 
 
 def _is_file(path: Path) -> bool:
@@ -112,8 +116,8 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     """16-bit integers cover 0 to 65535; wider ones and floats are stretched from their least to their greatest value."""
     values = np.asarray(image).astype(np.float64)
     low, high = (0.0, 65535.0) if values.min() >= 0 and 255 < values.max() <= 65535 else (values.min(), values.max())
-    if image.mode == "F" and 0 <= values.min() and values.max() <= 1:
+    if image.mode == "F" and values.min() >= 0 and values.max() <= 1:
         low, high = 0.0, 1.0
-    elif 0 <= values.min() and values.max() <= 255 and image.mode != "I;16":
+    elif values.min() >= 0 and values.max() <= 255 and image.mode != "I;16":
         low, high = 0.0, 255.0
     return Image.fromarray(((values - low) / max(high - low, 1e-12) * 255).round().astype(np.uint8))

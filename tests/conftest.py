@@ -108,7 +108,9 @@ def draw_picture(seed: int, size: tuple[int, int] = (24, 16)) -> Image.Image:
     pen = ImageDraw.Draw(picture)
     for _ in range(3):
         x, y = rng.randrange(size[0]), rng.randrange(size[1])
-        pen.ellipse([x, y, x + rng.randrange(3, 12), y + rng.randrange(3, 12)], fill=tuple(rng.choices(range(256), k=3)))
+        pen.ellipse(
+            [x, y, x + rng.randrange(3, 12), y + rng.randrange(3, 12)], fill=tuple(rng.choices(range(256), k=3))
+        )
     return picture
 
 

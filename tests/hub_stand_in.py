@@ -38,7 +38,14 @@ class HubStandIn:
 
     def info(self, repo_id: str) -> dict:
         siblings = [{"rfilename": name} for name in sorted(self.files[repo_id])]
-        return {"id": repo_id, "modelId": repo_id, "sha": self.sha(repo_id), "siblings": siblings, "private": False, "tags": []}
+        return {
+            "id": repo_id,
+            "modelId": repo_id,
+            "sha": self.sha(repo_id),
+            "siblings": siblings,
+            "private": False,
+            "tags": [],
+        }
 
     def commit(self, repo_id: str, lines: bytes) -> dict:
         operations = [json.loads(line) for line in lines.splitlines() if line.strip()]
@@ -46,7 +53,12 @@ class HubStandIn:
         self.files[repo_id] |= {file["path"]: base64.b64decode(file["content"]) for file in added}
         self.commits.append((repo_id, sorted(file["path"] for file in added)))
         oid = self.sha(repo_id)
-        return {"success": True, "commitOid": oid, "commitUrl": f"{self.address}/{repo_id}/commit/{oid}", "hookOutput": ""}
+        return {
+            "success": True,
+            "commitOid": oid,
+            "commitUrl": f"{self.address}/{repo_id}/commit/{oid}",
+            "hookOutput": "",
+        }
 
     def _handler(self):
         hub = self
@@ -97,7 +109,9 @@ class HubStandIn:
                     self.not_found("RepoNotFound")
                 elif is_api and path[4:5] == ["tree"]:
                     folder = "/".join(path[6:])
-                    names = [name for name in sorted(hub.files[repo_id]) if not folder or name.startswith(folder + "/")]
+                    names = [
+                        name for name in sorted(hub.files[repo_id]) if not folder or name.startswith(folder + "/")
+                    ]
                     if folder and not names:
                         self.not_found("EntryNotFound")
                     else:

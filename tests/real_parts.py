@@ -41,11 +41,19 @@ def save_dinov2(folder: Path) -> None:
             name = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
             weights[f"{name}.weight"] = constants[node.input[1]].T
     positions = [array for name, array in constants.items() if array.ndim == 3 and not name.startswith("backbone.")]
-    weights["embeddings.position_embeddings"] = np.concatenate(sorted(positions, key=lambda array: array.shape[1]), axis=1)
+    weights["embeddings.position_embeddings"] = np.concatenate(
+        sorted(positions, key=lambda array: array.shape[1]), axis=1
+    )
     weights["embeddings.mask_token"] = np.zeros((1, 384), dtype=np.float32)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: np.ascontiguousarray(array) for name, array in weights.items()}, folder / "model.safetensors", {"format": "pt"})
-    Dinov2Config(hidden_size=384, num_attention_heads=6, patch_size=14, image_size=518, architectures=["Dinov2Model"]).save_pretrained(folder)
+    save_file(
+        {name: np.ascontiguousarray(array) for name, array in weights.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    Dinov2Config(
+        hidden_size=384, num_attention_heads=6, patch_size=14, image_size=518, architectures=["Dinov2Model"]
+    ).save_pretrained(folder)
     BitImageProcessor(
         size={"shortest_edge": 518},
         crop_size={"height": 518, "width": 518},

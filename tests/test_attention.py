@@ -126,7 +126,9 @@ def test_the_future_changes_no_bit(position):
 def test_scaling_is_applied():
     query, key, value, ids, kept = draw(["IITTIT"])
     expected = mmca_attention_reference(query, key, value, ids, kept, scaling=0.7)
-    torch.testing.assert_close(mmca_attention(query, key, value, ids, kept, scaling=0.7), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        mmca_attention(query, key, value, ids, kept, scaling=0.7), expected, rtol=1e-5, atol=1e-6
+    )
     assert not torch.allclose(mmca_attention(query, key, value, ids, kept), expected, atol=1e-3)
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import IMAGE_SEQ_LENGTH, IMAGE_TOKEN_ID, TEXT_CONFIGS, make_model, pad_left, pixels, tokens
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
+from conftest import IMAGE_SEQ_LENGTH, IMAGE_TOKEN_ID, TEXT_CONFIGS, make_model, pad_left, pixels, tokens
 from modeling_visualchat import VisualChatForConditionalGeneration
 
 
@@ -77,7 +77,9 @@ def test_beam_search(decoder):
     model = make_model(decoder)
     options = {**OPTIONS, "num_beams": 3, "num_return_sequences": 2}
     cached, uncached = (
-        model.generate(**pad_left([tokens(*PROMPT), tokens(4)]), pixel_values=pixels(*IMAGES), use_cache=use, **options)
+        model.generate(
+            **pad_left([tokens(*PROMPT), tokens(4)]), pixel_values=pixels(*IMAGES), use_cache=use, **options
+        )
         for use in (True, False)
     )
     assert cached.shape[0] == 4 and torch.equal(cached, uncached)

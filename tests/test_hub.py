@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
-from conftest import make_model, make_processor, pixels, tokens
 from hub_stand_in import HubStandIn
 from test_remote_code import CODE, HIDE_PACKAGES, REPOSITORY
+
+from conftest import make_model, make_processor, pixels, tokens
 
 
 PUSH = """
@@ -31,7 +32,12 @@ print(json.dumps([type(processor).__name__, model(ids, pixel_values).logits.toli
 
 def run(code, *arguments, hub, folder):
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PYTHONPATH"))}
-    environment |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(folder), "HF_TOKEN": "hf_" + "a" * 34, "OMP_NUM_THREADS": "1"}
+    environment |= {
+        "HF_ENDPOINT": hub.address,
+        "HF_HOME": str(folder),
+        "HF_TOKEN": "hf_" + "a" * 34,
+        "OMP_NUM_THREADS": "1",
+    }
     environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
     completed = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, env=environment, cwd=folder
@@ -50,7 +56,13 @@ def test_one_commit_makes_a_repository_that_anyone_loads(tmp_path):
         assert address.startswith(f"{hub.address}/someone/model/commit/")
         assert len(hub.commits) == 1
         files = hub.files["someone/model"]
-    assert {"model.safetensors", "config.json", "generation_config.json", "processor_config.json", "tokenizer.json"} <= files.keys()
+    assert {
+        "model.safetensors",
+        "config.json",
+        "generation_config.json",
+        "processor_config.json",
+        "tokenizer.json",
+    } <= files.keys()
     assert {"chat_template.jinja", "tokenizer_config.json", *CODE} <= files.keys()
     card = files["README.md"].decode()
     assert "# someone/model" in card and 'from_pretrained("someone/model", trust_remote_code=True)' in card

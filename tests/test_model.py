@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import IMAGE_SEQ_LENGTH, IMAGE_TOKEN_ID, VOCAB_SIZE, make_config, make_model, make_processor, pixels, tokens
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
@@ -25,6 +24,16 @@ from transformers import (
 )
 
 from configuration_visualchat import VisualChatConfig
+from conftest import (
+    IMAGE_SEQ_LENGTH,
+    IMAGE_TOKEN_ID,
+    VOCAB_SIZE,
+    make_config,
+    make_model,
+    make_processor,
+    pixels,
+    tokens,
+)
 from modeling_visualchat import VisualChatForConditionalGeneration
 
 
@@ -85,7 +94,9 @@ def test_only_what_is_trainable_moves():
 
 
 def test_an_unknown_trainable_part_is_named():
-    with pytest.raises(ValueError, match="Unknown trainable part projector; choose from vision_tower, multi_modal_projector"):
+    with pytest.raises(
+        ValueError, match="Unknown trainable part projector; choose from vision_tower, multi_modal_projector"
+    ):
         make_model().set_trainable("projector")
 
 
@@ -192,7 +203,14 @@ VISION_CONFIGS = {
     "siglip": (SiglipVisionConfig, {}),
     "dinov2": (Dinov2Config, {}),
 }
-SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 8, "patch_size": 4}
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 8,
+    "patch_size": 4,
+}
 
 
 @pytest.mark.parametrize("name", VISION_CONFIGS)
@@ -223,7 +241,9 @@ def test_parts_join(name, tmp_path):
 
 
 def test_half_a_dual_encoder_joins(tmp_path):
-    CLIPModel(CLIPConfig(vision_config=SMALL, text_config={"hidden_size": 8, "num_attention_heads": 2})).save_pretrained(tmp_path)
+    CLIPModel(
+        CLIPConfig(vision_config=SMALL, text_config={"hidden_size": 8, "num_attention_heads": 2})
+    ).save_pretrained(tmp_path)
     text = AutoModelForCausalLM.from_config(make_config().text_config)
     model = VisualChatForConditionalGeneration.from_vision_text_pretrained(str(tmp_path), text)
     assert type(model.model.vision_tower).__name__ == "CLIPVisionModel"
@@ -254,7 +274,9 @@ UNFIT_DECODERS = {
 def test_an_unfit_decoder_is_refused_by_name(name):
     text_config, reason = UNFIT_DECODERS[name]
     config = VisualChatConfig(vision_config=make_config().vision_config, text_config=text_config)
-    with pytest.raises(ValueError, match=f"model type '{name}'.* cannot carry multi-modal causal attention: .*({reason})"):
+    with pytest.raises(
+        ValueError, match=f"model type '{name}'.* cannot carry multi-modal causal attention: .*({reason})"
+    ):
         VisualChatForConditionalGeneration(config)
 
 
@@ -262,7 +284,10 @@ def test_an_unfit_decoder_is_refused_by_name(name):
     ("kwargs", "message"),
     [
         ({"attention_type": "cross"}, r"attention_type.*\n?.*expected one of \('mmca', 'causal'\), got cross"),
-        ({"projector_type": "conv"}, r"projector_type.*\n?.*expected one of \('linear', 'mlp', 'vit', 'perceiver'\), got conv"),
+        (
+            {"projector_type": "conv"},
+            r"projector_type.*\n?.*expected one of \('linear', 'mlp', 'vit', 'perceiver'\), got conv",
+        ),
         ({"vision_feature_select_strategy": "cls"}, r"expected one of \('full', 'default'\), got cls"),
         ({"image_seq_length": 0}, "image_seq_length must be at least 1, got 0"),
         ({"image_token_id": -1}, "image_token_id must not be negative, got -1"),

@@ -5,13 +5,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import draw_picture
 from onnx import helper
 from real_parts import dinov2_onnx, save_dinov2, smollm2_gguf
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from conftest import draw_picture
 from modeling_visualchat import VisualChatForConditionalGeneration
-from modeling_visualchat.parts_visualchat import load_language_model
+from modeling_visualchat.parts_visualchat import image_features_length, load_language_model
 from processing_visualchat import VisualChatProcessor
 
 
@@ -27,13 +27,20 @@ def dinov2(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def joined(dinov2):
+    """At 224 pixels, which the encoder reads as well as its 518: 257 tokens an image, and minutes saved."""
     model = VisualChatForConditionalGeneration.from_vision_text_pretrained(
-        str(dinov2), str(smollm2_gguf()), vision_feature_layer=-2
+        str(dinov2), str(smollm2_gguf()), vision_feature_layer=-2, image_seq_length=257
     )
     processor = VisualChatProcessor.from_vision_text_pretrained(
         str(dinov2), str(smollm2_gguf()), image_seq_length=model.config.image_seq_length
     )
+    processor.image_processor.size = {"shortest_edge": 224}
+    processor.image_processor.crop_size = {"height": 224, "width": 224}
     return model, processor
+
+
+def test_the_length_of_an_image_follows_from_the_encoder(dinov2):
+    assert image_features_length(AutoConfig.from_pretrained(dinov2), {}) == 37 * 37 + 1
 
 
 def test_the_encoder_is_the_one_in_the_package(dinov2, tmp_path):
@@ -51,7 +58,9 @@ def test_the_encoder_is_the_one_in_the_package(dinov2, tmp_path):
     model, info = AutoModel.from_pretrained(dinov2, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     layer_output = []
-    layers = [module for name, module in model.named_modules() if name.endswith("layer.11") or name.endswith("layers.11")]
+    layers = [
+        module for name, module in model.named_modules() if name.endswith("layer.11") or name.endswith("layers.11")
+    ]
     layers[0].register_forward_hook(lambda module, inputs, output: layer_output.append(output))
     with torch.no_grad():
         model(torch.from_numpy(images))
@@ -75,13 +84,14 @@ def test_text_answers_as_before(joined):
     vocab_size = expected.shape[-1]
     torch.testing.assert_close(actual[..., :vocab_size], expected, rtol=1e-3, atol=1e-3)
     options = {"max_new_tokens": 12, "do_sample": False}
-    answers = [tokenizer.decode(m.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]) for m in (model, stock)]
+    answers = [
+        tokenizer.decode(m.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]) for m in (model, stock)
+    ]
     assert answers[0] == answers[1] and "Paris" in answers[0]
 
 
 def test_an_image_reaches_the_answer_and_only_two_parts_learn(joined):
     model, processor = joined
-    assert model.config.image_seq_length == 37 * 37 + 1
     assert processor.image_token_id == model.config.image_token_id == 49152
     conversations = [
         [
@@ -108,7 +118,9 @@ def test_saved_as_safetensors_and_loaded(joined, tmp_path):
     processor.save_pretrained(tmp_path)
     loaded = VisualChatForConditionalGeneration.from_pretrained(tmp_path).eval()
     processor = VisualChatProcessor.from_pretrained(tmp_path)
-    messages = [{"role": "user", "content": [{"type": "image", "image": draw_picture(3)}, {"type": "text", "text": "Colour?"}]}]
+    messages = [
+        {"role": "user", "content": [{"type": "image", "image": draw_picture(3)}, {"type": "text", "text": "Colour?"}]}
+    ]
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )

@@ -6,9 +6,9 @@ import io
 import numpy as np
 import pytest
 import torch
-from conftest import IMAGE_SEQ_LENGTH, IMAGE_TOKEN_ID, draw_picture, make_processor
 from PIL import Image
 
+from conftest import IMAGE_SEQ_LENGTH, IMAGE_TOKEN_ID, draw_picture, make_processor
 from processing_visualchat import DataCollatorForVisualChat, VisualChatProcessor, load_image
 
 
@@ -41,7 +41,12 @@ def assistant(text):
 
 def prepare(processor, conversation, **kwargs):
     return processor.apply_chat_template(
-        conversation, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"padding": True}, **kwargs
+        conversation,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True},
+        **kwargs,
     )
 
 
@@ -204,7 +209,19 @@ def half_transparent():
         (np.full((3, 4, 6), 0.5, dtype=np.float32), (128, 128, 128)),
         (np.full((4, 6), 77, dtype=np.uint8), (77, 77, 77)),
     ],
-    ids=["grey", "1-bit", "palette", "RGBA", "LA", "transparent", "16-bit", "float", "array", "float array", "grey array"],
+    ids=[
+        "grey",
+        "1-bit",
+        "palette",
+        "RGBA",
+        "LA",
+        "transparent",
+        "16-bit",
+        "float",
+        "array",
+        "float array",
+        "grey array",
+    ],
 )
 def test_any_mode_becomes_rgb(image, expected):
     loaded = load_image(image)
@@ -281,9 +298,15 @@ def test_a_bad_image_file_is_named(processor, tmp_path, write, error, message):
     ("conversation", "message"),
     [
         ([assistant("Hello.")], "has no user turn"),
-        ([assistant("Hello."), user("Hi")], "has 'assistant' at turn 1 where 'user' is due: it must start with the user"),
+        (
+            [assistant("Hello."), user("Hi")],
+            "has 'assistant' at turn 1 where 'user' is due: it must start with the user",
+        ),
         ([{"role": "system", "content": "Hi."}], "has no user turn"),
-        ([user("Hi"), {"role": "human", "content": "Hi"}], "message 1 has the unknown role 'human'; use one of system, user"),
+        (
+            [user("Hi"), {"role": "human", "content": "Hi"}],
+            "message 1 has the unknown role 'human'; use one of system, user",
+        ),
         ([user("a"), user("b")], "has 'user' at turn 2 where 'assistant' is due"),
         ([user("a"), {"role": "system", "content": "x"}], "message 1 is a system message; it can only be the first"),
         ([user("an <image> in words")], "message 0 holds a literal <image> in its text"),

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_config, make_model, make_processor, pixels, tokens
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -20,6 +19,7 @@ from transformers import (
 )
 
 from configuration_visualchat import VisualChatConfig
+from conftest import make_config, make_model, make_processor, pixels, tokens
 from modeling_visualchat import VisualChatForConditionalGeneration, VisualChatModel
 from processing_visualchat import VisualChatProcessor
 
@@ -72,7 +72,11 @@ def test_the_checkpoint_holds_the_code_and_not_the_bridge(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("*.py")) == CODE
     for name in CODE:
         package = name if name.split("_")[0] in ("configuration", "modeling", "processing") else None
-        sources = [REPOSITORY / name.removesuffix(".py") / name] if package else list(REPOSITORY.glob(f"*_visualchat/{name}"))
+        sources = (
+            [REPOSITORY / name.removesuffix(".py") / name]
+            if package
+            else list(REPOSITORY.glob(f"*_visualchat/{name}"))
+        )
         assert filecmp.cmp(tmp_path / name, sources[0], shallow=False), name
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert sorted(auto_map) == [
@@ -152,7 +156,9 @@ def test_remote_code_in_a_process_that_cannot_import_the_packages(tmp_path, chat
     assert results["classes"] == ["VisualChatConfig", "VisualChatProcessor", "VisualChatModel"]
     assert results["implementation"] == "mmca_sdpa"
 
-    messages = [{"role": "user", "content": [{"type": "image", "path": picture}, {"type": "text", "text": "What is it?"}]}]
+    messages = [
+        {"role": "user", "content": [{"type": "image", "path": picture}, {"type": "text", "text": "What is it?"}]}
+    ]
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )

@@ -1,0 +1,269 @@
+"""The main job as its user runs it: flags, bad input, resuming, own data, DeepSpeed, and the chat that follows."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from test_remote_code import REPOSITORY
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from conftest import draw_picture, make_model, make_processor
+from modeling_visualchat import VisualChatForConditionalGeneration
+from processing_visualchat import load_conversations
+
+
+EXAMPLES = REPOSITORY / "examples"
+SHORT = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--logging_steps", "1"]
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def finetune(*flags, launcher=(), check=True, timeout=400):
+    """Runs `accelerate launch examples/finetune.py`."""
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        *launcher,
+        str(EXAMPLES / "finetune.py"),
+        *map(str, flags),
+    ]
+    completed = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=timeout)
+    if check:
+        assert completed.returncode == 0, completed.stdout[-2000:] + completed.stderr[-4000:]
+    return completed
+
+
+def finetune_directly(*flags):
+    """Runs the script without the launcher, which adds nothing to an error."""
+    command = [sys.executable, str(EXAMPLES / "finetune.py"), *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=400)
+
+
+def losses(folder):
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Own data: pictures, JSON lines that name them by relative paths, and a checkpoint to train."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "pictures").mkdir()
+    lines = []
+    for index in range(8):
+        draw_picture(index).save(folder / "pictures" / f"{index}.png")
+        image = {"type": "image", "path": f"pictures/{index}.png"}
+        lines.append(
+            {
+                "messages": [
+                    {"role": "user", "content": [image, {"type": "text", "text": "What is it?"}]},
+                    {"role": "assistant", "content": f"Number {index}."},
+                ]
+            }
+        )
+    lines.append({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]})
+    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    make_model().save_pretrained(folder / "checkpoint")
+    make_processor().save_pretrained(folder / "checkpoint")
+    return folder
+
+
+@pytest.mark.slow
+def test_the_default_runs_and_leaves_everything(tmp_path):
+    output = tmp_path / "out"
+    completed = finetune(*SHORT, "--output_dir", output)
+    for name in (
+        "accuracy.txt",
+        "chats.png",
+        "loss.png",
+        "model.safetensors",
+        "processor_config.json",
+        "modeling_visualchat.py",
+    ):
+        assert (output / name).stat().st_size > 0, name
+    table = (output / "accuracy.txt").read_text()
+    assert "what is their sum?" in table and "all across two images" in table and table in completed.stdout
+    assert f"python examples/chat.py {output}" in completed.stdout
+    assert len(losses(output)) == 2
+    again = finetune_directly(*SHORT, "--output_dir", output)
+    assert again.returncode != 0 and "exists and is not empty" in again.stderr
+    chat = subprocess.run(
+        [sys.executable, str(EXAMPLES / "chat.py"), str(output), "--image", str(next((output / "pictures").iterdir()))],
+        input=f"what digit is it?\n/image {output}/nowhere.png\n/image {next((output / 'pictures').iterdir())}\nand this?\n/what\n/new\nHi\n/quit\n",
+        capture_output=True, text=True, env=environment(), timeout=120,
+    )  # fmt: skip
+    assert chat.returncode == 0, chat.stderr[-2000:]
+    assert (
+        "128 x 128" in chat.stdout
+        and "error: No image file at" in chat.stdout
+        and "Unknown command /what" in chat.stdout
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_processes_with_deepspeed(tmp_path, stage):
+    output = tmp_path / "out"
+    launcher = ["--use_deepspeed", "--num_processes", "2", "--main_process_port", str(29500 + stage)]
+    config = EXAMPLES / "configs" / f"zero{stage}.json"
+    finetune(*SHORT, "--output_dir", output, "--deepspeed", config, launcher=launcher)
+    sharded = losses(output)
+    assert "all across two images" in (output / "accuracy.txt").read_text()
+    loaded = VisualChatForConditionalGeneration.from_pretrained(output)
+    reference = AutoModelForImageTextToText.from_pretrained(output)
+    assert loaded.num_parameters() == reference.num_parameters() > 400_000
+    keys = set(loaded.state_dict())
+    assert "model.language_model.layers.0.self_attn.q_proj.weight" in keys and not any(
+        "model.model" in key for key in keys
+    )
+    # The same eight conversations a step, in one process.
+    alone = tmp_path / "alone"
+    finetune_directly(*SHORT, "--per_device_train_batch_size", "8", "--output_dir", alone)
+    torch.testing.assert_close(torch.tensor(sharded), torch.tensor(losses(alone)), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_rank_whose_batch_has_no_image(tmp_path, data):
+    """One conversation a rank and a step: sooner or later one rank has text alone, and nothing hangs."""
+    output = tmp_path / "out"
+    finetune(
+        "--config", EXAMPLES / "configs" / "finetune.yaml", "--model", data / "checkpoint", "--train_file", data / "train.jsonl",
+        "--output_dir", output, "--num_train_epochs", "1", "--gradient_accumulation_steps", "1", "--save_strategy", "no",
+        "--deepspeed", EXAMPLES / "configs" / "zero3.json", "--max_length", "400", "--logging_steps", "1",
+        launcher=["--use_deepspeed", "--num_processes", "2", "--main_process_port", "29507"],
+    )  # fmt: skip
+    assert len(losses(output)) == 5 and all(loss > 0 for loss in losses(output))
+    assert AutoProcessor.from_pretrained(output).image_token == "<image>"
+
+
+@pytest.mark.slow
+def test_own_data_trains_only_what_is_trainable_and_resumes(tmp_path, data):
+    flags = [
+        "--config", EXAMPLES / "configs" / "finetune.yaml", "--model", data / "checkpoint", "--train_file", data / "train.jsonl",
+        "--eval_file", data / "train.jsonl", "--max_length", "400", "--per_device_train_batch_size", "3",
+        "--gradient_accumulation_steps", "1", "--logging_steps", "1", "--save_strategy", "steps", "--save_steps", "2",
+        "--num_train_epochs", "2",
+    ]  # fmt: skip
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    finetune(*flags, "--output_dir", straight)
+    before = VisualChatForConditionalGeneration.from_pretrained(data / "checkpoint").state_dict()
+    after = VisualChatForConditionalGeneration.from_pretrained(straight).state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {
+        "model.multi_modal_projector.linear.weight", "model.multi_modal_projector.linear.bias",
+        "model.multi_modal_projector.norm.weight", "model.multi_modal_projector.norm.bias",
+        "model.language_model.embed_tokens.weight",
+    }  # fmt: skip
+
+    process = subprocess.Popen(
+        [sys.executable, str(EXAMPLES / "finetune.py"), *map(str, flags), "--output_dir", str(broken)],
+        env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.time() + 120
+    while not (broken / "checkpoint-2" / "trainer_state.json").is_file():
+        assert process.poll() is None and time.time() < deadline, "no checkpoint was written"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (broken / "checkpoint-99").mkdir(exist_ok=True)  # what a kill in the middle of saving leaves behind
+    finetune(*flags, "--output_dir", broken, "--resume_from_checkpoint", "true")
+    resumed = VisualChatForConditionalGeneration.from_pretrained(broken).state_dict()
+    for name in after:
+        assert torch.equal(resumed[name], after[name]), name
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--label_smoothing_factor", "0.1"], "label_smoothing_factor is not supported"),
+        (["--attention_type", "cross"], r"expected one of \('mmca', 'causal'\), got cross"),
+        (["--projector_type", "conv"], "expected one of"),
+        (["--config", "nowhere.yaml"], "no configuration file at nowhere.yaml"),
+        (["--train_file", "x.jsonl"], "--model and --train_file go together"),
+        (["--learning_rat", "1", "--nonsense", "2"], "nonsense"),
+        (["--resume_from_checkpoint", "true"], "holds no complete checkpoint"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_wrong_flags_are_named_and_nothing_is_written(tmp_path, flags, message):
+    output = tmp_path / "out"
+    completed = finetune_directly(*flags, "--output_dir", output)
+    assert completed.returncode != 0
+    import re
+
+    assert re.search(message, completed.stderr), completed.stderr[-1500:]
+    assert not output.exists()
+
+
+def test_an_unknown_key_of_a_configuration_file_is_named(tmp_path):
+    (tmp_path / "wrong.yaml").write_text("learning_rte: 1\n")
+    completed = finetune_directly("--config", tmp_path / "wrong.yaml", "--output_dir", tmp_path / "out")
+    assert "wrong.yaml has the unknown argument learning_rte" in completed.stderr
+
+
+def message(content, role="user"):
+    return {"role": role, "content": content}
+
+
+def image(path):
+    return [{"type": "image", "path": path}, {"type": "text", "text": "What is it?"}]
+
+
+ANSWER = message("A thing.", "assistant")
+
+
+@pytest.mark.parametrize(
+    ("line", "error", "expected"),
+    [
+        ('{"messages": [', ValueError, r"data.jsonl, line 2 is not JSON: Expecting value at column"),
+        ({"text": "Hi"}, ValueError, "line 2 must be a list of messages"),
+        ({"messages": [ANSWER]}, ValueError, "line 2 has no user turn"),
+        ({"messages": [message("a <image> b"), ANSWER]}, ValueError, "line 2, message 0 holds a literal <image>"),
+        (
+            {"messages": [message(image("gone.png")), ANSWER]},
+            FileNotFoundError,
+            "line 2 names the image gone.png; there is no file",
+        ),
+        (
+            {"messages": [message(image("broken.png")), ANSWER]},
+            ValueError,
+            "line 2: The image file .*broken.png is not an image",
+        ),
+        (
+            {"messages": [message([{"type": "image"}]), ANSWER]},
+            ValueError,
+            "line 2 has an image without a path, url or base64",
+        ),
+    ],
+    ids=["broken JSON", "no messages", "no user", "literal mark", "missing image", "not an image", "no source"],
+)
+def test_a_broken_line_is_named_with_its_file(tmp_path, line, error, expected):
+    (tmp_path / "broken.png").write_text("words")
+    good = json.dumps({"messages": [message("Hi"), ANSWER]})
+    (tmp_path / "data.jsonl").write_text(good + "\n" + (line if isinstance(line, str) else json.dumps(line)) + "\n")
+    with pytest.raises(error, match=expected):
+        load_conversations(tmp_path / "data.jsonl")
+
+
+def test_a_data_file_that_holds_nothing_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="No data file at"):
+        load_conversations(tmp_path / "gone.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="holds no conversation"):
+        load_conversations(tmp_path / "empty.jsonl")
+
+
+def test_image_paths_are_relative_to_the_data_file(data, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    dataset = load_conversations(data / "train.jsonl")
+    assert len(dataset) == 9
+    first = json.loads(dataset[0]["messages"])
+    assert first[0]["content"][0]["path"] == str(data / "pictures" / "0.png")
