@@ -1,6 +1,6 @@
 """Configuration of a VisualChat model: a vision tower, a projector and a causal language model."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -91,8 +91,8 @@ class VisualChatConfig(PreTrainedConfig):
     }
     keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    vision_config: Any = None  # a dict or nothing becomes the configuration of the part
+    text_config: Any = None
     image_token_id: int = 32000
     image_seq_length: int | None = None
     projector_type: Literal["linear", "mlp", "vit", "perceiver"] = "linear"
@@ -127,8 +127,8 @@ class VisualChatConfig(PreTrainedConfig):
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(
-                f"This is the configuration of a {model_type!r} model, not of a {cls.model_type!r} one. To build on it, "
-                "join a vision encoder and a language model with "
+                f"This is the configuration of a {model_type!r} model, not of a {cls.model_type!r} one. To build on "
+                "it, join a vision encoder and a language model with "
                 "VisualChatForConditionalGeneration.from_vision_text_pretrained."
             )
         return super().from_dict(config_dict, **kwargs)

@@ -78,9 +78,9 @@ def evaluate(model, processor, train_scans: list, test_scans: list, num_conversa
     Exact match on conversations about held-out scans.
 
     Returns:
-        The rows of the table, `(name, asked, exact match, chance, text-only guess)`: one for each kind of question, then
-        the questions about one image, those across two, and those across two that open a conversation, where no earlier
-        answer has named a digit. And the chats, `(rounds, answers)`.
+        The rows of the table, `(name, asked, exact match, chance, text-only guess)`: one for each kind of question,
+        then the questions about one image, those across two, and those across two that open a conversation, where no
+        earlier answer has named a digit. And the chats, `(rounds, answers)`.
     """
     conversations = DigitConversations(test_scans, num_conversations, seed=1)
     messages = [conversations[index]["messages"] for index in range(num_conversations)]

@@ -79,8 +79,8 @@ def parse_arguments(argv: list[str]) -> tuple[FinetuneArguments, TrainingArgumen
     arguments, training_arguments = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)[:2]
     if training_arguments.label_smoothing_factor:
         parser.error(
-            "label_smoothing_factor is not supported: Trainer's label smoothing compares each token with itself instead of "
-            "the next one for models of this kind; leave it at 0"
+            "label_smoothing_factor is not supported: for models of this kind, Trainer's label smoothing compares "
+            "each token with itself instead of the next one; leave it at 0"
         )
     if (arguments.model is None) != (arguments.train_file is None):
         parser.error("--model and --train_file go together; without both, the digits are trained on")
@@ -101,8 +101,8 @@ def check_output_folder(training_arguments: TrainingArguments) -> None:
     folder = Path(training_arguments.output_dir)
     if training_arguments.resume_from_checkpoint is None and folder.exists() and any(folder.iterdir()):
         raise SystemExit(
-            f"finetune.py: error: the output folder {folder} exists and is not empty. Choose another --output_dir, or go "
-            "on from its last checkpoint with --resume_from_checkpoint true."
+            f"finetune.py: error: the output folder {folder} exists and is not empty. Choose another --output_dir, or "
+            "go on from its last checkpoint with --resume_from_checkpoint true."
         )
 
 
@@ -134,8 +134,8 @@ def main() -> None:
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if training_arguments.world_size != world_size:
         raise SystemExit(
-            f"finetune.py: error: {world_size} processes were started and each trains alone. On a CPU, start them with "
-            "`accelerate launch --use_deepspeed --num_processes N … --deepspeed FILE`, or with torchrun."
+            f"finetune.py: error: {world_size} processes were started and each trains alone. On a CPU, start them "
+            "with `accelerate launch --use_deepspeed --num_processes N … --deepspeed FILE`, or with torchrun."
         )
     if training_arguments.use_cpu:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

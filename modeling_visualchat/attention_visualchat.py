@@ -341,8 +341,8 @@ for _name, _kernel in KERNELS.items():
 
 def mmca_implementation(attn_implementation: str | None) -> str:
     """
-    The MMCA implementation on the kernel that a user asked for: `None` or `"sdpa"` gives `"mmca_sdpa"`, `"eager"` gives
-    `"mmca_eager"`.
+    The MMCA implementation on the kernel that a user asked for: `"mmca_sdpa"` for `None` or `"sdpa"`, `"mmca_eager"`
+    for `"eager"`.
 
     Raises:
         `ValueError`: a kernel on which MMCA is not available.
@@ -388,7 +388,8 @@ def check_decoder(config: PreTrainedConfig) -> None:
     if reason is not None:
         name = type(config).__name__.removesuffix("Config") if decoder_class is None else decoder_class.__name__
         raise ValueError(
-            f"The decoder {name} (model type {config.model_type!r}) cannot carry multi-modal causal attention: {reason}. "
+            f"The decoder {name} (model type {config.model_type!r}) cannot carry multi-modal causal attention: "
+            f"{reason}. "
             'Use a Llama-style decoder, or attention_type="causal".'
         )
 

@@ -1,6 +1,7 @@
 """VisualChat: a vision tower, a projector and a causal language model, joined by multi-modal causal attention."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -108,7 +109,7 @@ class VisualChatPreTrainedModel(PreTrainedModel):
         super().set_attn_implementation(requested, allow_all_kernels=allow_all_kernels)
 
     def save_pretrained(self, save_directory, **kwargs):
-        """As in `PreTrainedModel.save_pretrained`; the configurations of the parts say their dtype, as the whole does."""
+        """As in `PreTrainedModel.save_pretrained`; the configurations of the parts say their dtype too."""
         for part in (self.config.vision_config, self.config.text_config):
             part.dtype = self.dtype
         return super().save_pretrained(save_directory, **kwargs)
@@ -207,6 +208,11 @@ class VisualChatModel(VisualChatPreTrainedModel):
         """
         if input_ids is not None:
             mask = input_ids == self.config.image_token_id
+        elif inputs_embeds is None or self.config.image_token_id >= self.get_input_embeddings().num_embeddings:
+            raise ValueError(
+                f"Without input_ids, image tokens are those with the embedding of id {self.config.image_token_id}, "
+                "and there is none; pass input_ids."
+            )
         else:
             placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
             mask = (inputs_embeds == self.get_input_embeddings()(placeholder)).all(dim=-1)
@@ -216,8 +222,8 @@ class VisualChatModel(VisualChatPreTrainedModel):
                 mask.sum() == num_rows,
                 lambda: (
                     f"The text holds {int(mask.sum())} image tokens, the images give {num_rows}. One image takes "
-                    f"{self.config.image_seq_length} tokens (config.image_seq_length); build text and pixel_values with one "
-                    "call of the processor, and pass only the images of the new tokens."
+                    f"{self.config.image_seq_length} tokens (config.image_seq_length); build text and pixel_values "
+                    "with one call of the processor, and pass only the images of the new tokens."
                 ),
             )
         return mask
@@ -225,13 +231,13 @@ class VisualChatModel(VisualChatPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        mm_token_type_ids: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
@@ -239,14 +245,14 @@ class VisualChatModel(VisualChatPreTrainedModel):
     ) -> VisualChatModelOutputWithPast:
         """
         Args:
-            input_ids (`torch.LongTensor` of shape `(B, Q)`, *optional*): Token ids, or `inputs_embeds` instead.
+            input_ids (`torch.Tensor` of shape `(B, Q)`, *optional*): Token ids, or `inputs_embeds` instead.
             pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`, *optional*):
                 The images of these tokens, over the whole batch, in the order of their placeholders.
             attention_mask (`torch.Tensor` of shape `(B, past + Q)`, *optional*): 1 to keep, 0 for padding.
-            position_ids (`torch.LongTensor` of shape `(B, Q)`, *optional*): Positions.
+            position_ids (`torch.Tensor` of shape `(B, Q)`, *optional*): Positions.
             past_key_values (`Cache`, *optional*): Keys and values of the past.
             inputs_embeds (`torch.Tensor` of shape `(B, Q, hidden)`, *optional*): Instead of `input_ids`.
-            mm_token_type_ids (`torch.LongTensor` of shape `(B, past + Q)`, *optional*):
+            mm_token_type_ids (`torch.Tensor` of shape `(B, past + Q)`, *optional*):
                 0 for text, 1 for image, past tokens included. Needed with a past; otherwise read off the ids.
             mm_encoder_outputs (`dict`, *optional*): Features under `"image"`, as [`get_image_features`] returns them.
 
@@ -264,43 +270,28 @@ class VisualChatModel(VisualChatPreTrainedModel):
         image_outputs = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None:
             image_outputs = self.get_image_features(pixel_values, vision_feature_layer, vision_feature_select_strategy)
-        image_features = None
-        if image_outputs is not None:
-            image_features = torch.stack(tuple(image_outputs.pooler_output))
+        image_features = None if image_outputs is None else torch.stack(tuple(image_outputs.pooler_output))
+        blank_features = None
+        if image_features is None and self.training and _world_size() > 1:
+            # Every rank runs the same modules in the same order, also one whose batch has no image: sharded
+            # parameters are gathered together. The blank image adds exactly zero.
+            blank_features = self._features_of_a_blank_image()
 
-        is_placeholder = None
-        if input_ids is not None or image_features is not None:
-            is_placeholder = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
-        if inputs_embeds is None:
-            if image_features is None and input_ids.shape[1] > 1:
-                torch_compilable_check(
-                    ~is_placeholder.any(),
-                    "The text holds image tokens, but there are no images. Pass pixel_values, as the processor returns them.",
-                )
-            # The placeholder's own embedding is never read, so its id may even lie outside the table.
-            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_placeholder, 0))
-        if image_features is not None:
-            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
-            inputs_embeds = inputs_embeds.masked_scatter(is_placeholder.unsqueeze(-1), image_features)
-        elif self.training and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            # Every rank runs the same modules, also one whose batch has no image: sharded parameters need it.
-            inputs_embeds = inputs_embeds + 0.0 * self._features_of_a_blank_image().sum().to(inputs_embeds.device)
-
-        if self.config.attention_type == "mmca" and (attention_mask is None or not _is_prepared(attention_mask)):
-            mm_token_type_ids = self._complete_mm_token_type_ids(
-                mm_token_type_ids, is_placeholder, past_key_values, inputs_embeds.shape[1]
-            )
+        embeds, is_image = self._embed(input_ids, inputs_embeds, image_features)
+        if blank_features is not None:
+            embeds = embeds + 0.0 * blank_features.sum().to(embeds.device)
+        if self.config.attention_type == "mmca" and not _is_prepared(attention_mask):
             attention_mask = create_mmca_masks(
                 self.config.text_config,
-                inputs_embeds,
-                mm_token_type_ids,
-                attention_mask,
+                embeds,
+                self._complete_mm_token_type_ids(mm_token_type_ids, is_image, past_key_values, embeds.shape[1]),
+                attention_mask,  # type: ignore[arg-type]  # a finished mask does not come here
                 past_key_values,
                 position_ids,
             )
 
         outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -314,26 +305,46 @@ class VisualChatModel(VisualChatPreTrainedModel):
             image_hidden_states=image_features,
         )
 
+    def _embed(self, input_ids, inputs_embeds, image_features) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Embeddings with the images in place (B, Q, hidden), and where they are (B, Q) if that can be told."""
+        is_image: Any = None
+        if input_ids is not None or image_features is not None:
+            is_image = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
+        if input_ids is not None:
+            if image_features is None and input_ids.shape[1] > 1:
+                torch_compilable_check(
+                    ~is_image.any(),
+                    "The text holds image tokens, but there are no images. Pass pixel_values, as the processor "
+                    "returns them.",
+                )
+            # The placeholder's own embedding is never read, so its id may even lie outside the table.
+            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
+        if image_features is not None:
+            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
+            inputs_embeds = inputs_embeds.masked_scatter(is_image.unsqueeze(-1), image_features)
+        return inputs_embeds, is_image
+
     def _features_of_a_blank_image(self) -> torch.Tensor:
         size, channels = self.config.vision_config.image_size, self.config.vision_config.num_channels
         blank = torch.zeros(1, channels, size, size, device=self.device, dtype=self.vision_tower.dtype)
         return self.get_image_features(blank).pooler_output[0]
 
-    def _complete_mm_token_type_ids(self, mm_token_type_ids, is_placeholder, past_key_values, num_queries):
+    def _complete_mm_token_type_ids(self, mm_token_type_ids, is_image, past_key_values, num_queries):
+        """The modality of past and current tokens: as given, or read off the current ones when there is no past."""
         num_past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         if mm_token_type_ids is None:
-            if num_past > 0 or is_placeholder is None:
+            if num_past > 0 or is_image is None:
+                unknown = f"for the {num_past} tokens in the cache" if num_past else "from embeddings alone"
                 raise ValueError(
-                    "Which tokens are images cannot be told "
-                    + (f"for the {num_past} tokens in the cache: " if num_past else "from embeddings alone: ")
-                    + f"pass mm_token_type_ids of shape (batch, {num_past + num_queries}), 0 for text and 1 for image, "
-                    "covering past and current tokens as attention_mask does."
+                    f"Which tokens are images cannot be told {unknown}: pass mm_token_type_ids of shape "
+                    f"(batch, {num_past + num_queries}), 0 for text and 1 for image, covering past and current tokens "
+                    "as attention_mask does."
                 )
-            return is_placeholder.long()
+            return is_image.long()
         if mm_token_type_ids.shape[1] != num_past + num_queries:
             raise ValueError(
-                f"mm_token_type_ids covers {mm_token_type_ids.shape[1]} tokens; it has to cover the {num_past} tokens in "
-                f"the cache and the {num_queries} current ones, as attention_mask does."
+                f"mm_token_type_ids covers {mm_token_type_ids.shape[1]} tokens; it has to cover the {num_past} tokens "
+                f"in the cache and the {num_queries} current ones, as attention_mask does."
             )
         return mm_token_type_ids
 
@@ -385,7 +396,7 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, GenerationMi
 
         Args:
             vision (`str` or `PreTrainedModel`): Name or folder of a checkpoint, or a loaded encoder.
-            text (`str` or `PreTrainedModel`): Name or folder of a checkpoint, a `.gguf` file, or a loaded causal model.
+            text (`str` or `PreTrainedModel`): Name or folder of a checkpoint, a `.gguf` file, or a loaded model.
             image_token_id (`int`, *optional*): Id of the placeholder; by default the one that `<image>` has, or is
                 given, in the tokenizer of `text`.
             dtype (`torch.dtype`, *optional*): Of all weights; by default that of the language model.
@@ -458,15 +469,15 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, GenerationMi
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        mm_token_type_ids: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
@@ -476,8 +487,8 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, GenerationMi
         Takes what [`VisualChatModel.forward`] takes, and:
 
         Args:
-            labels (`torch.LongTensor` of shape `(B, Q)`, *optional*): The ids to predict, -100 where there is no loss.
-            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): The last positions to score; 0 for all.
+            labels (`torch.Tensor` of shape `(B, Q)`, *optional*): The ids to predict, -100 where there is no loss.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): The last positions to score; 0 is all.
 
         Returns:
             [`VisualChatCausalLMOutputWithPast`]
@@ -512,7 +523,7 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, GenerationMi
         )
 
     def _scale_logits(self, logits: torch.Tensor) -> torch.Tensor:
-        """What some decoders (Gemma; Granite; Cohere) do to their logits after the head, read off their configuration."""
+        """What some decoders (Gemma, Granite, Cohere) do to their logits, read off their configuration."""
         text_config = self.config.text_config
         if (cap := getattr(text_config, "final_logit_softcapping", None)) is not None:
             logits = torch.tanh(logits / cap) * cap
@@ -542,13 +553,13 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, GenerationMi
 
     def prepare_inputs_for_generation(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         next_sequence_length: int | None = None,
         past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool = False,
-        mm_token_type_ids: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs,
     ) -> dict:
@@ -613,16 +624,21 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, GenerationMi
         return {"image": BaseModelOutputWithPooling(pooler_output=new_features)}
 
 
-def _is_prepared(attention_mask: torch.Tensor | dict[str, torch.Tensor]) -> bool:
+def _world_size() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def _is_prepared(attention_mask: torch.Tensor | dict[str, torch.Tensor] | None) -> bool:
     """Whether this is a finished mask already, as generation makes it for a cache of fixed size."""
-    if isinstance(attention_mask, dict):
-        return True
+    if attention_mask is None or isinstance(attention_mask, dict):
+        return attention_mask is not None
     if attention_mask.ndim == 2:
         return False
     if attention_mask.ndim == 4 and attention_mask.shape[1] == 2:
         return True
     raise ValueError(
-        f"attention_mask must have shape (batch, tokens) with 1 to keep and 0 for padding, got {tuple(attention_mask.shape)}."
+        "attention_mask must have shape (batch, tokens) with 1 to keep and 0 for padding, "
+        f"got {tuple(attention_mask.shape)}."
     )
 
 

@@ -28,8 +28,8 @@ def load_vision_tower(vision: str | PreTrainedModel, dtype: torch.dtype | None =
 def load_language_model(text: str | PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """
     Args:
-        text (`str` or `PreTrainedModel`): Name or folder of a causal language model, a `.gguf` file, or a model that is
-            loaded already.
+        text (`str` or `PreTrainedModel`): Name or folder of a causal language model, a `.gguf` file, or a model that
+            is loaded already.
         dtype (`torch.dtype`, *optional*): Of the weights; by default that of the checkpoint, float32 for GGUF.
     """
     if isinstance(text, PreTrainedModel):

@@ -1,9 +1,11 @@
 """
-Projectors from the vision tower to the language model: (N, patches, vision hidden) to (N, image_seq_length, text hidden).
+Projectors from the vision tower to the language model.
 
-A projector of your own is a class like [`LinearProjector`], a line in `PROJECTORS`, and its name in
-`VisualChatConfig.projector_type`.
+All take (images, patches, vision hidden) to (images, image_seq_length, text hidden). A projector of your own is a
+class like [`LinearProjector`], a line in `PROJECTORS`, and its name in `VisualChatConfig.projector_type`.
 """
+
+from typing import cast
 
 import torch
 from torch import nn
@@ -75,7 +77,7 @@ class PerceiverProjector(nn.Module):
     def __init__(self, config: VisualChatConfig):
         super().__init__()
         hidden_size = vision_feature_size(config)
-        self.queries = nn.Parameter(torch.empty(config.image_seq_length, hidden_size))
+        self.queries = nn.Parameter(torch.empty(cast(int, config.image_seq_length), hidden_size))
         self.context_norm = nn.LayerNorm(hidden_size)
         self.encoder = EncoderLayer(hidden_size, config.projector_hidden_act)
         self.projection = LinearProjector(config)

@@ -12,8 +12,8 @@ The one instruction format (section 3 of arXiv 2309.14327), as the Jinja templat
     ### Question: What's the difference between the three cats?
     ### Answer: The colors of the three cats are different.
 
-Images are numbered through the whole conversation, in the order of the content, which may interleave them with text. An
-answer, with the space before it and its end-of-sequence token, is what the model learns to generate.
+Images are numbered through the whole conversation, in the order of the content, which may interleave them with text.
+An answer, with the space before it and its end-of-sequence token, is what the model learns to generate.
 """
 
 SYSTEM_INSTRUCTION = "You are a powerful vision-language assistant."

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from tqdm.auto import tqdm
@@ -17,7 +18,7 @@ def load_conversations(path: str | Path, image_token: str = "<image>", check_ima
     Args:
         path (`str` or `Path`): JSON lines, each `{"messages": [{"role": …, "content": …}, …]}`, or the bare list.
         image_token (`str`, *optional*, defaults to `"<image>"`): The placeholder, which no text may hold.
-        check_images (`bool`, *optional*, defaults to `True`): Opens every image once. Without, it only has to be there.
+        check_images (`bool`, *optional*, defaults to `True`): Opens every image once; if not, it has to be there.
 
     Returns:
         `datasets.Dataset` with a column `messages`, each a JSON text (messages have no common schema); image paths
@@ -40,7 +41,7 @@ def load_conversations(path: str | Path, image_token: str = "<image>", check_ima
                 record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from error
-            messages = record.get("messages") if isinstance(record, dict) else record
+            messages: Any = record.get("messages") if isinstance(record, dict) else record
             validate_conversation(messages, image_token, where)
             image_paths = _resolve_image_paths(messages, path.parent, where)
             for image_path in image_paths if check_images else ():

@@ -63,7 +63,7 @@ def _validate_content(message: dict, image_token: str, where: str) -> None:
             if image_token in block["text"]:
                 raise ValueError(
                     f"{where} holds a literal {image_token} in its text. Give the image as a block of its own, "
-                    '{"type": "image", "path": …}; to write the characters themselves, pass sanitize_control_tokens=True.'
+                    '{"type": "image", "path": …}; to write the characters, pass sanitize_control_tokens=True.'
                 )
         elif kind in ("image", "image_url"):
             if role != "user":

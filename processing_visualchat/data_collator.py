@@ -37,7 +37,7 @@ class DataCollatorForVisualChat:
             json.loads(example["messages"]) if isinstance(example["messages"], str) else example["messages"]
             for example in examples
         ]
-        batch = self.processor.apply_chat_template(
+        batch: BatchFeature = self.processor.apply_chat_template(
             conversations,
             return_labels=True,
             return_tensors="pt",

@@ -20,8 +20,8 @@ def load_image(source) -> Image.Image:
 
     Args:
         source (`str`, `Path`, `bytes`, `PIL.Image.Image` or array):
-            A path, an http(s) address, a `data:` URI or base64 text, an encoded file in memory, an image, or an array of
-            shape (height, width) or (height, width, channels).
+            A path, an http(s) address, a `data:` URI or base64 text, an encoded file in memory, an image, or an array
+            of shape (height, width) or (height, width, channels).
 
     Returns:
         `PIL.Image.Image`: the image in mode RGB.
@@ -113,7 +113,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """16-bit integers cover 0 to 65535; wider ones and floats are stretched from their least to their greatest value."""
+    """16-bit integers cover 0 to 65535; wider ones and floats are stretched from least to greatest value."""
     values = np.asarray(image).astype(np.float64)
     low, high = (0.0, 65535.0) if values.min() >= 0 and 255 < values.max() <= 65535 else (values.min(), values.max())
     if image.mode == "F" and values.min() >= 0 and values.max() <= 1:

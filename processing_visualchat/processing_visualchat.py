@@ -39,11 +39,13 @@ class VisualChatProcessor(ProcessorMixin):
             raise ValueError("VisualChatProcessor needs an image_processor and a tokenizer.")
         if not isinstance(image_seq_length, int) or image_seq_length < 1:
             raise ValueError(
-                f"image_seq_length must be the number of tokens of an image (config.image_seq_length), got {image_seq_length}."
+                "image_seq_length must be the number of tokens of an image (config.image_seq_length), "
+                f"got {image_seq_length}."
             )
         if image_token not in tokenizer.get_vocab():
             raise ValueError(
-                f"The tokenizer has no token {image_token}; build the processor with from_vision_text_pretrained, which adds it."
+                f"The tokenizer has no token {image_token}; build the processor with from_vision_text_pretrained, "
+                "which adds it."
             )
         if tokenizer.eos_token is None:
             raise ValueError("The tokenizer has no end-of-sequence token, without which an answer never ends.")
@@ -103,8 +105,9 @@ class VisualChatProcessor(ProcessorMixin):
         for row, ids in enumerate(inputs.get("input_ids", ())):
             if len(ids) > self.tokenizer.model_max_length:
                 raise ValueError(
-                    f"Text {row} of the batch has {len(ids)} tokens, {self.image_seq_length} for an image; the model reads "
-                    f"{self.tokenizer.model_max_length}. Leave out rounds or images: a cut could go through an image."
+                    f"Text {row} of the batch has {len(ids)} tokens, {self.image_seq_length} for an image; the model "
+                    f"reads {self.tokenizer.model_max_length}. Leave out rounds or images; a cut could go "
+                    "through an image."
                 )
         return inputs
 
@@ -120,13 +123,13 @@ class VisualChatProcessor(ProcessorMixin):
         self, conversation, chat_template: str | None = None, return_labels: bool = False, **kwargs
     ) -> str | list[str] | BatchFeature | list:
         """
-        Renders a conversation, or a batch of them, and with `tokenize=True, return_dict=True` prepares it for the model.
+        Renders a conversation, or a batch of them; `tokenize=True, return_dict=True` prepares it for the model.
 
         Args:
             conversation (`list[dict]` or `list[list[dict]]`): Messages, see [`validate_conversation`].
             chat_template (`str`, *optional*): Another template.
-            return_labels (`bool`, *optional*, defaults to `False`): Adds `labels` of shape (B, S): the ids of the answers
-                with their end-of-sequence token, -100 elsewhere.
+            return_labels (`bool`, *optional*, defaults to `False`): Adds `labels` of shape (B, S): the ids of the
+                answers with their end-of-sequence token, -100 elsewhere.
             kwargs: As in `ProcessorMixin.apply_chat_template`; arguments of the tokenizer go into `processor_kwargs`.
 
         Raises:
@@ -158,7 +161,8 @@ class VisualChatProcessor(ProcessorMixin):
                 for block in message["content"] if not isinstance(message["content"], str) else ():
                     if block["type"] == "image" and not {"image", "path", "url", "base64"} & block.keys():
                         raise ValueError(
-                            f"{name}, message {index} has an image without a source; give it a path, url, base64 or image."
+                            f"{name}, message {index} has an image without a source; give it a path, url, base64 "
+                            "or image."
                         )
 
     def _get_num_multimodal_tokens(self, image_sizes: list[tuple[int, int]] | None = None, **kwargs):

@@ -1,4 +1,4 @@
-"""Real pretrained parts, out of packages that carry them: SmolLM2-135M-Instruct (GGUF) and a DINOv2 ViT-S/14 (ONNX)."""
+"""Real pretrained parts out of packages: SmolLM2-135M-Instruct (GGUF) and a DINOv2 ViT-S/14 (ONNX)."""
 
 from importlib.metadata import files
 from pathlib import Path

@@ -40,7 +40,7 @@ def outputs_and_gradients(attention, query, key, value, *args, **kwargs):
     output = attention(query, key, value, *args, **kwargs)
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(7)).to(output.dtype)
     gradients = torch.autograd.grad((output * weights).sum(), (query, key, value))
-    return {name: tensor for name, tensor in zip(("output", "query", "key", "value"), (output, *gradients))}
+    return dict(zip(("output", "query", "key", "value"), (output, *gradients)))
 
 
 def assert_errs_no_more_than_rounding(actual, expected):
@@ -75,7 +75,7 @@ def test_fewer_queries_than_keys_are_the_last_ones(rows, num_queries):
 
 
 def test_written_by_hand():
-    """Keys of zeros make every softmax a mean, so each output is a mean of values that one can read off the drawing."""
+    """Keys of zeros make every softmax a mean, so each output is a mean that one can read off the drawing."""
     value = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0]).view(1, 1, 6, 1)
     zeros = torch.zeros(1, 1, 6, 1)
     ids = torch.tensor([[1, 1, 0, 0, 1, 0]])  # I I T T I T

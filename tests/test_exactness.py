@@ -1,4 +1,4 @@
-"""What MMCA promises of a whole model: exact independence of images, and nothing read from the future or from padding."""
+"""What MMCA promises of a whole model: images are independent, nothing reads the future or padding."""
 
 import pytest
 import torch

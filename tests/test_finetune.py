@@ -95,9 +95,19 @@ def test_the_default_runs_and_leaves_everything(tmp_path):
     assert len(losses(output)) == 2
     again = finetune_directly(*SHORT, "--output_dir", output)
     assert again.returncode != 0 and "exists and is not empty" in again.stderr
+    picture = next((output / "pictures").iterdir())
+    lines = [
+        "what digit is it?",
+        f"/image {output}/nowhere.png",
+        f"/image {picture}",
+        "and this?",
+        "/what",
+        "/new",
+        "Hi",
+    ]
     chat = subprocess.run(
-        [sys.executable, str(EXAMPLES / "chat.py"), str(output), "--image", str(next((output / "pictures").iterdir()))],
-        input=f"what digit is it?\n/image {output}/nowhere.png\n/image {next((output / 'pictures').iterdir())}\nand this?\n/what\n/new\nHi\n/quit\n",
+        [sys.executable, str(EXAMPLES / "chat.py"), str(output), "--image", str(picture)],
+        input="\n".join([*lines, "/quit"]),
         capture_output=True, text=True, env=environment(), timeout=120,
     )  # fmt: skip
     assert chat.returncode == 0, chat.stderr[-2000:]
@@ -135,8 +145,10 @@ def test_a_rank_whose_batch_has_no_image(tmp_path, data):
     """One conversation a rank and a step: sooner or later one rank has text alone, and nothing hangs."""
     output = tmp_path / "out"
     finetune(
-        "--config", EXAMPLES / "configs" / "finetune.yaml", "--model", data / "checkpoint", "--train_file", data / "train.jsonl",
-        "--output_dir", output, "--num_train_epochs", "1", "--gradient_accumulation_steps", "1", "--save_strategy", "no",
+        "--config", EXAMPLES / "configs" / "finetune.yaml",
+        "--model", data / "checkpoint", "--train_file", data / "train.jsonl",
+        "--output_dir", output, "--num_train_epochs", "1", "--gradient_accumulation_steps", "1",
+        "--save_strategy", "no",
         "--deepspeed", EXAMPLES / "configs" / "zero3.json", "--max_length", "400", "--logging_steps", "1",
         launcher=["--use_deepspeed", "--num_processes", "2", "--main_process_port", "29507"],
     )  # fmt: skip
@@ -147,7 +159,8 @@ def test_a_rank_whose_batch_has_no_image(tmp_path, data):
 @pytest.mark.slow
 def test_own_data_trains_only_what_is_trainable_and_resumes(tmp_path, data):
     flags = [
-        "--config", EXAMPLES / "configs" / "finetune.yaml", "--model", data / "checkpoint", "--train_file", data / "train.jsonl",
+        "--config", EXAMPLES / "configs" / "finetune.yaml",
+        "--model", data / "checkpoint", "--train_file", data / "train.jsonl",
         "--eval_file", data / "train.jsonl", "--max_length", "400", "--per_device_train_batch_size", "3",
         "--gradient_accumulation_steps", "1", "--logging_steps", "1", "--save_strategy", "steps", "--save_steps", "2",
         "--num_train_epochs", "2",

@@ -74,5 +74,5 @@ def test_one_commit_makes_a_repository_that_anyone_loads(tmp_path):
 
 
 def test_a_missing_card_is_refused_before_anything_is_sent(tmp_path):
-    with pytest.raises(FileNotFoundError, match="No model card at .*nowhere.md"):
+    with pytest.raises(FileNotFoundError, match=r"No model card at .*nowhere\.md"):
         make_model().push_to_hub("someone/model", processor=make_processor(), card=str(tmp_path / "nowhere.md"))

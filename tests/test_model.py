@@ -249,22 +249,22 @@ def test_half_a_dual_encoder_joins(tmp_path):
     assert type(model.model.vision_tower).__name__ == "CLIPVisionModel"
 
 
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 99}
 UNFIT_DECODERS = {
     "gpt2": (GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=99), "its positions are not rotary"),
-    "opt": (OPTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=32, vocab_size=99), "positions are not rotary"),
-    "bloom": (BloomConfig(hidden_size=32, n_layer=2, n_head=2, vocab_size=99), "does not take its attention from transformers"),
-    "mpt": (MptConfig(d_model=32, n_layers=2, n_heads=2, vocab_size=99), "does not take its attention from transformers"),
-    "falcon": (FalconConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=99), "does not take its attention"),
+    "opt": (OPTConfig(**TINY, ffn_dim=32), "its positions are not rotary"),
+    "bloom": (BloomConfig(hidden_size=32, n_layer=2, n_head=2, vocab_size=99), "does not take its attention from"),
+    "mpt": (MptConfig(d_model=32, n_layers=2, n_heads=2, vocab_size=99), "does not take its attention from"),
+    "falcon": (FalconConfig(**TINY), "does not take its attention from"),
     "mamba": (MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=99), "does not take its attention"),
     "gpt_oss": (
         GptOssConfig(
-            hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-            head_dim=16, num_local_experts=2, vocab_size=99,
+            **TINY, intermediate_size=32, num_key_value_heads=2, head_dim=16, num_local_experts=2
         ),
         "more than a softmax over keys",
     ),
     "qwen3_next": (
-        Qwen3NextConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, num_experts=2, vocab_size=99),
+        Qwen3NextConfig(**{**TINY, "num_hidden_layers": 4}, intermediate_size=32, num_experts=2),
         "layers of type linear_attention mix tokens by other means|does not take its attention",
     ),
 }  # fmt: skip

@@ -190,7 +190,7 @@ def palette_image():
 
 def half_transparent():
     image = Image.new("RGBA", (6, 4), (0, 0, 0, 0))
-    image.paste(PIXEL + (255,), (0, 0, 3, 4))
+    image.paste((*PIXEL, 255), (0, 0, 3, 4))
     return image
 
 
@@ -200,7 +200,7 @@ def half_transparent():
         (solid("L", 77), (77, 77, 77)),
         (solid("1", 1), (255, 255, 255)),
         (palette_image(), PIXEL),
-        (solid("RGBA", PIXEL + (255,)), PIXEL),
+        (solid("RGBA", (*PIXEL, 255)), PIXEL),
         (solid("LA", (77, 255)), (77, 77, 77)),
         (solid("RGBA", (10, 20, 30, 0)), (255, 255, 255)),
         (Image.fromarray(np.full((4, 6), 40000, dtype=np.uint16)), (156, 156, 156)),

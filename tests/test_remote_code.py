@@ -135,7 +135,8 @@ results["implementation"] = model.model.language_model.config._attn_implementati
 results["generated"] = model.generate(**inputs, max_new_tokens=6, do_sample=False).tolist()
 results["hidden"] = base(**inputs).last_hidden_state.tolist()
 pipe = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
-results["pipeline"] = pipe(text=messages, max_new_tokens=6, do_sample=False, return_full_text=False)[0]["generated_text"]
+(answer,) = pipe(text=messages, max_new_tokens=6, do_sample=False, return_full_text=False)
+results["pipeline"] = answer["generated_text"]
 model.save_pretrained(output)
 processor.save_pretrained(output)
 print(json.dumps(results))
@@ -147,8 +148,9 @@ def test_remote_code_in_a_process_that_cannot_import_the_packages(tmp_path, chat
     picture = chat[0]["content"][0]["path"]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    arguments = [str(tmp_path / "checkpoint"), picture, str(tmp_path / "again")]
     completed = subprocess.run(
-        [sys.executable, "-I", "-c", HIDE_PACKAGES + CLEAN_PROCESS, str(tmp_path / "checkpoint"), picture, str(tmp_path / "again")],
+        [sys.executable, "-I", "-c", HIDE_PACKAGES + CLEAN_PROCESS, *arguments],
         capture_output=True, text=True, env=environment, cwd=tmp_path,
     )  # fmt: skip
     assert completed.returncode == 0, completed.stderr[-3000:]
