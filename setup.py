@@ -9,10 +9,10 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 CONFIGURATION = ROOT / "configuration_visualchat" / "configuration_visualchat.py"
 
-# Pillow draws the chats of the main job with matplotlib; scikit-learn carries its scans.
-EXAMPLES = ["matplotlib>=3.9,<4", "scikit-learn>=1.5,<2", "pyyaml>=6,<7"]
+# scikit-learn carries the scans of the main job, matplotlib draws its chats.
+EXAMPLES = ["matplotlib>=3.11,<4", "scikit-learn>=1.9,<2", "pyyaml>=6,<7"]
 GGUF = ["gguf>=0.19,<0.20"]
-TESTS = ["pytest>=8,<10", "ruff>=0.14,<1", "mypy>=1.18,<3", "types-PyYAML>=6"]
+TESTS = ["pytest>=9,<10", "ruff>=0.17.6,<0.18", "mypy>=2.4,<3", "onnx>=1.23,<2", "onnxruntime>=1.32,<2"]
 
 setup(
     name="visualchat",
@@ -29,10 +29,10 @@ setup(
         "transformers>=5.23,<5.24",
         "accelerate>=1.15,<2",
         "deepspeed>=0.19.8,<0.20",
-        "datasets>=4,<6",
-        "safetensors>=0.6,<1",
-        "peft>=0.21,<0.22",
-        "pillow>=11.3,<13",
+        "datasets>=5.2,<6",
+        "safetensors>=0.8,<1",
+        "peft>=0.21.2,<0.22",
+        "pillow>=11.3,<14",
     ],
     extras_require={"examples": EXAMPLES, "gguf": GGUF, "tests": EXAMPLES + GGUF + TESTS},
 )
