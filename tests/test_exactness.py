@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from conftest import IMAGE_SEQ_LENGTH, TEXT_CONFIGS, make_model, pad_left, pixels, tokens
 from transformers import AutoModelForCausalLM
 
-from conftest import IMAGE_SEQ_LENGTH, TEXT_CONFIGS, make_model, pad_left, pixels, tokens
 from modeling_visualchat import mmca_attention_reference
 from modeling_visualchat.attention_visualchat import MMCA_PREFIX, MultiModalCausalAttention
 

@@ -11,10 +11,10 @@ import time
 
 import pytest
 import torch
+from conftest import draw_picture, make_model, make_processor
 from test_remote_code import REPOSITORY
 from transformers import AutoProcessor
 
-from conftest import draw_picture, make_model, make_processor
 from modeling_visualchat import VisualChatForConditionalGeneration
 from processing_visualchat import load_conversations
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from conftest import IMAGE_SEQ_LENGTH, IMAGE_TOKEN_ID, TEXT_CONFIGS, make_model, pad_left, pixels, tokens
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
-from conftest import IMAGE_SEQ_LENGTH, IMAGE_TOKEN_ID, TEXT_CONFIGS, make_model, pad_left, pixels, tokens
 from modeling_visualchat import VisualChatForConditionalGeneration
 
 

@@ -7,10 +7,9 @@ import sys
 
 import pytest
 import torch
+from conftest import make_model, make_processor, pixels, tokens
 from hub_stand_in import HubStandIn
 from test_remote_code import CODE, HIDE_PACKAGES, REPOSITORY
-
-from conftest import make_model, make_processor, pixels, tokens
 
 
 PUSH = """

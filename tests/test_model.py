@@ -2,6 +2,16 @@
 
 import pytest
 import torch
+from conftest import (
+    IMAGE_SEQ_LENGTH,
+    IMAGE_TOKEN_ID,
+    VOCAB_SIZE,
+    make_config,
+    make_model,
+    make_processor,
+    pixels,
+    tokens,
+)
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
@@ -24,16 +34,6 @@ from transformers import (
 )
 
 from configuration_visualchat import VisualChatConfig
-from conftest import (
-    IMAGE_SEQ_LENGTH,
-    IMAGE_TOKEN_ID,
-    VOCAB_SIZE,
-    make_config,
-    make_model,
-    make_processor,
-    pixels,
-    tokens,
-)
 from modeling_visualchat import VisualChatForConditionalGeneration
 
 

@@ -5,11 +5,11 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from conftest import draw_picture
 from onnx import helper
 from real_parts import dinov2_onnx, save_dinov2, smollm2_gguf
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from conftest import draw_picture
 from modeling_visualchat import VisualChatForConditionalGeneration
 from modeling_visualchat.parts_visualchat import image_features_length, load_language_model
 from processing_visualchat import VisualChatProcessor

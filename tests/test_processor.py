@@ -6,9 +6,9 @@ import io
 import numpy as np
 import pytest
 import torch
+from conftest import IMAGE_SEQ_LENGTH, IMAGE_TOKEN_ID, draw_picture, make_processor
 from PIL import Image
 
-from conftest import IMAGE_SEQ_LENGTH, IMAGE_TOKEN_ID, draw_picture, make_processor
 from processing_visualchat import DataCollatorForVisualChat, VisualChatProcessor, load_image
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_config, make_model, make_processor, pixels, tokens
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -19,7 +20,6 @@ from transformers import (
 )
 
 from configuration_visualchat import VisualChatConfig
-from conftest import make_config, make_model, make_processor, pixels, tokens
 from modeling_visualchat import VisualChatForConditionalGeneration, VisualChatModel
 from processing_visualchat import VisualChatProcessor
 
