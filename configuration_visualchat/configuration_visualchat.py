@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -24,7 +25,6 @@ NUM_EXTRA_VISION_TOKENS = {
     "dinov2": 1,
     "vit": 1,
     "siglip_vision_model": 0,
-    "siglip2_vision_model": 0,
 }
 NUM_PERCEIVER_QUERIES = 256
 
@@ -150,12 +150,32 @@ class VisualChatConfig(PreTrainedConfig):
         num_tokens = (image_size // patch_size) ** 2 + num_extra_tokens
         return num_tokens - 1 if self.vision_feature_select_strategy == "default" else num_tokens
 
-    def validate_image_seq_length(self):
-        """Part of `@strict` validation: an image takes at least one token, and a placeholder has an id."""
+    def validate_images(self):
+        """Part of `@strict` validation: an image takes at least one token, and its placeholder has an id."""
         if self.image_seq_length is not None and self.image_seq_length < 1:
             raise ValueError(f"image_seq_length must be at least 1, got {self.image_seq_length}.")
         if self.image_token_id < 0:
             raise ValueError(f"image_token_id must not be negative, got {self.image_token_id}.")
+
+    def validate_vision_feature_layer(self):
+        """Part of `@strict` validation: every layer that is read exists."""
+        layer = self.vision_feature_layer
+        layers = layer if isinstance(layer, list) else [layer]
+        num_layers = getattr(self.vision_config, "num_hidden_layers", None)
+        if not layers:
+            raise ValueError("vision_feature_layer must name at least one layer, got [].")
+        if num_layers is not None and not all(-num_layers - 1 <= index <= num_layers for index in layers):
+            raise ValueError(
+                f"vision_feature_layer must lie between {-num_layers - 1} and {num_layers} for a vision tower of "
+                f"{num_layers} layers, got {layer}."
+            )
+
+    def validate_projector_hidden_act(self):
+        """Part of `@strict` validation: the activation of the projector is one that transformers knows."""
+        if self.projector_hidden_act not in ACT2FN:
+            raise ValueError(
+                f"projector_hidden_act must be one of {', '.join(sorted(ACT2FN))}, got {self.projector_hidden_act!r}."
+            )
 
 
 VisualChatConfig.register_for_auto_class()

@@ -9,10 +9,10 @@ Talks to a saved VisualChat checkpoint in the terminal: several rounds, images b
     /quit            leave
 """
 
+import os
 import readline  # noqa: F401  (line editing and history in input())
 import shlex
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from pathlib import Path
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache, TextStreamer, logging
@@ -77,9 +77,7 @@ def main() -> None:
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
     chat = Chat(model, processor, arguments.max_new_tokens)
-    images = list(arguments.image)
-    for path in images:
-        show(path)
+    images = show(arguments.image)
     print("Ask a question. /image PATH shows an image with it, /new starts again, /quit leaves.")
     while True:
         try:
@@ -93,7 +91,10 @@ def main() -> None:
             chat.start_anew()
             images = []
         elif line.startswith("/image"):
-            images += [path for path in shlex.split(line)[1:] if show(path)]
+            try:
+                images += show(shlex.split(line)[1:])
+            except ValueError as error:
+                print(f"error: {error}; put a path with quotes or spaces in double quotes")
         elif line.startswith("/"):
             print(f"Unknown command {line.split()[0]}; there are /image, /new and /quit.")
         elif line:
@@ -104,15 +105,18 @@ def main() -> None:
                 print(f"error: {error}")
 
 
-def show(path: str) -> bool:
-    """Whether an image can be opened; says so either way."""
-    try:
-        image = processing_visualchat.load_image(Path(path).expanduser())
-    except (OSError, ValueError) as error:
-        print(f"error: {error}")
-        return False
-    print(f"[{path}: {image.width} x {image.height}]")
-    return True
+def show(paths: list[str]) -> list[str]:
+    """Those of the images that can be opened; says so of each."""
+    readable = []
+    for path in map(os.path.expanduser, paths):
+        try:
+            image = processing_visualchat.load_image(path)
+        except (OSError, ValueError) as error:
+            print(f"error: {error}")
+            continue
+        print(f"[{path}: {image.width} x {image.height}]")
+        readable.append(path)
+    return readable
 
 
 if __name__ == "__main__":

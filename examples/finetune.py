@@ -45,8 +45,10 @@ class FinetuneArguments:
         default=None, metadata={"help": "JSON lines of conversations; without, the digits."}
     )
     eval_file: str | None = field(default=None, metadata={"help": "JSON lines of conversations to evaluate on."})
-    attention_type: str = field(default="mmca", metadata={"help": "Of the digits model: mmca or causal."})
-    projector_type: str = field(default="linear", metadata={"help": "Of the digits model: linear, mlp or vit."})
+    attention_type: str | None = field(
+        default=None, metadata={"help": "Of the digits model: mmca (default) or causal."}
+    )
+    projector_type: str | None = field(default=None, metadata={"help": "Of the digits model: linear, mlp or vit."})
     trainable: list[str] = field(
         default_factory=lambda: ["multi_modal_projector", "input_embeddings"],
         metadata={
@@ -75,7 +77,7 @@ def parse_arguments(argv: list[str]) -> tuple[FinetuneArguments, TrainingArgumen
         parser.error(f"{config_path} has the unknown argument {', '.join(unknown)}")
     parser.set_defaults(**defaults)
     if any(flag.split("=")[0] == "--deepspeed" for flag in flags) or defaults.get("deepspeed"):
-        prepare_deepspeed(defaults.get("use_cpu", False))
+        prepare_deepspeed(defaults.get("use_cpu", False) or "--use_cpu" in flags)
     arguments, training_arguments = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)[:2]
     if training_arguments.label_smoothing_factor:
         parser.error(
@@ -84,6 +86,10 @@ def parse_arguments(argv: list[str]) -> tuple[FinetuneArguments, TrainingArgumen
         )
     if (arguments.model is None) != (arguments.train_file is None):
         parser.error("--model and --train_file go together; without both, the digits are trained on")
+    if arguments.model is None and arguments.eval_file is not None:
+        parser.error("--eval_file goes with --model and --train_file; the digits have an evaluation of their own")
+    if arguments.model is not None and not {arguments.attention_type, arguments.projector_type} <= {None}:
+        parser.error("--attention_type and --projector_type are of the digits model; a checkpoint has its own")
     training_arguments.remove_unused_columns = False
     return arguments, training_arguments
 
@@ -97,39 +103,32 @@ def prepare_deepspeed(use_cpu: bool) -> None:
         deepspeed.init_distributed(dist_backend="gloo", verbose=False)
 
 
-def check_output_folder(training_arguments: TrainingArguments) -> None:
-    folder = Path(training_arguments.output_dir)
-    if training_arguments.resume_from_checkpoint is None and folder.exists() and any(folder.iterdir()):
-        raise SystemExit(
-            f"finetune.py: error: the output folder {folder} exists and is not empty. Choose another --output_dir, or "
-            "go on from its last checkpoint with --resume_from_checkpoint true."
-        )
-
-
 def find_checkpoint(training_arguments: TrainingArguments) -> str | None:
-    """The checkpoint to resume from; of `true`, the newest one that was written to its end."""
-    wanted = training_arguments.resume_from_checkpoint
-    if wanted is None or wanted.lower() == "false":
-        return None
-    if wanted.lower() != "true":
+    """
+    The checkpoint to resume from; of `true`, the newest one that was written to its end.
+
+    Raises:
+        `SystemExit`: there is none, or the output folder is in use and nothing is said of resuming.
+    """
+    folder, wanted = Path(training_arguments.output_dir), training_arguments.resume_from_checkpoint or "false"
+    if wanted.lower() not in ("true", "false"):
         return wanted
-    folders = sorted(
-        Path(training_arguments.output_dir).glob("checkpoint-*"),
-        key=lambda path: int(path.name.split("-")[1]),
-        reverse=True,
-    )
+    if wanted.lower() == "false":
+        if folder.exists() and any(folder.iterdir()):
+            raise SystemExit(
+                f"finetune.py: error: the output folder {folder} exists and is not empty. Choose another "
+                "--output_dir, or go on from its last checkpoint with --resume_from_checkpoint true."
+            )
+        return None
     needed = ["trainer_state.json"] + (["latest"] if training_arguments.deepspeed else [])
-    for folder in folders:
-        if all((folder / name).is_file() for name in needed):
-            return str(folder)
-    raise SystemExit(
-        f"finetune.py: error: {training_arguments.output_dir} holds no complete checkpoint to resume from."
-    )
+    complete = [path for path in folder.glob("checkpoint-*") if all((path / name).is_file() for name in needed)]
+    if not complete:
+        raise SystemExit(f"finetune.py: error: {folder} holds no complete checkpoint to resume from.")
+    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2])))
 
 
 def main() -> None:
     arguments, training_arguments = parse_arguments(sys.argv[1:])
-    check_output_folder(training_arguments)
     checkpoint = find_checkpoint(training_arguments)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if training_arguments.world_size != world_size:
@@ -143,19 +142,19 @@ def main() -> None:
     set_seed(training_arguments.seed)
 
     if arguments.train_file is None:
-        model, processor = build_model(arguments.attention_type, arguments.projector_type)
+        model, processor = build_model(arguments.attention_type or "mmca", arguments.projector_type or "linear")
         train_scans, test_scans = load_scans()
         batch_size = training_arguments.train_batch_size * training_arguments.gradient_accumulation_steps * world_size
         train_dataset = DigitConversations(train_scans, max(training_arguments.max_steps, 100) * batch_size)
         eval_dataset = None
     else:
-        processor = AutoProcessor.from_pretrained(arguments.model)
-        train_dataset, eval_dataset = (
-            load_conversations(path, processor.image_token, arguments.check_images) if path else None
-            for path in (arguments.train_file, arguments.eval_file)
-        )
         model = VisualChatForConditionalGeneration.from_pretrained(arguments.model)
         model.set_trainable(*arguments.trainable)
+        processor = AutoProcessor.from_pretrained(arguments.model)
+        train_dataset, eval_dataset = (
+            load_conversations(path, processor, arguments.max_length, arguments.check_images) if path else None
+            for path in (arguments.train_file, arguments.eval_file)
+        )
 
     trainer = Trainer(
         model=model,

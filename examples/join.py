@@ -10,9 +10,17 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from modeling_visualchat import VisualChatForConditionalGeneration
 from processing_visualchat import VisualChatProcessor
+
+
+@torch.no_grad()
+def check(model: VisualChatForConditionalGeneration, processor: VisualChatProcessor) -> None:
+    """One blank image through both, before anything is written: their lengths have to agree."""
+    messages = [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (64, 64))}]}]
+    model(**processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt"))
 
 
 def main() -> None:
@@ -23,6 +31,7 @@ def main() -> None:
     parser.add_argument("--projector_type", default="linear", help="linear, mlp, vit or perceiver")
     parser.add_argument("--attention_type", default="mmca", help="mmca or causal")
     parser.add_argument("--vision_feature_layer", type=int, default=-1, help="hidden state of the encoder to read")
+    parser.add_argument("--image_seq_length", type=int, help="tokens of an image, if not what the encoder yields")
     parser.add_argument("--seed", type=int, default=0, help="of the new projector")
     arguments = parser.parse_args()
     if arguments.output.exists() and any(arguments.output.iterdir()):
@@ -35,10 +44,12 @@ def main() -> None:
         projector_type=arguments.projector_type,
         attention_type=arguments.attention_type,
         vision_feature_layer=arguments.vision_feature_layer,
+        **({} if arguments.image_seq_length is None else {"image_seq_length": arguments.image_seq_length}),
     )
     processor = VisualChatProcessor.from_vision_text_pretrained(
         arguments.vision, arguments.text, image_seq_length=model.config.image_seq_length
     )
+    check(model, processor)
     model.save_pretrained(arguments.output)
     processor.save_pretrained(arguments.output)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -210,7 +210,15 @@ def create_mmca_masks(
 
     Returns:
         `torch.Tensor` of shape `(B, 2, Q, S)`, or a `dict` of them by layer type.
+
+    Raises:
+        `ValueError`: `attention_mask` and `mm_token_type_ids` cover different tokens.
     """
+    if attention_mask is not None and attention_mask.shape != mm_token_type_ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; it has to cover past and current tokens, "
+            f"{tuple(mm_token_type_ids.shape)}."
+        )
     sequence_ids = None
     if position_ids is not None and attention_mask is None and past_key_values is None:
         # Here and not in transformers, which would hand positions to the mask function where it needs indices.
@@ -231,13 +239,8 @@ def sdpa_kernel(
     mask: torch.Tensor,
     scaling: float | None,
     dropout: float = 0.0,
-    softcap: float | None = None,
 ) -> tuple[torch.Tensor, None]:
     """One masked softmax by PyTorch's fused kernel: (B, H, Q, D) and no weights. A row without a key is zero."""
-    if softcap is not None:
-        raise ValueError(
-            f'The sdpa kernel cannot cap attention scores (softcap={softcap}); load with attn_implementation="eager".'
-        )
     has_key = mask.any(dim=-1, keepdim=True)
     output = nn.functional.scaled_dot_product_attention(
         query,
@@ -258,14 +261,11 @@ def eager_kernel(
     mask: torch.Tensor,
     scaling: float | None,
     dropout: float = 0.0,
-    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One masked softmax spelled out: (B, H, Q, D) and the weights (B, H, Q, S). A row without a key is zero."""
     queries_per_key = query.shape[1] // key.shape[1]
     key, value = (states.repeat_interleave(queries_per_key, dim=1) for states in (key, value))
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
     has_key = mask.any(dim=-1, keepdim=True)
     weights = scores.masked_fill(~(mask | ~has_key), float("-inf")).softmax(dim=-1, dtype=torch.float32)
     weights = weights.masked_fill(~has_key, 0.0).to(query.dtype)
@@ -273,11 +273,11 @@ def eager_kernel(
     return weights @ value, weights
 
 
-def _attend(kernel: Callable, query, key, value, mask, scaling, dropout=0.0, softcap=None):
+def _attend(kernel: Callable, query, key, value, mask, scaling, dropout=0.0):
     """The sum of one softmax for every channel of the mask, and the sum of their weights where the kernel has any."""
     output, weights = None, None
     for channel in mask.split(1, dim=1):
-        channel_output, channel_weights = kernel(query, key, value, channel, scaling, dropout, softcap)
+        channel_output, channel_weights = kernel(query, key, value, channel, scaling, dropout)
         output = channel_output if output is None else output + channel_output
         if channel_weights is not None:
             weights = channel_weights if weights is None else weights + channel_weights
@@ -326,9 +326,12 @@ class MultiModalCausalAttention:
         """
         if attention_mask is None:
             raise ValueError(f"{type(module).__name__} called multi-modal causal attention without a mask.")
-        if s_aux is not None or position_bias is not None:
-            raise ValueError(f"{type(module).__name__} uses attention sinks or a position bias; MMCA has neither.")
-        output, weights = _attend(self.kernel, query, key, value, attention_mask, scaling, dropout, softcap)
+        if not (softcap is None and s_aux is None and position_bias is None):
+            raise ValueError(
+                f"{type(module).__name__} caps its scores, has sinks or a position bias; MMCA is not defined with "
+                "these."
+            )
+        output, weights = _attend(self.kernel, query, key, value, attention_mask, scaling, dropout)
         return output.transpose(1, 2).contiguous(), weights
 
 
@@ -382,7 +385,11 @@ def check_decoder(config: PreTrainedConfig) -> None:
     elif getattr(config, "rope_parameters", None) is None:
         reason = "its positions are not rotary, so an image would depend on where it stands"
     elif not decoder_class._supports_sdpa:
-        reason = "its attention is more than a softmax over keys (it has sinks, for one)"
+        reason = "its attention is more than a softmax over keys (sinks, or scores that are capped)"
+    elif getattr(config, "hidden_size_per_layer_input", None):
+        reason = "its layers read the token ids beside the embeddings, which an image does not have"
+    elif hasattr(config, "keep_window_size"):
+        reason = "its attention chooses keys by itself"
     elif getattr(config, "use_bidirectional_attention", False):
         reason = "its attention is bidirectional"
     if reason is not None:

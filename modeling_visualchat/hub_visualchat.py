@@ -54,6 +54,8 @@ def push_repository(
             model_card.data.tags = sorted({*(model_card.data.tags or []), *(tags or [])})
             model_card.save(Path(folder) / "README.md")
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,

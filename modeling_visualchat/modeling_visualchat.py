@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, Cache, PreTrainedModel
 from transformers import initialization as init
-from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple, torch_compilable_check
@@ -15,8 +14,15 @@ from transformers.utils.output_capturing import select_hidden_states
 
 from .attention_visualchat import MMCA_PREFIX, check_decoder, create_mmca_masks, mmca_implementation
 from .configuration_visualchat import VisualChatConfig
+from .generation_visualchat import VisualChatGenerationMixin
 from .hub_visualchat import push_repository
-from .parts_visualchat import image_features_length, load_language_model, load_vision_tower, placeholder_token_id
+from .parts_visualchat import (
+    image_shape,
+    load_language_model,
+    load_vision_tower,
+    placeholder_token_id,
+    vision_sequence_length,
+)
 from .projector_visualchat import PROJECTORS, PerceiverProjector
 
 
@@ -100,10 +106,11 @@ class VisualChatPreTrainedModel(PreTrainedModel):
         Raises:
             `ValueError`: a kernel on which MMCA is not available.
         """
-        requested = attn_implementation
+        requested: Any = attn_implementation
         if self.config.attention_type == "mmca":
             if not isinstance(requested, dict):
-                requested = {"": requested, "vision_config": requested, "text_config": requested}
+                kernel = requested.removeprefix(MMCA_PREFIX)
+                requested = {"": kernel, "vision_config": kernel, "text_config": kernel}
             if "text_config" in requested:
                 requested = {**requested, "text_config": mmca_implementation(requested["text_config"])}
         super().set_attn_implementation(requested, allow_all_kernels=allow_all_kernels)
@@ -143,13 +150,18 @@ class VisualChatModel(VisualChatPreTrainedModel):
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = PROJECTORS[config.projector_type](config)
         # Before the decoder is built, so that no way of loading leaves it with a plain kernel.
-        text_implementation = config.text_config._attn_implementation
-        if config.attention_type == "mmca":
-            config.text_config._attn_implementation = mmca_implementation(text_implementation)
-        elif text_implementation is not None:
-            config.text_config._attn_implementation = text_implementation.removeprefix(MMCA_PREFIX)
+        self._choose_attention(config.text_config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
+
+    def _choose_attention(self, text_config) -> None:
+        """Whatever kernel was asked for, and by whatever way, the attention stays of `config.attention_type`."""
+        implementation = text_config._attn_implementation
+        if self.config.attention_type == "mmca":
+            if implementation is None or not implementation.startswith(MMCA_PREFIX):
+                text_config._attn_implementation = mmca_implementation(implementation)
+        elif implementation is not None and implementation.startswith(MMCA_PREFIX):
+            text_config._attn_implementation = implementation.removeprefix(MMCA_PREFIX)
 
     def get_image_features(
         self,
@@ -272,7 +284,7 @@ class VisualChatModel(VisualChatPreTrainedModel):
             image_outputs = self.get_image_features(pixel_values, vision_feature_layer, vision_feature_select_strategy)
         image_features = None if image_outputs is None else torch.stack(tuple(image_outputs.pooler_output))
         blank_features = None
-        if image_features is None and self.training and _world_size() > 1:
+        if image_features is None and self._needs_an_image(past_key_values):
             # Every rank runs the same modules in the same order, also one whose batch has no image: sharded
             # parameters are gathered together. The blank image adds exactly zero.
             blank_features = self._features_of_a_blank_image()
@@ -280,6 +292,7 @@ class VisualChatModel(VisualChatPreTrainedModel):
         embeds, is_image = self._embed(input_ids, inputs_embeds, image_features)
         if blank_features is not None:
             embeds = embeds + 0.0 * blank_features.sum().to(embeds.device)
+        self._choose_attention(self.language_model.config)
         if self.config.attention_type == "mmca" and not _is_prepared(attention_mask):
             attention_mask = create_mmca_masks(
                 self.config.text_config,
@@ -324,14 +337,22 @@ class VisualChatModel(VisualChatPreTrainedModel):
             inputs_embeds = inputs_embeds.masked_scatter(is_image.unsqueeze(-1), image_features)
         return inputs_embeds, is_image
 
+    def _needs_an_image(self, past_key_values: Cache | None) -> bool:
+        """Whether a rank without images has to run the vision tower all the same."""
+        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+            return False
+        # No rank has images beyond the first step of generation.
+        is_sharded = any(hasattr(parameter, "ds_id") for parameter in self.vision_tower.parameters())
+        return self.training or (is_sharded and _num_past(past_key_values) == 0)
+
     def _features_of_a_blank_image(self) -> torch.Tensor:
-        size, channels = self.config.vision_config.image_size, self.config.vision_config.num_channels
-        blank = torch.zeros(1, channels, size, size, device=self.device, dtype=self.vision_tower.dtype)
+        shape = image_shape(self.config.vision_config)
+        blank = torch.zeros(1, *shape, device=self.device, dtype=self.vision_tower.dtype)
         return self.get_image_features(blank).pooler_output[0]
 
     def _complete_mm_token_type_ids(self, mm_token_type_ids, is_image, past_key_values, num_queries):
         """The modality of past and current tokens: as given, or read off the current ones when there is no past."""
-        num_past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        num_past = _num_past(past_key_values)
         if mm_token_type_ids is None:
             if num_past > 0 or is_image is None:
                 unknown = f"for the {num_past} tokens in the cache" if num_past else "from embeddings alone"
@@ -349,7 +370,7 @@ class VisualChatModel(VisualChatPreTrainedModel):
         return mm_token_type_ids
 
 
-class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, GenerationMixin):
+class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, VisualChatGenerationMixin):
     """
     VisualChat with its language model head: training, generation and chat.
 
@@ -377,8 +398,6 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, GenerationMi
         super().__init__(config)
         self.model = VisualChatModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        # A placeholder stands for an image that somebody passes; the model has none to give.
-        self.generation_config.suppress_tokens = [config.image_token_id]
         self.post_init()
 
     @classmethod
@@ -398,31 +417,36 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, GenerationMi
             vision (`str` or `PreTrainedModel`): Name or folder of a checkpoint, or a loaded encoder.
             text (`str` or `PreTrainedModel`): Name or folder of a checkpoint, a `.gguf` file, or a loaded model.
             image_token_id (`int`, *optional*): Id of the placeholder; by default the one that `<image>` has, or is
-                given, in the tokenizer of `text`.
+                given, in the tokenizer of `text`. A loaded language model has no tokenizer and needs it.
             dtype (`torch.dtype`, *optional*): Of all weights; by default that of the language model.
-            config_kwargs: Further fields of [`VisualChatConfig`].
+            config_kwargs: Further fields of [`VisualChatConfig`]. The length of an image is by default what the
+                encoder yields for an image of its image processor.
 
         Raises:
-            `ValueError`: a decoder that cannot carry MMCA, or an output layer with a bias.
+            `ValueError`: a decoder that cannot carry MMCA, one that is itself multi-modal, an output layer with a
+                bias, or no `image_token_id` for a loaded language model.
         """
-        vision_tower = load_vision_tower(vision, dtype)
         causal_lm = load_language_model(text, dtype)
+        dtype = causal_lm.dtype
+        vision_tower = load_vision_tower(vision, dtype)
         lm_head = causal_lm.get_output_embeddings()
         if getattr(lm_head, "bias", None) is not None:
-            raise ValueError(
-                f"{type(causal_lm).__name__} has an output layer with a bias, which VisualChat does not carry."
-            )
+            raise ValueError(f"{type(causal_lm).__name__} has an output layer with a bias; VisualChat carries none.")
         if image_token_id is None:
             image_token_id = placeholder_token_id(text)
+        if "image_seq_length" not in config_kwargs and config_kwargs.get("projector_type") != "perceiver":
+            num_tokens = vision_sequence_length(vision, vision_tower.config)
+            skips_first = config_kwargs.get("vision_feature_select_strategy") == "default"
+            config_kwargs["image_seq_length"] = num_tokens - skips_first
         config = cls.config_class(
             vision_config=vision_tower.config,
             text_config=causal_lm.config,
             image_token_id=image_token_id,
-            **{"image_seq_length": image_features_length(vision_tower.config, config_kwargs), **config_kwargs},
+            **config_kwargs,
         )
         with torch.device("meta"):
             model = cls(config)
-        projector = PROJECTORS[config.projector_type](config)
+        projector = PROJECTORS[config.projector_type](config).to(dtype)
         projector.apply(model._init_weights)
         causal_lm.config = config.text_config
         causal_lm.base_model.set_attn_implementation(config.text_config._attn_implementation)
@@ -431,9 +455,7 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, GenerationMi
         model.model.language_model = causal_lm.base_model
         model.lm_head = lm_head
         model.tie_weights()
-        model.to(dtype=causal_lm.dtype)
         model.generation_config = causal_lm.generation_config
-        model.generation_config.suppress_tokens = [image_token_id]
         if image_token_id >= config.text_config.vocab_size:
             model.resize_token_embeddings(image_token_id + 1, mean_resizing=False)
         model.set_trainable()
@@ -533,99 +555,9 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, GenerationMi
             logits = logits * factor
         return logits
 
-    def generate(self, inputs: torch.Tensor | None = None, **kwargs):
-        """
-        See `GenerationMixin.generate`; images are passed as `pixel_values`.
 
-        A conversation that goes on with its cache (`past_key_values`) takes all the tokens so far, and either all the
-        images so far or those of the new tokens alone.
-        """
-        embeds, has_images = kwargs.get("inputs_embeds"), kwargs.keys() & {"pixel_values", "mm_encoder_outputs"}
-        if embeds is not None and has_images and kwargs.get("mm_token_type_ids") is None:
-            kwargs["mm_token_type_ids"] = self.model.get_placeholder_mask(None, embeds).long()
-        return super().generate(inputs, **kwargs)
-
-    def create_masks_for_generate(self, config, attention_mask, **kwargs):
-        """MMCA needs the modality of the past too, so `prepare_inputs_for_generation` makes its masks afterwards."""
-        if self.config.attention_type == "mmca":
-            return attention_mask
-        return create_masks_for_generate(config=config, attention_mask=attention_mask, **kwargs)
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.Tensor,
-        next_sequence_length: int | None = None,
-        past_key_values: Cache | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        is_first_iteration: bool = False,
-        mm_token_type_ids: torch.Tensor | None = None,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs,
-    ) -> dict:
-        """Adds the modality of past and current tokens, or the finished masks for a cache of fixed size."""
-        model_inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            mm_encoder_outputs=mm_encoder_outputs,
-            **kwargs,
-        )
-        embeds, ids = model_inputs.get("inputs_embeds"), model_inputs.get("input_ids")
-        num_queries = embeds.shape[1] if embeds is not None else ids.shape[1]
-        num_past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        all_ids = input_ids if input_ids.shape[1] == num_past + num_queries else None
-        if embeds is None and all_ids is not None and mm_encoder_outputs:
-            # By what the tokens hold, not by the iteration: an assistant model is never told of a first one.
-            model_inputs["mm_encoder_outputs"] = self._drop_cached_images(mm_encoder_outputs, all_ids, num_past)
-        if self.config.attention_type != "mmca":
-            return model_inputs
-
-        if all_ids is not None:
-            mm_token_type_ids = (all_ids == self.config.image_token_id).long()
-        elif mm_token_type_ids is not None:
-            # Drafted and generated tokens are text.
-            num_missing = num_past + num_queries - mm_token_type_ids.shape[1]
-            mm_token_type_ids = nn.functional.pad(mm_token_type_ids, (0, max(num_missing, 0)))
-            mm_token_type_ids = mm_token_type_ids[:, : num_past + num_queries]
-        if isinstance(past_key_values, Cache) and past_key_values.is_compileable and mm_token_type_ids is not None:
-            shape = torch.empty((mm_token_type_ids.shape[0], num_queries, 0), dtype=self.dtype, device=self.device)
-            model_inputs["attention_mask"] = create_mmca_masks(
-                self.config.text_config,
-                shape,
-                mm_token_type_ids.to(self.device),
-                attention_mask,
-                past_key_values,
-                model_inputs.get("position_ids"),
-            )
-        else:
-            model_inputs["mm_token_type_ids"] = mm_token_type_ids
-        return model_inputs
-
-    def _drop_cached_images(self, mm_encoder_outputs, input_ids, num_past):
-        """A conversation that goes on may pass all its images: those whose tokens are in the cache are left out."""
-        if num_past == 0:
-            return mm_encoder_outputs
-        is_image = input_ids == self.config.image_token_id
-        is_new = is_image.clone()
-        is_new[:, :num_past] = False
-        if not is_new.any():
-            return None
-        features = mm_encoder_outputs["image"].pooler_output
-        if sum(len(feature) for feature in features) != is_image.sum():
-            return mm_encoder_outputs
-        first_tokens = torch.tensor([0, *(len(feature) for feature in features[:-1])], device=is_image.device).cumsum(
-            0
-        )
-        new_features = [feature for feature, keep in zip(features, is_new[is_image][first_tokens].tolist()) if keep]
-        return {"image": BaseModelOutputWithPooling(pooler_output=new_features)}
-
-
-def _world_size() -> int:
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+def _num_past(past_key_values: Cache | None) -> int:
+    return 0 if past_key_values is None else int(past_key_values.get_seq_length())
 
 
 def _is_prepared(attention_mask: torch.Tensor | dict[str, torch.Tensor] | None) -> bool:

@@ -3,9 +3,17 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-
-from .configuration_visualchat import NUM_PERCEIVER_QUERIES
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils.quantization_config import GgufConfig
 
 
 IMAGE_TOKEN = "<image>"
@@ -19,7 +27,7 @@ def load_vision_tower(vision: str | PreTrainedModel, dtype: torch.dtype | None =
         dtype (`torch.dtype`, *optional*): Of the weights; by default that of the checkpoint.
     """
     if isinstance(vision, PreTrainedModel):
-        return vision if dtype is None else vision.to(dtype)
+        return _cast(vision, dtype)
     config = AutoConfig.from_pretrained(vision)
     config = getattr(config, "vision_config", config)
     return AutoModel.from_pretrained(vision, config=config, dtype=dtype or "auto")
@@ -31,43 +39,85 @@ def load_language_model(text: str | PreTrainedModel, dtype: torch.dtype | None =
         text (`str` or `PreTrainedModel`): Name or folder of a causal language model, a `.gguf` file, or a model that
             is loaded already.
         dtype (`torch.dtype`, *optional*): Of the weights; by default that of the checkpoint, float32 for GGUF.
+
+    Raises:
+        `ValueError`: a model that is itself multi-modal.
     """
     if isinstance(text, PreTrainedModel):
-        return text if dtype is None else text.to(dtype)
-    folder, gguf = split_gguf(text)
-    if not gguf:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
-    from transformers.utils.quantization_config import GgufConfig
-
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype or torch.float32, quantization_config=GgufConfig(dequantize=True), **gguf
-    )
-    # The weights are plain by now; a model that says otherwise could not be saved.
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+        model = _cast(text, dtype)
+    else:
+        folder, gguf = split_gguf(text)
+        if gguf:
+            gguf |= {"quantization_config": GgufConfig(dequantize=True)}
+        default_dtype = torch.float32 if gguf else "auto"
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or default_dtype, **gguf)
+        # The weights are plain by now; a model that says otherwise could not be saved.
+        if gguf and hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+    if model.config.get_text_config() is not model.config:
+        raise ValueError(
+            f"{type(model).__name__} is itself multi-modal; pass its language model alone, a causal model of type "
+            f"{model.config.get_text_config().model_type!r}."
+        )
     return model
 
 
-def split_gguf(text: str) -> tuple[str, dict[str, str]]:
+def _cast(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
+    """Casts weights alone: buffers such as rotary frequencies stay in the precision they need."""
+    for parameter in model.parameters() if dtype is not None else ():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def split_gguf(text: str) -> tuple[str, dict]:
     """A path for `from_pretrained` and its keyword arguments: a `.gguf` file is a folder and a file in it."""
     path = Path(text)
     return (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (str(text), {})
 
 
 def placeholder_token_id(text: str | PreTrainedModel) -> int:
-    """The id that `<image>` has in the tokenizer of a language model, or will have once the processor adds it."""
+    """
+    The id that `<image>` has in the tokenizer of a language model, or will have once the processor adds it.
+
+    Raises:
+        `ValueError`: a loaded model, which comes without a tokenizer.
+    """
     if isinstance(text, PreTrainedModel):
-        return text.config.vocab_size
+        raise ValueError(
+            f"A loaded {type(text).__name__} comes without its tokenizer: pass image_token_id, the id of <image> in "
+            "it (VisualChatProcessor.image_token_id)."
+        )
     folder, gguf = split_gguf(text)
     tokenizer = AutoTokenizer.from_pretrained(folder, **gguf)
     return tokenizer.get_vocab().get(IMAGE_TOKEN, len(tokenizer))
 
 
-def image_features_length(vision_config: PreTrainedConfig, config_kwargs: dict) -> int:
-    """How many tokens the projector yields for one image, found by a run of the encoder without weights."""
-    if config_kwargs.get("projector_type") == "perceiver":
-        return NUM_PERCEIVER_QUERIES
-    size, channels = vision_config.image_size, vision_config.num_channels
+def vision_sequence_length(vision: str | PreTrainedModel, vision_config: PreTrainedConfig) -> int:
+    """How many tokens an encoder yields for an image as its image processor prepares it, found without weights."""
+    shape = image_shape(vision_config) if isinstance(vision, PreTrainedModel) else processed_image_shape(vision)
     with torch.device("meta"):
-        features = AutoModel.from_config(vision_config)(torch.zeros(1, channels, size, size)).last_hidden_state
-    return features.shape[1] - (config_kwargs.get("vision_feature_select_strategy") == "default")
+        return AutoModel.from_config(vision_config)(torch.zeros(1, *shape)).last_hidden_state.shape[1]
+
+
+def processed_image_shape(vision: str) -> tuple[int, int, int]:
+    """Channels, height and width in pixels of what the image processor of a checkpoint yields."""
+    image_processor = AutoImageProcessor.from_pretrained(vision)
+    blank = Image.new("RGB", (64, 64))
+    return tuple(image_processor(blank, return_tensors="pt")["pixel_values"].shape[-3:])
+
+
+def image_shape(vision_config: PreTrainedConfig) -> tuple[int, int, int]:
+    """
+    Channels, height and width in pixels that an encoder is configured for.
+
+    Raises:
+        `ValueError`: the configuration does not say.
+    """
+    size = getattr(vision_config, "image_size", None)
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    if not isinstance(height, int) or not isinstance(width, int):
+        raise ValueError(
+            f"The configuration of the vision tower ({vision_config.model_type!r}) has no fixed image_size (it is "
+            f"{size!r}); set image_size in it, and image_seq_length in VisualChatConfig."
+        )
+    return getattr(vision_config, "num_channels", 3), height, width

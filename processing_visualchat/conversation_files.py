@@ -7,18 +7,22 @@ from typing import Any
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from .conversation_visualchat import validate_conversation
+from .conversation_visualchat import drop_nulls, validate_conversation
 from .image_loading_visualchat import load_image
+from .processing_visualchat import VisualChatProcessor
 
 
-def load_conversations(path: str | Path, image_token: str = "<image>", check_images: bool = True) -> Dataset:
+def load_conversations(
+    path: str | Path, processor: VisualChatProcessor, max_length: int | None = None, check_images: bool = True
+) -> Dataset:
     r"""
-    Reads and checks a file of conversations; every fault is found before training starts.
+    Reads and checks a file of conversations, so that what is wrong with one is found before training starts.
 
     Args:
         path (`str` or `Path`): JSON lines, each `{"messages": [{"role": …, "content": …}, …]}`, or the bare list.
-        image_token (`str`, *optional*, defaults to `"<image>"`): The placeholder, which no text may hold.
-        check_images (`bool`, *optional*, defaults to `True`): Opens every image once; if not, it has to be there.
+        processor (`VisualChatProcessor`): That of the model, by which the lengths are measured.
+        max_length (`int`, *optional*): The most tokens that a conversation may have; by default what the model reads.
+        check_images (`bool`, *optional*, defaults to `True`): Opens every image once; if not, a file has to be there.
 
     Returns:
         `datasets.Dataset` with a column `messages`, each a JSON text (messages have no common schema); image paths
@@ -26,55 +30,84 @@ def load_conversations(path: str | Path, image_token: str = "<image>", check_ima
 
     Raises:
         `FileNotFoundError`: the file, or an image that it names, is not there.
-        `ValueError`: a line or an image that cannot be read, with file and line number; or no conversation at all.
+        `ValueError`: a line that cannot be read, a conversation that is not valid, has no answer or is too long, or an
+            image that is broken, each with file and line number; or no conversation at all.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"No data file at {path}.")
-    conversations, checked = [], set()
-    with path.open(encoding="utf-8") as lines:
+    max_length = min(max_length or processor.tokenizer.model_max_length, processor.tokenizer.model_max_length)
+    conversations: list[str] = []
+    checked: set[str] = set()
+    with path.open("rb") as lines:
         for number, line in enumerate(tqdm(lines, desc=f"Checking {path.name}", unit="line"), start=1):
             if not line.strip():
                 continue
             where = f"{path}, line {number}"
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from error
-            messages: Any = record.get("messages") if isinstance(record, dict) else record
-            validate_conversation(messages, image_token, where)
-            image_paths = _resolve_image_paths(messages, path.parent, where)
-            for image_path in image_paths if check_images else ():
-                if image_path not in checked:
-                    _check_image(image_path, where)
-                    checked.add(image_path)
+            messages = _parse(line, where)
+            validate_conversation(messages, processor.image_token, where)
+            if messages[-1]["role"] != "assistant":
+                raise ValueError(
+                    f"{where} does not end with an answer of the assistant, so there is nothing to learn."
+                )
+            sources = _resolve_image_sources(messages, path.parent, where)
+            for source in sources if check_images else ():
+                if source not in checked:
+                    _check_image(source, where)
+                    checked.add(source)
+            _check_length(messages, len(sources), processor, max_length, where)
             conversations.append(json.dumps(messages))
     if not conversations:
         raise ValueError(f"{path} holds no conversation; write one on every line.")
     return Dataset.from_dict({"messages": conversations})
 
 
-def _resolve_image_paths(messages: list[dict], folder: Path, where: str) -> list[str]:
-    image_paths = []
+def _parse(line: bytes, where: str) -> list[dict]:
+    try:
+        record: Any = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from error
+    messages: Any = record.get("messages") if isinstance(record, dict) else record
+    return drop_nulls(messages) if isinstance(messages, list) else messages
+
+
+def _resolve_image_sources(messages: list[dict], folder: Path, where: str) -> list[str]:
+    """Makes image paths absolute, in place, and returns what every image is to be read from."""
+    sources = []
     for message in messages:
         for block in message["content"] if not isinstance(message["content"], str) else ():
-            if block["type"] != "image":
+            if block["type"] == "text":
                 continue
-            if not {"path", "url", "base64"} & block.keys():
-                raise ValueError(f"{where} has an image without a path, url or base64.")
+            source = block.get("path") or block.get("url") or block.get("base64") or block.get("image_url")
+            source = source.get("url") if isinstance(source, dict) else source
+            if not isinstance(source, str):
+                raise ValueError(f"{where} has an image without a path, url or base64 text: {block!r:.80}.")
             if "path" in block:
-                image_path = (folder / block["path"]).resolve()
+                image_path = (folder / source).resolve()
                 if not image_path.is_file():
-                    raise FileNotFoundError(
-                        f"{where} names the image {block['path']}; there is no file at {image_path}."
-                    )
-                block["path"] = str(image_path)
-                image_paths.append(block["path"])
-    return image_paths
+                    raise FileNotFoundError(f"{where} names the image {source}; there is no file at {image_path}.")
+                block["path"] = source = str(image_path)
+            sources.append(source)
+    return sources
 
 
-def _check_image(image_path: str, where: str) -> None:
+def _check_image(source: str, where: str) -> None:
+    if source.startswith(("http://", "https://")):
+        return  # fetched when it is needed
     try:
-        load_image(image_path)
-    except ValueError as error:
+        load_image(source)
+    except (ValueError, OSError) as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def _check_length(messages: list[dict], num_images: int, processor: VisualChatProcessor, max_length: int, where: str):
+    text = processor.apply_chat_template(messages)
+    num_tokens = len(processor.tokenizer(text, verbose=False)["input_ids"])
+    num_tokens += num_images * (processor.image_seq_length - 1)
+    if num_tokens > max_length:
+        raise ValueError(
+            f"{where} has {num_tokens} tokens, {processor.image_seq_length} for an image; at most {max_length} are "
+            "read. Leave out rounds or images: a cut could go through an image."
+        )

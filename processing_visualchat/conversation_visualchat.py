@@ -50,6 +50,20 @@ def validate_conversation(messages: list[dict], image_token: str = "<image>", na
             )
 
 
+def drop_nulls(messages: list[dict]) -> list[dict]:
+    """Messages without the keys of their blocks whose value is null, which `datasets` adds to give all one schema."""
+    return [
+        {**message, "content": [_without_nulls(block) for block in message["content"]]}
+        if isinstance(message, dict) and isinstance(message.get("content"), (list, tuple))
+        else message
+        for message in messages
+    ]
+
+
+def _without_nulls(block):
+    return {key: value for key, value in block.items() if value is not None} if isinstance(block, dict) else block
+
+
 def _validate_content(message: dict, image_token: str, where: str) -> None:
     role, content = message["role"], message["content"]
     if not isinstance(content, (str, list, tuple)) or not content:
@@ -63,7 +77,8 @@ def _validate_content(message: dict, image_token: str, where: str) -> None:
             if image_token in block["text"]:
                 raise ValueError(
                     f"{where} holds a literal {image_token} in its text. Give the image as a block of its own, "
-                    '{"type": "image", "path": …}; to write the characters, pass sanitize_control_tokens=True.'
+                    '{"type": "image", "path": …}; to chat about the characters themselves, pass '
+                    "sanitize_control_tokens=True to apply_chat_template."
                 )
         elif kind in ("image", "image_url"):
             if role != "user":

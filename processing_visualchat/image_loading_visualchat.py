@@ -2,13 +2,20 @@
 
 import base64
 import binascii
+import contextlib
 import io
+import struct
 import warnings
 from pathlib import Path
 
 import numpy as np
+from huggingface_hub.utils import httpx
 from PIL import Image, ImageOps, UnidentifiedImageError
-from transformers.image_utils import load_image as load_image_from_url
+
+
+# What Pillow's decoders raise on files that are cut off or damaged.
+DECODING_ERRORS = (OSError, SyntaxError, EOFError, ValueError, RuntimeError, TypeError, struct.error)
+SHORTEST_BASE64 = 64  # characters; a path that does not exist is shorter than any picture
 
 
 def load_image(source) -> Image.Image:
@@ -31,9 +38,9 @@ def load_image(source) -> Image.Image:
         `ValueError`: the file is empty, truncated, not an image, or too large to be one (a decompression bomb).
     """
     if isinstance(source, Image.Image):
-        return _to_rgb(source)
+        return _convert(source, "The image")
     if isinstance(source, (str, Path)) and str(source).startswith(("http://", "https://")):
-        return _to_rgb(load_image_from_url(str(source)))
+        return _fetch(str(source))
     if isinstance(source, bytes):
         return _decode(source, "The image in memory")
     if isinstance(source, (str, Path)):
@@ -52,6 +59,14 @@ def load_image(source) -> Image.Image:
     )
 
 
+def _fetch(address: str) -> Image.Image:
+    try:
+        response = httpx.get(address, follow_redirects=True, timeout=30).raise_for_status()
+    except httpx.HTTPError as error:
+        raise ValueError(f"The image at {address} cannot be fetched: {error}.") from error
+    return _decode(response.content, f"The image at {address}")
+
+
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
@@ -60,9 +75,9 @@ def _is_file(path: Path) -> bool:
 
 
 def _from_base64(text: str) -> bytes | None:
-    if text.startswith("data:"):
-        text = text.partition(",")[2]
-    elif len(text) < 64:
+    """The bytes behind a `data:` URI or base64 text, which may be broken into lines; nothing if it is neither."""
+    text = "".join((text.partition(",")[2] if text.startswith("data:") else text).split())
+    if len(text) < SHORTEST_BASE64:
         return None
     try:
         return base64.b64decode(text, validate=True)
@@ -77,33 +92,24 @@ def _decode(data: bytes, name: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data))
-            image.load()
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} has too many pixels to be opened safely ({error}); scale it down first.") from error
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} is not an image that Pillow can read; it begins with {data[:8]!r}.") from error
-    except (OSError, SyntaxError, EOFError, ValueError) as error:
+    except DECODING_ERRORS as error:
+        raise ValueError(f"{name} is broken ({error}); replace it or leave it out.") from error
+    return _convert(image, name)
+
+
+def _convert(image: Image.Image, name: str) -> Image.Image:
+    try:
+        image.load()
+    except DECODING_ERRORS as error:
         raise ValueError(f"{name} is truncated or broken ({error}); replace it or leave it out.") from error
-    return _to_rgb(image)
-
-
-def _from_array(array: np.ndarray) -> Image.Image:
-    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3, 4):
-        array = array.transpose(1, 2, 0)
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    if array.ndim not in (2, 3) or array.size == 0:
-        raise ValueError(f"An image array must be (height, width) or (height, width, channels), got {array.shape}.")
-    if np.issubdtype(array.dtype, np.floating):
-        array = array * 255.0 if array.max() <= 1.0 else array
-    elif array.dtype == np.uint16:
-        array = array / 257.0
-    return _to_rgb(Image.fromarray(array.round().clip(0, 255).astype(np.uint8)))
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):
+    # An orientation that cannot be read is none.
+    with contextlib.suppress(*DECODING_ERRORS):
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bits(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -113,11 +119,27 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """16-bit integers cover 0 to 65535; wider ones and floats are stretched from least to greatest value."""
+    """Scales by what the mode can hold: 16 bits by 1/257; 32-bit integers and floats by the range that they use."""
     values = np.asarray(image).astype(np.float64)
-    low, high = (0.0, 65535.0) if values.min() >= 0 and 255 < values.max() <= 65535 else (values.min(), values.max())
-    if image.mode == "F" and values.min() >= 0 and values.max() <= 1:
-        low, high = 0.0, 1.0
-    elif values.min() >= 0 and values.max() <= 255 and image.mode != "I;16":
-        low, high = 0.0, 255.0
+    low, high = values.min(), values.max()
+    if image.mode.startswith("I;16"):
+        low, high = 0.0, 65535.0
+    elif low >= 0:
+        # Floats up to 1, bytes or 16 bits in a wider mode: the least of these ranges that holds all values.
+        limits = [limit for limit in (1.0, 255.0, 65535.0) if high <= limit and (limit > 1 or image.mode == "F")]
+        low, high = 0.0, limits[0] if limits else high
     return Image.fromarray(((values - low) / max(high - low, 1e-12) * 255).round().astype(np.uint8))
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
+        array = array.transpose(1, 2, 0)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+        raise ValueError(f"An image array must be (height, width) or (height, width, 1, 3 or 4), got {array.shape}.")
+    if array.dtype == bool or (np.issubdtype(array.dtype, np.floating) and array.max() <= 1.0):
+        array = array * 255.0
+    elif array.dtype == np.uint16:
+        array = array / 257.0
+    return _convert(Image.fromarray(np.round(array).clip(0, 255).astype(np.uint8)), "The array")

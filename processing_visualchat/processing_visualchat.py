@@ -4,7 +4,7 @@ import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
 
 from .chat_template_visualchat import chat_template as default_chat_template
-from .conversation_visualchat import validate_conversation
+from .conversation_visualchat import drop_nulls, validate_conversation
 from .image_loading_visualchat import load_image
 
 
@@ -100,6 +100,14 @@ class VisualChatProcessor(ProcessorMixin):
         Raises:
             `ValueError`: more or fewer `<image>` marks than images, or a text longer than the model reads.
         """
+        if isinstance(images, (list, tuple)) and isinstance(text, (list, tuple)) and len(images) == len(text):
+            for row, (sample, pictures) in enumerate(zip(text, images)):
+                num_marks = sample.count(self.image_token)
+                if isinstance(pictures, (list, tuple)) and num_marks != len(pictures):
+                    raise ValueError(
+                        f"Text {row} of the batch holds {num_marks} {self.image_token} marks, and {len(pictures)} "
+                        "images were passed for it; write one mark for every image."
+                    )
         kwargs.setdefault("return_mm_token_type_ids", True)
         inputs = super().__call__(images=images, text=text, **kwargs)
         for row, ids in enumerate(inputs.get("input_ids", ())):
@@ -137,6 +145,7 @@ class VisualChatProcessor(ProcessorMixin):
             `FileNotFoundError`: an image that is not there.
         """
         is_batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
+        conversation = [drop_nulls(messages) for messages in conversation] if is_batched else drop_nulls(conversation)
         for index, messages in enumerate(conversation if is_batched else [conversation]):
             self._validate(messages, f"Conversation {index}" if is_batched else "The conversation", kwargs)
         if not return_labels:

@@ -28,6 +28,8 @@ def save_dinov2(folder: Path) -> None:
     """
     Writes the encoder of the ONNX graph as a `Dinov2Model` checkpoint.
 
+    As DINOv2 is published, the encoder is configured for 518 pixels and its image processor yields 224.
+
     Its named initializers keep their names; weights of linear layers are anonymous and transposed, and take their name
     from the node that multiplies by them; the position embeddings were folded into two constants.
     """
@@ -55,8 +57,8 @@ def save_dinov2(folder: Path) -> None:
         hidden_size=384, num_attention_heads=6, patch_size=14, image_size=518, architectures=["Dinov2Model"]
     ).save_pretrained(folder)
     BitImageProcessor(
-        size={"shortest_edge": 518},
-        crop_size={"height": 518, "width": 518},
+        size={"shortest_edge": 256},
+        crop_size={"height": 224, "width": 224},
         image_mean=[0.485, 0.456, 0.406],
         image_std=[0.229, 0.224, 0.225],
     ).save_pretrained(folder)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import draw_picture, make_model, make_processor
 from test_remote_code import REPOSITORY
-from transformers import AutoProcessor
+from transformers import AutoProcessor, LlamaConfig
 
 from modeling_visualchat import VisualChatForConditionalGeneration
 from processing_visualchat import load_conversations
@@ -95,8 +95,9 @@ def test_the_default_runs_and_leaves_everything(tmp_path):
     assert "what is their sum?" in table and "all across two images" in table and table in completed.stdout
     assert f"python examples/chat.py {output}" in completed.stdout
     assert len(losses(output)) == 2
-    again = finetune_directly(*SHORT, "--output_dir", output)
-    assert again.returncode != 0 and "exists and is not empty" in again.stderr
+    for resume in ([], ["--resume_from_checkpoint", "false"]):
+        again = finetune_directly(*SHORT, "--output_dir", output, *resume)
+        assert again.returncode != 0 and "exists and is not empty" in again.stderr
     picture = next((output / "pictures").iterdir())
     lines = [
         "what digit is it?",
@@ -149,6 +150,7 @@ def test_two_processes_with_deepspeed_learn_what_one_learns(tmp_path, data, stag
     common = [
         "--config", EXAMPLES / "configs" / "finetune.yaml",
         "--model", data / "checkpoint", "--train_file", data / "train.jsonl", "--max_length", "400",
+        "--eval_file", data / "train.jsonl", "--per_device_eval_batch_size", "1",
         "--num_train_epochs", "2", "--gradient_accumulation_steps", "1",
         "--save_strategy", "no", "--logging_steps", "1",
     ]  # fmt: skip
@@ -209,6 +211,7 @@ def test_own_data_trains_only_what_is_trainable_and_resumes(tmp_path, data):
         (["--train_file", "x.jsonl"], "--model and --train_file go together"),
         (["--learning_rat", "1", "--nonsense", "2"], "nonsense"),
         (["--resume_from_checkpoint", "true"], "holds no complete checkpoint"),
+        (["--eval_file", "x.jsonl"], "--eval_file goes with --model and --train_file"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -218,6 +221,15 @@ def test_wrong_flags_are_named_and_nothing_is_written(tmp_path, flags, message):
     assert completed.returncode != 0
     assert re.search(message, completed.stderr), completed.stderr[-1500:]
     assert not output.exists()
+
+
+def test_a_checkpoint_of_another_model_type_is_refused(tmp_path):
+    LlamaConfig().save_pretrained(tmp_path / "llama")
+    (tmp_path / "data.jsonl").write_text("{}")
+    flags = ["--model", tmp_path / "llama", "--train_file", tmp_path / "data.jsonl"]
+    completed = finetune_directly(*flags, "--output_dir", tmp_path / "out")
+    assert "configuration of a 'llama' model, not of a 'visualchat' one" in completed.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_key_of_a_configuration_file_is_named(tmp_path):
@@ -259,28 +271,56 @@ ANSWER = message("A thing.", "assistant")
             ValueError,
             "line 2 has an image without a path, url or base64",
         ),
+        ({"messages": [message([{"type": "image", "path": 7}]), ANSWER]}, ValueError, "line 2 has an image without a"),
+        (
+            {"messages": [message([{"type": "image", "base64": "!"}]), ANSWER]},
+            ValueError,
+            "line 2: No image file at !",
+        ),
+        ({"messages": [message("Hi")]}, ValueError, "line 2 does not end with an answer"),
+        (
+            {"messages": [message("Hi" * 900), ANSWER]},
+            ValueError,
+            r"line 2 has \d+ tokens, 5 for an image; at most 1024",
+        ),
+        (b'{"messages": "\xff"}', ValueError, "line 2 is not UTF-8 text: invalid start byte"),
     ],
-    ids=["broken JSON", "no messages", "no user", "literal mark", "missing image", "not an image", "no source"],
+    ids=[
+        "broken JSON",
+        "no messages",
+        "no user",
+        "literal mark",
+        "missing image",
+        "not an image",
+        "no source",
+        "path not a text",
+        "broken base64",
+        "no answer",
+        "too long",
+        "not UTF-8",
+    ],
 )
 def test_a_broken_line_is_named_with_its_file(tmp_path, line, error, expected):
     (tmp_path / "broken.png").write_text("words")
     good = json.dumps({"messages": [message("Hi"), ANSWER]})
-    (tmp_path / "data.jsonl").write_text(good + "\n" + (line if isinstance(line, str) else json.dumps(line)) + "\n")
+    line = json.dumps(line) if isinstance(line, dict) else line
+    line = line.encode() if isinstance(line, str) else line
+    (tmp_path / "data.jsonl").write_bytes(good.encode() + b"\n" + line + b"\n")
     with pytest.raises(error, match=expected):
-        load_conversations(tmp_path / "data.jsonl")
+        load_conversations(tmp_path / "data.jsonl", make_processor())
 
 
 def test_a_data_file_that_holds_nothing_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="No data file at"):
-        load_conversations(tmp_path / "gone.jsonl")
+        load_conversations(tmp_path / "gone.jsonl", make_processor())
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="holds no conversation"):
-        load_conversations(tmp_path / "empty.jsonl")
+        load_conversations(tmp_path / "empty.jsonl", make_processor())
 
 
 def test_image_paths_are_relative_to_the_data_file(data, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    dataset = load_conversations(data / "train.jsonl")
+    dataset = load_conversations(data / "train.jsonl", make_processor())
     assert len(dataset) == 9
     first = json.loads(dataset[0]["messages"])
     assert first[0]["content"][0]["path"] == str(data / "pictures" / "0.png")

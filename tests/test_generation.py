@@ -72,32 +72,48 @@ def test_a_left_padded_batch_of_unequal_rows(cache, attention_type):
         assert torch.equal(actual[row, -NEW:], generate_uncached(model, ids, pixel_values)[0, -NEW:])
 
 
+@torch.no_grad()
+def log_probability(model, ids, num_new, pixel_values=None):
+    """Of the last tokens of a row without padding, in one plain forward pass."""
+    logits = model(ids[None], pixel_values, use_cache=False).logits[0, -num_new - 1 : -1].float()
+    return logits.log_softmax(dim=-1).gather(1, ids[-num_new:, None]).sum()
+
+
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_beam_search(decoder):
+    """Cached equals uncached, and every beam has the score that a plain pass over its row with its images gives."""
     model = make_model(decoder)
-    options = {**OPTIONS, "num_beams": 3, "num_return_sequences": 2}
+    rows, images = [tokens(*PROMPT), tokens(4), tokens(2, "I", 3, seed=3)], [pixels(0, 1), None, pixels(2)]
+    options = {**OPTIONS, "num_beams": 3, "num_return_sequences": 2, "output_scores": True}
     cached, uncached = (
         model.generate(
-            **pad_left([tokens(*PROMPT), tokens(4)]), pixel_values=pixels(*IMAGES), use_cache=use, **options
+            **pad_left(rows), pixel_values=pixels(0, 1, 2), use_cache=use, return_dict_in_generate=True, **options
         )
         for use in (True, False)
     )
-    assert cached.shape[0] == 4 and torch.equal(cached, uncached)
+    assert torch.equal(cached.sequences, uncached.sequences)
+    for index, sequence in enumerate(cached.sequences):
+        ids = sequence[-rows[index // 2].shape[1] - NEW :]
+        expected = log_probability(model, ids, NEW, images[index // 2]) / NEW
+        torch.testing.assert_close(cached.sequences_scores[index], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_sampling_with_several_returns():
+    """The logits of every step are those of a plain pass over the row that was drawn, with its images."""
     model = make_model()
-    options = {**OPTIONS, "do_sample": True, "num_return_sequences": 3}
-    results = []
-    for use_cache in (True, False):
-        torch.manual_seed(5)
-        results.append(
-            model.generate(
-                **pad_left([tokens(*PROMPT), tokens(4)]), pixel_values=pixels(*IMAGES), use_cache=use_cache, **options
-            )
-        )
-    assert torch.equal(*results)
-    assert len({tuple(row.tolist()) for row in results[0][:3]}) > 1
+    rows, images = [tokens(*PROMPT), tokens(4), tokens(2, "I", 3, seed=3)], [pixels(0, 1), None, pixels(2)]
+    torch.manual_seed(5)
+    output = model.generate(
+        **pad_left(rows), pixel_values=pixels(0, 1, 2), return_dict_in_generate=True, output_logits=True,
+        **{**OPTIONS, "do_sample": True, "num_return_sequences": 3},
+    )  # fmt: skip
+    assert len({tuple(row.tolist()) for row in output.sequences[:3]}) > 1
+    logits = torch.stack(output.logits, dim=1)
+    for index, sequence in enumerate(output.sequences):
+        ids = sequence[-rows[index // 3].shape[1] - NEW :]
+        with torch.no_grad():
+            expected = model(ids[None], images[index // 3], use_cache=False).logits[0, -NEW - 1 : -1]
+        torch.testing.assert_close(logits[index], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -175,6 +191,63 @@ def test_a_batch_goes_on_with_its_cache():
         assert torch.equal(actual[row, -NEW:], generate_uncached(model, ids, images)[0, -NEW:])
 
 
+@pytest.mark.parametrize("passed", ["all images", "new images only"])
+@pytest.mark.parametrize("beams", [True, False], ids=["beams", "returns"])
+def test_beams_and_returns_go_on_with_a_cache(beams, passed):
+    """A cache of two rows, each repeated for its beams or returns, and a new image in each row and in only one."""
+    model = make_model()
+    rows = [tokens(3, "I", 4), tokens(2, "I", 5, seed=1)]
+    padded = pad_left(rows)
+    repeated = {key: value.repeat_interleave(2, dim=0) for key, value in padded.items()}
+    cache = model(**repeated, pixel_values=pixels(0, 0, 1, 1), use_cache=True).past_key_values
+    new = torch.cat([tokens(2, "I", 3, seed=2), tokens(5 + IMAGE_SEQ_LENGTH, seed=3)])
+    second = torch.cat([padded["input_ids"], new], dim=1)
+    mask = torch.cat([padded["attention_mask"], torch.ones_like(new)], dim=1)
+    options = {"num_beams": 2} if beams else {"do_sample": True}
+    output = model.generate(
+        second, attention_mask=mask, past_key_values=cache, num_return_sequences=2, return_dict_in_generate=True,
+        pixel_values=pixels(0, 2, 1) if passed == "all images" else pixels(2), output_logits=True, output_scores=True,
+        **{**OPTIONS, **options},
+    )  # fmt: skip
+    for index, sequence in enumerate(output.sequences):
+        row = index // 2
+        ids = torch.cat([sequence[: second.shape[1]][mask[row].bool()], sequence[second.shape[1] :]])
+        images = [pixels(0, 2), pixels(1)][row]
+        if beams:
+            expected = log_probability(model, ids, NEW, images) / NEW
+            torch.testing.assert_close(output.sequences_scores[index], expected, rtol=1e-4, atol=1e-4)
+        else:
+            expected = model(ids[None], images, use_cache=False).logits[0, -NEW - 1 : -1]
+            actual = torch.stack(output.logits, dim=1)[index]
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("passed", ["all images", "new images only"])
+def test_chunked_prefill_goes_on_with_a_cache(passed):
+    model = make_model()
+    cache = DynamicCache(config=model.config.text_config)
+    answered = model.generate(tokens(3, "I", 4), pixel_values=pixels(0), past_key_values=cache, **OPTIONS)
+    second = torch.cat([answered, tokens(2, "I", 5, seed=4)], dim=1)
+    actual = model.generate(
+        second,
+        pixel_values=pixels(0, 1) if passed == "all images" else pixels(1),
+        mm_token_type_ids=(second == IMAGE_TOKEN_ID).long(),
+        past_key_values=cache,
+        prefill_chunk_size=4,
+        **OPTIONS,
+    )
+    assert torch.equal(actual, generate_uncached(model, second, pixels(0, 1)))
+
+
+def test_too_many_or_too_few_images_for_a_cache_are_named():
+    model = make_model()
+    cache = DynamicCache(config=model.config.text_config)
+    answered = model.generate(tokens(3, "I", "I"), pixel_values=pixels(0, 1), past_key_values=cache, **OPTIONS)
+    second = torch.cat([answered, tokens(2, "I", 1, seed=4)], dim=1)
+    with pytest.raises(ValueError, match="hold 3 images, 2 of them in the cache; 2 were passed"):
+        model.generate(second, pixel_values=pixels(0, 1), past_key_values=cache, **OPTIONS)
+
+
 def test_from_embeddings():
     model = make_model()
     ids, images = tokens(*PROMPT), pixels(*IMAGES)
@@ -202,8 +275,10 @@ def test_never_generates_a_placeholder():
     with torch.no_grad():
         model.lm_head.weight[IMAGE_TOKEN_ID] = 100 * model.lm_head.weight.abs().sum(dim=0)
     model.generation_config.do_sample = True
-    generated = model.generate(tokens(9).expand(8, -1), max_new_tokens=20)
-    assert not (generated == IMAGE_TOKEN_ID).any()
+    for suppress_tokens in (None, [5]):
+        generated = model.generate(tokens(9).expand(8, -1), max_new_tokens=20, suppress_tokens=suppress_tokens)
+        assert not (generated == IMAGE_TOKEN_ID).any()
+        assert suppress_tokens is None or not (generated[:, 9:] == 5).any()
 
 
 def test_a_past_of_unknown_modality_is_refused():

@@ -17,12 +17,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    BitImageProcessor,
     BloomConfig,
     CLIPConfig,
+    CLIPImageProcessor,
     CLIPModel,
     CLIPVisionConfig,
     Dinov2Config,
     FalconConfig,
+    Gemma2Config,
+    Gemma3nTextConfig,
     GPT2Config,
     GptOssConfig,
     LlamaConfig,
@@ -221,12 +225,15 @@ def test_parts_join(name, tmp_path):
     ids = tokens(9)
     text_logits = causal_lm(ids).logits
     weights = causal_lm.state_dict()["model.layers.0.self_attn.q_proj.weight"].clone()
-    model = VisualChatForConditionalGeneration.from_vision_text_pretrained(vision, causal_lm)
+    model = VisualChatForConditionalGeneration.from_vision_text_pretrained(
+        vision, causal_lm, image_token_id=VOCAB_SIZE
+    )
     assert model.config.image_token_id == VOCAB_SIZE
     assert model.config.image_seq_length == (4 if name == "siglip" else 5)
     assert torch.equal(model.model.language_model.layers[0].self_attn.q_proj.weight, weights)
     torch.testing.assert_close(model(ids).logits[..., :VOCAB_SIZE], text_logits, rtol=1e-5, atol=1e-5)
     assert not any(parameter.is_meta for parameter in model.parameters())
+    assert model.model.language_model.config._attn_implementation == "mmca_sdpa"
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trainable == {
         "model.multi_modal_projector.linear.weight", "model.multi_modal_projector.linear.bias",
@@ -241,15 +248,73 @@ def test_parts_join(name, tmp_path):
 
 
 def test_half_a_dual_encoder_joins(tmp_path):
+    CLIPImageProcessor(size=8, crop_size=8).save_pretrained(tmp_path)
     CLIPModel(
         CLIPConfig(vision_config=SMALL, text_config={"hidden_size": 8, "num_attention_heads": 2})
     ).save_pretrained(tmp_path)
     text = AutoModelForCausalLM.from_config(make_config().text_config)
-    model = VisualChatForConditionalGeneration.from_vision_text_pretrained(str(tmp_path), text)
+    model = VisualChatForConditionalGeneration.from_vision_text_pretrained(
+        str(tmp_path), text, image_token_id=IMAGE_TOKEN_ID
+    )
     assert type(model.model.vision_tower).__name__ == "CLIPVisionModel"
 
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 99}
+
+
+def test_the_length_of_an_image_is_that_of_its_image_processor(tmp_path):
+    """A DINOv2 is configured for more pixels than its image processor yields, and reads these."""
+    AutoModel.from_config(Dinov2Config(**{**SMALL, "image_size": 16})).save_pretrained(tmp_path)
+    BitImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}).save_pretrained(tmp_path)
+    text = AutoModelForCausalLM.from_config(make_config().text_config)
+    model = VisualChatForConditionalGeneration.from_vision_text_pretrained(
+        str(tmp_path), text, image_token_id=IMAGE_TOKEN_ID
+    )
+    assert model.config.image_seq_length == 5
+    assert model(tokens(3, "I"), pixels(0)).logits.isfinite().all()
+
+
+def test_a_join_in_bfloat16_keeps_the_precision_of_positions(tmp_path):
+    vision = AutoModel.from_config(CLIPVisionConfig(**SMALL))
+    causal_lm = AutoModelForCausalLM.from_config(make_config().text_config, dtype=torch.bfloat16).eval()
+    ids = tokens(600)
+    expected = causal_lm(ids).logits
+    model = VisualChatForConditionalGeneration.from_vision_text_pretrained(
+        vision, causal_lm, image_token_id=IMAGE_TOKEN_ID
+    )
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.model.language_model.rotary_emb.inv_freq.dtype == torch.float32
+    model.save_pretrained(tmp_path)
+    reloaded = VisualChatForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert torch.equal(model(ids).logits, reloaded(ids).logits)
+    assert (model(ids).logits.float() - expected.float()).norm() / expected.float().norm() < torch.finfo(
+        torch.bfloat16
+    ).eps
+
+
+def test_parts_that_do_not_join_are_refused():
+    vision = AutoModel.from_config(CLIPVisionConfig(**SMALL))
+    join = VisualChatForConditionalGeneration.from_vision_text_pretrained
+    with pytest.raises(ValueError, match="A loaded LlamaForCausalLM comes without its tokenizer: pass image_token_id"):
+        join(vision, AutoModelForCausalLM.from_config(make_config().text_config))
+    with pytest.raises(ValueError, match=r"VisualChatForConditionalGeneration is itself multi-modal; .* type 'llama'"):
+        join(vision, make_model(), image_token_id=2)
+
+
+@pytest.mark.parametrize("how", ["decoder", "configuration", "registered name"])
+def test_nothing_switches_mmca_off(how):
+    model = make_model()
+    ids = tokens(3, "I", 9)
+    expected = model(ids, pixels(0)).logits
+    if how == "decoder":
+        model.model.language_model.set_attn_implementation("eager")
+    elif how == "configuration":
+        model.config._attn_implementation = "sdpa"
+    else:
+        model.set_attn_implementation("mmca_eager")
+    torch.testing.assert_close(model(ids, pixels(0)).logits, expected, rtol=1e-4, atol=1e-4)
+
+
 UNFIT_DECODERS = {
     "gpt2": (GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=99), "its positions are not rotary"),
     "opt": (OPTConfig(**TINY, ffn_dim=32), "its positions are not rotary"),
@@ -257,6 +322,8 @@ UNFIT_DECODERS = {
     "mpt": (MptConfig(d_model=32, n_layers=2, n_heads=2, vocab_size=99), "does not take its attention from"),
     "falcon": (FalconConfig(**TINY), "does not take its attention from"),
     "mamba": (MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=99), "does not take its attention"),
+    "gemma2": (Gemma2Config(**TINY, intermediate_size=32, head_dim=16), "scores that are capped"),
+    "gemma3n_text": (Gemma3nTextConfig(**TINY, intermediate_size=32, num_kv_shared_layers=0), "read the token ids"),
     "gpt_oss": (
         GptOssConfig(
             **TINY, intermediate_size=32, num_key_value_heads=2, head_dim=16, num_local_experts=2
@@ -292,6 +359,12 @@ def test_an_unfit_decoder_is_refused_by_name(name):
         ({"image_seq_length": 0}, "image_seq_length must be at least 1, got 0"),
         ({"image_token_id": -1}, "image_token_id must not be negative, got -1"),
         ({"image_token_id": "2"}, "image_token_id"),
+        (
+            {"vision_feature_layer": 3},
+            "vision_feature_layer must lie between -3 and 2 for a vision tower of 2 layers, got 3",
+        ),
+        ({"vision_feature_layer": []}, "vision_feature_layer must name at least one layer"),
+        ({"projector_hidden_act": "gelo"}, "projector_hidden_act must be one of .*gelu.*, got 'gelo'"),
     ],
 )
 def test_a_wrong_configuration_says_which_value_and_what_is_allowed(kwargs, message):
@@ -310,6 +383,9 @@ def test_inputs_that_contradict_each_other_are_refused():
         model()
     with pytest.raises(ValueError, match=r"attention_mask must have shape \(batch, tokens\)"):
         model(tokens(4), attention_mask=torch.ones(1, 1, 4, 4))
+    for length in (3, 5):
+        with pytest.raises(ValueError, match=rf"attention_mask has shape \(1, {length}\); it has to cover"):
+            model(tokens(4), attention_mask=torch.ones(1, length))
     with pytest.raises(ValueError, match="mm_token_type_ids covers 3 tokens"):
         model(tokens(4), mm_token_type_ids=torch.zeros(1, 3, dtype=torch.long))
 

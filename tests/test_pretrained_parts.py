@@ -8,10 +8,10 @@ import torch
 from conftest import draw_picture
 from onnx import helper
 from real_parts import dinov2_onnx, save_dinov2, smollm2_gguf
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from modeling_visualchat import VisualChatForConditionalGeneration
-from modeling_visualchat.parts_visualchat import image_features_length, load_language_model
+from modeling_visualchat.parts_visualchat import load_language_model
 from processing_visualchat import VisualChatProcessor
 
 
@@ -27,20 +27,13 @@ def dinov2(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def joined(dinov2):
-    """At 224 pixels, which the encoder reads as well as its 518: 257 tokens an image, and minutes saved."""
     model = VisualChatForConditionalGeneration.from_vision_text_pretrained(
-        str(dinov2), str(smollm2_gguf()), vision_feature_layer=-2, image_seq_length=257
+        str(dinov2), str(smollm2_gguf()), vision_feature_layer=-2
     )
     processor = VisualChatProcessor.from_vision_text_pretrained(
         str(dinov2), str(smollm2_gguf()), image_seq_length=model.config.image_seq_length
     )
-    processor.image_processor.size = {"shortest_edge": 224}
-    processor.image_processor.crop_size = {"height": 224, "width": 224}
     return model, processor
-
-
-def test_the_length_of_an_image_follows_from_the_encoder(dinov2):
-    assert image_features_length(AutoConfig.from_pretrained(dinov2), {}) == 37 * 37 + 1
 
 
 def test_the_encoder_is_the_one_in_the_package(dinov2, tmp_path):
@@ -92,6 +85,7 @@ def test_text_answers_as_before(joined):
 
 def test_an_image_reaches_the_answer_and_only_two_parts_learn(joined):
     model, processor = joined
+    assert model.config.image_seq_length == processor.image_seq_length == 16 * 16 + 1  # 224 pixels, not 518
     assert processor.image_token_id == model.config.image_token_id == 49152
     conversations = [
         [

@@ -1,7 +1,12 @@
 """From conversations to token ids, pixels and labels, written out by hand where that is possible."""
 
 import base64
+import functools
 import io
+import struct
+import zlib
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -59,14 +64,19 @@ def test_two_rounds_and_three_images(processor, chat):
     assert inputs["mm_token_type_ids"].sum() == 3 * IMAGE_SEQ_LENGTH
 
 
+def byte_ids(text):
+    """Ids by hand: printable ASCII follows the three special tokens; a space and a new line have stand-ins."""
+    return [{" ": 223, "\n": 201}.get(character, ord(character) - 33 + 3) for character in text]
+
+
 def test_literal_ids(processor):
     inputs = prepare(processor, [user(picture_block(), "Hi"), assistant("A")])
-    text = "You are a powerful vision-language assistant.\n\n### Image 1: "
-    # A byte is its place among the printable stand-ins of byte-level BPE, after three special tokens.
-    encode = processor.tokenizer.encode
     assert inputs["input_ids"][0].tolist() == [
-        *encode(text), 2, 2, 2, 2, 2, *encode("\n### Question: Hi\n### Answer:"), *encode(" A"), 1,
-    ]  # fmt: skip
+        *byte_ids("You are a powerful vision-language assistant.\n\n### Image 1: "),
+        *[2, 2, 2, 2, 2],
+        *byte_ids("\n### Question: Hi\n### Answer: A"),
+        1,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -208,6 +218,10 @@ def half_transparent():
         (np.full((4, 6, 3), PIXEL, dtype=np.uint8), PIXEL),
         (np.full((3, 4, 6), 0.5, dtype=np.float32), (128, 128, 128)),
         (np.full((4, 6), 77, dtype=np.uint8), (77, 77, 77)),
+        (np.full((4, 6), True), (255, 255, 255)),
+        (Image.fromarray(np.full((4, 6), 100, dtype=np.uint16)), (0, 0, 0)),
+        (Image.fromarray(np.full((4, 6), 100, dtype=np.int32)), (100, 100, 100)),
+        (solid("CMYK", (0, 255, 255, 0)), (255, 0, 0)),
     ],
     ids=[
         "grey",
@@ -221,6 +235,10 @@ def half_transparent():
         "array",
         "float array",
         "grey array",
+        "bool array",
+        "dark 16-bit",
+        "byte in 32-bit",
+        "CMYK",
     ],
 )
 def test_any_mode_becomes_rgb(image, expected):
@@ -252,6 +270,40 @@ def test_a_16_bit_png_from_disk(tmp_path):
     assert np.abs(values - gradient / 257).max() <= 0.5
 
 
+def test_base64_may_be_broken_into_lines():
+    buffer = io.BytesIO()
+    solid("RGB", PIXEL).save(buffer, format="PNG")
+    text = base64.encodebytes(buffer.getvalue()).decode()
+    for source in (text, "data:image/png;base64," + text):
+        assert "\n" in source and load_image(source).getpixel((0, 0)) == PIXEL
+
+
+def test_an_image_by_address_is_treated_as_one_by_path(tmp_path):
+    half_transparent().save(tmp_path / "half.png")
+    (tmp_path / "words.png").write_text("words")
+    handler = functools.partial(QuietHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        loaded = load_image(f"{address}/half.png")
+        with pytest.raises(ValueError, match=r"words\.png is not an image"):
+            load_image(f"{address}/words.png")
+        with pytest.raises(ValueError, match=r"nowhere\.png cannot be fetched: .*404"):
+            load_image(f"{address}/nowhere.png")
+        server.shutdown()
+    assert loaded.getpixel((1, 1)) == PIXEL and loaded.getpixel((5, 1)) == (255, 255, 255)
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+def test_an_orientation_that_cannot_be_read_is_none(tmp_path):
+    solid("RGB", PIXEL).save(tmp_path / "odd.png", exif=b"Exif\x00\x00garbage")
+    assert load_image(tmp_path / "odd.png").size == (6, 4)
+
+
 def test_the_processor_takes_grey_and_colour_images_together(processor):
     inputs = prepare(processor, [user({"type": "image", "image": solid("L", 77)}, picture_block())])
     assert inputs["pixel_values"].shape == (2, 3, 8, 8)
@@ -261,9 +313,6 @@ def write_bomb(path):
     """A PNG that says it is 30,000 pixels square and holds next to nothing."""
     buffer = io.BytesIO()
     Image.new("1", (1, 1)).save(buffer, format="PNG")
-    import struct
-    import zlib
-
     data = bytearray(buffer.getvalue())
     data[16:24] = struct.pack(">II", 30_000, 30_000)
     data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))
@@ -334,6 +383,22 @@ def test_marks_and_images_have_to_match(processor, marks, images):
     pictures = [draw_picture(seed) for seed in range(images)] or None
     with pytest.raises(ValueError, match="<image>"):
         processor(text="<image>" * marks + "Hi", images=pictures)
+
+
+def test_each_text_has_its_own_images(processor):
+    pictures = [draw_picture(seed) for seed in range(2)]
+    with pytest.raises(ValueError, match="Text 0 of the batch holds 1 <image> marks, and 2 images were passed for it"):
+        processor(text=["<image>a", "<image>c"], images=[pictures, []])
+
+
+def test_null_keys_are_no_keys(processor):
+    """As `datasets` fills them in to give all blocks one schema."""
+    content = [
+        {"type": "image", "image": draw_picture(0), "url": None, "text": None},
+        {"type": "text", "text": "Hi", "path": None, "image": None},
+    ]
+    actual = prepare(processor, [{"role": "user", "content": content}])
+    assert torch.equal(actual["input_ids"], prepare(processor, [user(picture_block(0), "Hi")])["input_ids"])
 
 
 def test_a_placeholder_in_words_can_be_sanitized(processor):

@@ -30,6 +30,7 @@ CODE = [
     "chat_template_visualchat.py",
     "configuration_visualchat.py",
     "conversation_visualchat.py",
+    "generation_visualchat.py",
     "hub_visualchat.py",
     "image_loading_visualchat.py",
     "modeling_visualchat.py",
