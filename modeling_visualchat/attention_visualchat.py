@@ -21,10 +21,15 @@ Padding is never attended to, and the output of a padding query is zero. Two dep
 purpose: text before the first image gets nothing from images (there: a uniform softmax over past and future), and an
 image token does not attend to earlier text (there: it does).
 
-How it reaches an unmodified decoder: the whole pattern is one boolean mask with two channels, (B, 2, Q, S), channel 0
-for the text softmax and channel 1 for the image softmax. An image query has no key in channel 0 and itself in
-channel 1, and a softmax over one key is 1. The mask is made once a forward pass by transformers' own mask functions,
-so that caches, padding and sliding windows are theirs, and [`MultiModalCausalAttention`] reads it in every layer.
+How it reaches an unmodified decoder: [`MultiModalCausalAttention`] stands in for the attention function of every
+layer, in one of two forms with the same result.
+
+- By masks, always possible. The whole pattern is one boolean mask with two channels, (B, 2, Q, S), channel 0 for the
+  text softmax and channel 1 for the image softmax. An image query has no key in channel 0 and itself in channel 1, and
+  a softmax over one key is 1. The mask is made once a forward pass by transformers' own mask functions, so that
+  caches, padding and sliding windows are theirs.
+- By a plan (`plan_visualchat.py`), where a whole conversation is read at once: in training and in the first step of
+  generation. No work is done for image queries, and no masked-out block is touched.
 
 Dimensions: B batch, S keys (past and current), Q queries, H query heads, K key/value heads (K divides H), D head size.
 """
@@ -43,6 +48,8 @@ from transformers.masking_utils import (
     padding_mask_function,
     prepare_padding_mask,
 )
+
+from .plan_visualchat import MMCAPlan, planned_attention
 
 
 MMCA_PREFIX = "mmca_"
@@ -189,6 +196,15 @@ def mmca_mask(
     return mask_function(batch_idx, head_idx, q_idx, kv_idx).expand(batch_size, -1, q_length, kv_length)
 
 
+def check_coverage(mm_token_type_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+    """Raises a `ValueError` unless both are of past and current tokens."""
+    if attention_mask is not None and attention_mask.shape != mm_token_type_ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; it has to cover past and current tokens, "
+            f"{tuple(mm_token_type_ids.shape)}."
+        )
+
+
 def create_mmca_masks(
     config: PreTrainedConfig,
     inputs_embeds: torch.Tensor,
@@ -214,11 +230,7 @@ def create_mmca_masks(
     Raises:
         `ValueError`: `attention_mask` and `mm_token_type_ids` cover different tokens.
     """
-    if attention_mask is not None and attention_mask.shape != mm_token_type_ids.shape:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; it has to cover past and current tokens, "
-            f"{tuple(mm_token_type_ids.shape)}."
-        )
+    check_coverage(mm_token_type_ids, attention_mask)
     sequence_ids = None
     if position_ids is not None and attention_mask is None and past_key_values is None:
         # Here and not in transformers, which would hand positions to the mask function where it needs indices.
@@ -284,6 +296,10 @@ def _attend(kernel: Callable, query, key, value, mask, scaling, dropout=0.0):
     return output, weights
 
 
+class PlanNotDeliveredError(RuntimeError):
+    """A decoder whose layers keep keyword arguments to themselves: MMCA runs in it by masks alone."""
+
+
 class MultiModalCausalAttention:
     """
     MMCA as an attention function of transformers, called by every layer of a decoder in place of its own.
@@ -307,6 +323,7 @@ class MultiModalCausalAttention:
         softcap: float | None = None,
         s_aux: torch.Tensor | None = None,
         position_bias: torch.Tensor | None = None,
+        mmca_plan: MMCAPlan | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -316,7 +333,8 @@ class MultiModalCausalAttention:
             key (`torch.Tensor` of shape `(B, K, S, D)`): Keys, rotated, those of the cache included.
             value (`torch.Tensor` of shape `(B, K, S, D)`): Values.
             attention_mask (`torch.Tensor` of shape `(B, 2, Q, S)` or `(B, 1, Q, S)`):
-                The mask of [`create_mmca_masks`], or one channel for text alone.
+                The mask of [`create_mmca_masks`], or one channel for text alone; not read when there is a plan.
+            mmca_plan (`MMCAPlan`, *optional*): The plan of a batch that is sorted by modality.
 
         Returns:
             The output of shape `(B, Q, H, D)`, and the summed weights `(B, H, Q, S)` where the kernel yields them.
@@ -331,6 +349,10 @@ class MultiModalCausalAttention:
                 f"{type(module).__name__} caps its scores, has sinks or a position bias; MMCA is not defined with "
                 "these."
             )
+        if mmca_plan is not None:
+            return planned_attention(query, key, value, mmca_plan, scaling, dropout), None
+        if attention_mask.numel() == 0:
+            raise PlanNotDeliveredError(f"{type(module).__name__} does not pass on keyword arguments.")
         output, weights = _attend(self.kernel, query, key, value, attention_mask, scaling, dropout)
         return output.transpose(1, 2).contiguous(), weights
 

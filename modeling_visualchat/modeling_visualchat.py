@@ -5,14 +5,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, Cache, PreTrainedModel
+from transformers import AutoModel, Cache, DynamicCache, PreTrainedModel
 from transformers import initialization as init
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple, torch_compilable_check
 from transformers.utils.output_capturing import select_hidden_states
 
-from .attention_visualchat import MMCA_PREFIX, check_decoder, create_mmca_masks, mmca_implementation
+from .attention_visualchat import (
+    MMCA_PREFIX,
+    PlanNotDeliveredError,
+    check_coverage,
+    check_decoder,
+    create_mmca_masks,
+    mmca_implementation,
+)
 from .configuration_visualchat import VisualChatConfig
 from .generation_visualchat import VisualChatGenerationMixin
 from .hub_visualchat import push_repository
@@ -23,8 +31,12 @@ from .parts_visualchat import (
     placeholder_token_id,
     vision_sequence_length,
 )
+from .plan_visualchat import plan_mmca
 from .projector_visualchat import PROJECTORS, PerceiverProjector
 
+
+# What a sorted decoder would record in another order.
+RECORDED_OUTPUTS = ("output_attentions", "output_hidden_states")
 
 # Parts that `set_trainable` knows, and where they live in `VisualChatForConditionalGeneration`.
 TRAINABLE_PARTS = {
@@ -152,6 +164,7 @@ class VisualChatModel(VisualChatPreTrainedModel):
         # Before the decoder is built, so that no way of loading leaves it with a plain kernel.
         self._choose_attention(config.text_config)
         self.language_model = AutoModel.from_config(config.text_config)
+        self._takes_plans = True
         self.post_init()
 
     def _choose_attention(self, text_config) -> None:
@@ -292,24 +305,27 @@ class VisualChatModel(VisualChatPreTrainedModel):
         embeds, is_image = self._embed(input_ids, inputs_embeds, image_features)
         if blank_features is not None:
             embeds = embeds + 0.0 * blank_features.sum().to(embeds.device)
+        if self.training:
+            kwargs.setdefault("use_cache", past_key_values is not None)  # nobody reads the cache of a training step
         self._choose_attention(self.language_model.config)
+        inputs: dict[str, Any] = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+        }
+        outputs = None
         if self.config.attention_type == "mmca" and not _is_prepared(attention_mask):
-            attention_mask = create_mmca_masks(
-                self.config.text_config,
-                embeds,
-                self._complete_mm_token_type_ids(mm_token_type_ids, is_image, past_key_values, embeds.shape[1]),
-                attention_mask,  # type: ignore[arg-type]  # a finished mask does not come here
-                past_key_values,
-                position_ids,
+            mm_token_type_ids = self._complete_mm_token_type_ids(
+                mm_token_type_ids, is_image, past_key_values, embeds.shape[1]
             )
-
-        outputs = self.language_model(
-            inputs_embeds=embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
+            check_coverage(mm_token_type_ids, inputs["attention_mask"])
+            if self._can_plan(embeds, kwargs, **inputs):
+                outputs = self._run_planned(embeds, mm_token_type_ids, **inputs, **kwargs)
+            if outputs is None:
+                masks = create_mmca_masks(self.config.text_config, embeds, mm_token_type_ids, **inputs)
+                inputs["attention_mask"] = masks
+        if outputs is None:
+            outputs = self.language_model(inputs_embeds=embeds, **inputs, **kwargs)
         return VisualChatModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
@@ -317,6 +333,54 @@ class VisualChatModel(VisualChatPreTrainedModel):
             attentions=outputs.attentions,
             image_hidden_states=image_features,
         )
+
+    def _can_plan(self, embeds, kwargs, attention_mask, position_ids, past_key_values) -> bool:
+        """Whether a whole conversation is read at once, by a decoder and in a way that a plan serves."""
+        text_config = self.config.text_config
+        window = getattr(text_config, "sliding_window", None)
+        return (
+            self._takes_plans
+            and text_config._attn_implementation == MMCA_PREFIX + "sdpa"
+            and not torch.compiler.is_compiling()
+            and embeds.shape[1] > 1
+            and (window is None or embeds.shape[1] < window)
+            and not any(kwargs.get(name, getattr(text_config, name, False)) for name in RECORDED_OUTPUTS)
+            and (position_ids is None or attention_mask is not None or not _is_packed(position_ids))
+            and (past_key_values is None or _is_fresh_and_plain(past_key_values))
+        )
+
+    def _run_planned(self, embeds, mm_token_type_ids, attention_mask, position_ids, past_key_values, **kwargs):
+        """
+        Runs the decoder on the sorted batch and puts its output, and what it cached, back into the order of the
+        conversation; nothing if the decoder turns out not to pass the plan on.
+        """
+        text_config = self.config.text_config
+        if past_key_values is None and kwargs.get("use_cache", text_config.use_cache):
+            past_key_values = DynamicCache(config=text_config)
+            if not _is_fresh_and_plain(past_key_values):
+                return None
+        plan = plan_mmca(mm_token_type_ids, attention_mask)
+        if position_ids is None:
+            position_ids = torch.arange(embeds.shape[1], device=embeds.device)[None]
+        no_mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=embeds.device)
+        layer_types = getattr(text_config, "layer_types", None)
+        try:
+            outputs = self.language_model(
+                inputs_embeds=plan.sort(embeds),
+                attention_mask=no_mask if layer_types is None else dict.fromkeys(layer_types, no_mask),
+                position_ids=plan.sort(position_ids.expand(embeds.shape[:2])),
+                past_key_values=past_key_values,
+                mmca_plan=plan,
+                **kwargs,
+            )
+        except PlanNotDeliveredError:
+            self._takes_plans = False
+            return None
+        outputs.last_hidden_state = plan.restore(outputs.last_hidden_state)
+        for layer in past_key_values.layers if past_key_values is not None else ():
+            layer.keys = plan.restore(layer.keys.transpose(1, 2)).transpose(1, 2)
+            layer.values = plan.restore(layer.values.transpose(1, 2)).transpose(1, 2)
+        return outputs
 
     def _embed(self, input_ids, inputs_embeds, image_features) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Embeddings with the images in place (B, Q, hidden), and where they are (B, Q) if that can be told."""
@@ -554,6 +618,19 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, VisualChatGe
         if (factor := getattr(text_config, "logit_scale", None)) is not None:
             logits = logits * factor
         return logits
+
+
+def _is_packed(position_ids: torch.Tensor) -> bool:
+    return bool((position_ids.diff(dim=-1) != 1).any())
+
+
+def _is_fresh_and_plain(cache: Cache) -> bool:
+    """Whether a cache is empty and keeps all that it is given, in the order given."""
+    return (
+        isinstance(cache, DynamicCache)
+        and all(type(layer) is DynamicLayer for layer in cache.layers)
+        and (cache.get_seq_length() == 0)
+    )
 
 
 def _num_past(past_key_values: Cache | None) -> int:

@@ -35,6 +35,7 @@ CODE = [
     "image_loading_visualchat.py",
     "modeling_visualchat.py",
     "parts_visualchat.py",
+    "plan_visualchat.py",
     "processing_visualchat.py",
     "projector_visualchat.py",
 ]

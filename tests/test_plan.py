@@ -1,0 +1,149 @@
+"""The planned form of MMCA: equal to the reference and to the masked form, and taken where it can be."""
+
+import pytest
+import torch
+from conftest import IMAGE_TOKEN_ID, TEXT_CONFIGS, make_model, pad_left, pixels, tokens
+from test_attention import PATTERNS, assert_errs_no_more_than_rounding, draw, outputs_and_gradients
+from transformers import DynamicCache
+
+import modeling_visualchat.attention_visualchat
+from modeling_visualchat import mmca_attention_reference
+from modeling_visualchat.attention_visualchat import MultiModalCausalAttention
+from modeling_visualchat.plan_visualchat import plan_mmca, planned_attention
+
+
+DECODERS = list(TEXT_CONFIGS)
+
+
+def sorted_and_back(query, key, value, mm_token_type_ids, attention_mask):
+    """The planned form under the signature of the reference."""
+    plan = plan_mmca(mm_token_type_ids, attention_mask)
+    query, key, value = (plan.sort(states.transpose(1, 2)).transpose(1, 2) for states in (query, key, value))
+    return plan.restore(planned_attention(query, key, value, plan)).transpose(1, 2)
+
+
+@pytest.fixture
+def planned_calls(monkeypatch):
+    """Counts the layers that are computed by a plan."""
+    calls = []
+
+    def count(*args):
+        calls.append(args)
+        return planned_attention(*args)
+
+    monkeypatch.setattr(modeling_visualchat.attention_visualchat, "planned_attention", count)
+    return calls
+
+
+def by_masks(model):
+    model.model._takes_plans = False
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", PATTERNS.values(), ids=PATTERNS)
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (6, 1)], ids=lambda heads: f"{heads[0]} heads on {heads[1]}")
+def test_equals_the_reference_in_value_and_gradient(rows, heads, dtype):
+    inputs = draw(rows, *heads, dtype=dtype)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs[:3]]
+    expected = outputs_and_gradients(mmca_attention_reference, *exact, *inputs[3:])
+    assert_errs_no_more_than_rounding(outputs_and_gradients(sorted_and_back, *inputs), expected)
+
+
+def test_the_plan_of_the_drawing():
+    plan = plan_mmca(
+        torch.tensor([[1, 1, 0, 0, 1, 0], [0, 0, 1, 0, 0, 0]]), torch.tensor([[1] * 6, [0, 1, 1, 1, 1, 1]])
+    )
+    assert plan.num_image_places == 3
+    assert plan.order.tolist() == [[0, 1, 4, 2, 3, 5, 0], [2, 0, 0, 1, 3, 4, 5]]
+    assert plan.places[0].tolist() == [0, 1, 3, 4, 2, 5] and plan.places[1, 1:].tolist() == [3, 0, 4, 5, 6]
+    assert plan.runs == [[(0, 2, 2), (2, 3, 3)], [(0, 1, 0), (1, 4, 1)]]
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_model_computes_the_same_by_a_plan_and_by_masks(decoder, planned_calls):
+    """Logits and every gradient, over unequal rows padded on the left, one of them without images."""
+    rows = [tokens(1, "I", 3), tokens("I", 1, "I", 2, seed=1), tokens(4, seed=2)]  # short of every window
+    batch = pad_left(rows)
+    is_first = batch["attention_mask"].cumsum(dim=1) <= 1  # what padding predicts is not defined
+    labels = batch["input_ids"].masked_fill((batch["input_ids"] == IMAGE_TOKEN_ID) | is_first, -100)
+    results = []
+    for model in (make_model(decoder).train(), by_masks(make_model(decoder)).train()):
+        output = model(**batch, pixel_values=pixels(0, 1, 2), labels=labels)
+        output.loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append((output.logits[batch["attention_mask"].bool()], gradients))
+    assert len(planned_calls) == 2
+    (logits, gradients), (expected_logits, expected_gradients) = results
+    torch.testing.assert_close(logits, expected_logits, rtol=1e-4, atol=1e-4)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, expected in expected_gradients.items():
+        torch.testing.assert_close(gradients[name], expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("decoder", ["llama", "qwen3", "smollm3"])
+def test_what_is_cached_is_in_the_order_of_the_conversation(decoder, planned_calls):
+    model = make_model(decoder)
+    batch = pad_left([tokens(3, "I", 4, "I", 2), tokens(2, "I", 3, seed=1)])
+    caches = []
+    for masked in (False, True):
+        cache = DynamicCache(config=model.config.text_config)
+        model.model._takes_plans = not masked
+        with torch.no_grad():
+            model(**batch, pixel_values=pixels(0, 1, 2), past_key_values=cache)
+        caches.append(cache)
+    assert len(planned_calls) == 2
+    kept = batch["attention_mask"].bool()
+    for planned, masked in zip(caches[0].layers, caches[1].layers):
+        for actual, expected in ((planned.keys, masked.keys), (planned.values, masked.values)):
+            actual, expected = (states.transpose(1, 2)[kept] for states in (actual, expected))
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_nothing_later_changes_a_bit(decoder, planned_calls):
+    model = make_model(decoder)
+    ids = tokens(2, "I", 2, "I", 1)
+    with torch.no_grad():
+        before = model.model(ids, pixels(0, 1), use_cache=False).last_hidden_state
+        after = model.model(ids, pixels(0, 9), use_cache=False).last_hidden_state
+    assert len(planned_calls) == 4
+    assert torch.equal(before[:, :9], after[:, :9]) and not torch.allclose(before[:, -1], after[:, -1], atol=1e-3)
+
+
+def test_the_masked_form_serves_where_a_plan_cannot(planned_calls):
+    model = make_model()
+    ids, images = tokens(3, "I", 4), pixels(0)
+    expected = model(ids, images).logits
+    assert len(planned_calls) == 2
+    recorded = model(ids, images, output_hidden_states=True)
+    assert len(recorded.hidden_states) == 3
+    static = model.generate(
+        ids, pixel_values=images, cache_implementation="static", max_new_tokens=2, disable_compile=True
+    )
+    packed = model(ids, images, position_ids=torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3]])).logits
+    model.set_attn_implementation("eager")
+    eager = model(ids, images).logits
+    assert len(planned_calls) == 2
+    torch.testing.assert_close(recorded.logits, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(eager, expected, rtol=1e-4, atol=1e-4)
+    assert static.shape[1] == ids.shape[1] + 2 and not torch.allclose(packed, expected, atol=1e-3)
+
+
+def test_a_decoder_that_drops_keyword_arguments_runs_by_masks(monkeypatch, planned_calls):
+    model = make_model()
+    ids, images = tokens(3, "I", 4), pixels(0)
+    expected = by_masks(make_model())(ids, images).logits
+    compute = MultiModalCausalAttention.__call__
+    monkeypatch.setattr(
+        MultiModalCausalAttention, "__call__", lambda *args, mmca_plan=None, **kwargs: compute(*args, **kwargs)
+    )
+    for _ in range(2):
+        torch.testing.assert_close(model(ids, images).logits, expected)
+    assert not planned_calls
+
+
+def test_a_training_step_keeps_no_cache():
+    ids, images = tokens(3, "I", 4), pixels(0)
+    assert make_model().train()(ids, images).past_key_values is None
+    assert make_model()(ids, images).past_key_values is not None
