@@ -2,23 +2,39 @@
 Talks to a saved VisualChat checkpoint in the terminal: several rounds, images by path, answers streamed.
 
     python examples/chat.py CHECKPOINT [--image PATH …]
-    python examples/chat.py hub-user/repository --trust_remote_code
+
+CHECKPOINT is a folder or a name on the Hub. At the prompt:
 
     /image PATH …    show one or more images with the next question
     /new             start a new conversation
     /quit            leave
 """
 
+import contextlib
 import os
-import readline  # noqa: F401  (line editing and history in input())
 import shlex
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache, TextStreamer, logging
+from transformers import DynamicCache, TextStreamer, logging
 
-import modeling_visualchat  # noqa: F401  (registers the classes)
-import processing_visualchat
+from modeling_visualchat import VisualChatForConditionalGeneration
+from processing_visualchat import VisualChatProcessor, load_image
+
+
+with contextlib.suppress(ImportError):  # not everywhere; it gives input() line editing and a history
+    import readline  # noqa: F401
+
+
+class AnswerStreamer(TextStreamer):
+    """Prints an answer as it comes, without the space that it begins with."""
+
+    is_first = True
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        text = text.lstrip() if self.is_first else text
+        self.is_first = self.is_first and not text
+        super().on_finalized_text(text, stream_end)
 
 
 class Chat:
@@ -37,6 +53,10 @@ class Chat:
 
     def start_anew(self) -> None:
         self.messages = []
+        self.forget_cache()
+
+    def forget_cache(self) -> None:
+        """What is computed anew with the next question."""
         self.cache = DynamicCache(config=self.model.config.text_config)
         self.cached_ids = torch.zeros(1, 0, dtype=torch.long)
 
@@ -52,7 +72,7 @@ class Chat:
         num_shared = self.cache.get_seq_length()
         if not torch.equal(ids[:, :num_shared], self.cached_ids[:, :num_shared]):
             # The answer was tokenized in another way than it was generated.
-            self.cache = DynamicCache(config=self.model.config.text_config)
+            self.forget_cache()
         generated = self.model.generate(
             **inputs, past_key_values=self.cache, max_new_tokens=self.max_new_tokens, streamer=streamer
         )
@@ -65,15 +85,18 @@ class Chat:
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="folder or name of a checkpoint")
-    parser.add_argument("--image", action="append", default=[], help="image to show with the first question")
+    parser.add_argument(
+        "--image", nargs="+", action="extend", default=[], help="images to show with the first question"
+    )
     parser.add_argument("--max_new_tokens", type=int, default=256, help="the longest answer, in tokens")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that comes with the checkpoint")
     arguments = parser.parse_args()
 
     logging.set_verbosity_error()
-    options = {"trust_remote_code": arguments.trust_remote_code}
-    processor = AutoProcessor.from_pretrained(arguments.checkpoint, **options)
-    model = AutoModelForImageTextToText.from_pretrained(arguments.checkpoint, **options).eval()
+    try:
+        model = VisualChatForConditionalGeneration.from_pretrained(arguments.checkpoint).eval()
+        processor = VisualChatProcessor.from_pretrained(arguments.checkpoint)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"chat.py: error: {arguments.checkpoint} cannot be loaded: {error}") from error
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
     chat = Chat(model, processor, arguments.max_new_tokens)
@@ -90,7 +113,7 @@ def main() -> None:
         if line == "/new":
             chat.start_anew()
             images = []
-        elif line.startswith("/image"):
+        elif line.split(maxsplit=1)[:1] == ["/image"]:
             try:
                 images += show(shlex.split(line)[1:])
             except ValueError as error:
@@ -99,10 +122,13 @@ def main() -> None:
             print(f"Unknown command {line.split()[0]}; there are /image, /new and /quit.")
         elif line:
             try:
-                chat.ask(line, images, TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True))
+                chat.ask(line, images, AnswerStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True))
                 images = []
             except (OSError, ValueError) as error:
                 print(f"error: {error}")
+            except KeyboardInterrupt:
+                print("\n(stopped; the round is not kept)")
+                chat.forget_cache()
 
 
 def show(paths: list[str]) -> list[str]:
@@ -110,7 +136,7 @@ def show(paths: list[str]) -> list[str]:
     readable = []
     for path in map(os.path.expanduser, paths):
         try:
-            image = processing_visualchat.load_image(path)
+            image = load_image(path)
         except (OSError, ValueError) as error:
             print(f"error: {error}")
             continue

@@ -17,7 +17,7 @@ Every field of TrainingArguments is a flag and a key of the configuration file; 
 
 import os
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,13 +46,17 @@ class FinetuneArguments:
     )
     eval_file: str | None = field(default=None, metadata={"help": "JSON lines of conversations to evaluate on."})
     attention_type: str | None = field(
-        default=None, metadata={"help": "Of the digits model: mmca (default) or causal."}
+        default=None, metadata={"help": "Of the digits model; mmca by default.", "choices": ["mmca", "causal"]}
     )
-    projector_type: str | None = field(default=None, metadata={"help": "Of the digits model: linear, mlp or vit."})
-    trainable: list[str] = field(
-        default_factory=lambda: ["multi_modal_projector", "input_embeddings"],
+    projector_type: str | None = field(
+        default=None,
+        metadata={"help": "Of the digits model; linear by default.", "choices": ["linear", "mlp", "vit"]},
+    )
+    trainable: list[str] | None = field(
+        default=None,
         metadata={
-            "help": "Parts that learn: vision_tower, multi_modal_projector, language_model, input_embeddings, lm_head."
+            "help": "Parts of a checkpoint that learn, by default multi_modal_projector and input_embeddings; also "
+            "vision_tower, language_model, lm_head. Of the digits model everything learns."
         },
     )
     cpu_threads: int = field(default=0, metadata={"help": "Threads of each process on a CPU; 0 shares out all cores."})
@@ -60,12 +64,28 @@ class FinetuneArguments:
     check_images: bool = field(default=True, metadata={"help": "Open every image of the data files before training."})
 
 
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """The description as it is written, and every default."""
+
+
+class ArgumentParserOfTraining(HfArgumentParser):
+    """Says what is wrong without listing some hundred flags before it."""
+
+    def error(self, message: str):
+        raise SystemExit(f"finetune.py: error: {message} (see --help)")
+
+
 def parse_arguments(argv: list[str]) -> tuple[FinetuneArguments, TrainingArguments]:
     """Flags over the configuration file over the defaults of the two classes."""
     config_parser = ArgumentParser(add_help=False)
     config_parser.add_argument("--config", type=Path, help="YAML file of arguments; flags win over it.")
     known, flags = config_parser.parse_known_args(argv)
-    parser = HfArgumentParser((FinetuneArguments, TrainingArguments), parents=[config_parser], description=__doc__)
+    parser = ArgumentParserOfTraining(
+        (FinetuneArguments, TrainingArguments),
+        parents=[config_parser],
+        description=__doc__,
+        formatter_class=HelpFormatter,
+    )
     is_default = known.config is None and not any(flag.split("=")[0] in ("--model", "--train_file") for flag in flags)
     config_path = DIGITS_CONFIG if is_default else known.config
     defaults = {} if torch.accelerator.is_available() else {"use_cpu": True}
@@ -88,6 +108,8 @@ def parse_arguments(argv: list[str]) -> tuple[FinetuneArguments, TrainingArgumen
         parser.error("--model and --train_file go together; without both, the digits are trained on")
     if arguments.model is None and arguments.eval_file is not None:
         parser.error("--eval_file goes with --model and --train_file; the digits have an evaluation of their own")
+    if arguments.model is None and arguments.trainable is not None:
+        parser.error("--trainable is of a checkpoint (--model); of the digits model everything learns")
     if arguments.model is not None and not {arguments.attention_type, arguments.projector_type} <= {None}:
         parser.error("--attention_type and --projector_type are of the digits model; a checkpoint has its own")
     training_arguments.remove_unused_columns = False
@@ -148,8 +170,9 @@ def main() -> None:
         train_dataset = DigitConversations(train_scans, max(training_arguments.max_steps, 100) * batch_size)
         eval_dataset = None
     else:
-        model = VisualChatForConditionalGeneration.from_pretrained(arguments.model)
-        model.set_trainable(*arguments.trainable)
+        # Weights learn in float32; `--bf16` computes in bfloat16 all the same.
+        model = VisualChatForConditionalGeneration.from_pretrained(arguments.model, dtype=torch.float32)
+        model.set_trainable(*arguments.trainable or ())
         processor = AutoProcessor.from_pretrained(arguments.model)
         train_dataset, eval_dataset = (
             load_conversations(path, processor, arguments.max_length, arguments.check_images) if path else None

@@ -24,12 +24,49 @@ class VisualChatGenerationMixin(GenerationMixin):
         See `GenerationMixin.generate`; images are passed as `pixel_values`.
 
         A conversation that goes on with its cache (`past_key_values`) takes all the tokens so far, and either all the
-        images so far or those of the new tokens alone.
+        images so far or those of the new tokens alone. It may also take the new tokens alone, with an `attention_mask`
+        and `mm_token_type_ids` of all tokens so far.
+
+        Raises:
+            `ValueError`: tokens, modalities or images that do not fit the cache, or a cache that is kept together with
+                assisted or prompt-lookup decoding.
         """
-        embeds, has_images = kwargs.get("inputs_embeds"), kwargs.keys() & {"pixel_values", "mm_encoder_outputs"}
-        if embeds is not None and has_images and kwargs.get("mm_token_type_ids") is None:
-            kwargs["mm_token_type_ids"] = self.model.get_placeholder_mask(None, embeds).long()
+        ids, embeds = kwargs.get("input_ids", inputs), kwargs.get("inputs_embeds")
+        cache = kwargs.get("past_key_values")
+        num_past = 0 if cache is None else int(cache.get_seq_length())
+        is_drafting = kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens") is not None
+        if num_past > 0 and is_drafting:
+            raise ValueError(
+                "Assisted and prompt-lookup decoding start from an empty cache; leave out past_key_values."
+            )
+        if embeds is not None:
+            has_images = kwargs.keys() & {"pixel_values", "mm_encoder_outputs"}
+            if has_images and kwargs.get("mm_token_type_ids") is None:
+                kwargs["mm_token_type_ids"] = self.model.get_placeholder_mask(None, embeds).long()
+        elif is_drafting:
+            kwargs.pop("mm_token_type_ids", None)  # the ids tell, and an assistant may know text alone
+        elif ids is not None:
+            kwargs["mm_token_type_ids"] = self._all_mm_token_type_ids(ids, num_past, kwargs)
+        if num_past > 0 and kwargs.get("pixel_values") is not None:
+            # Before they are encoded: an image in the cache costs nothing.
+            rows = self._of_new_tokens(kwargs["pixel_values"], kwargs["mm_token_type_ids"].bool(), num_past)
+            images = [image for row in rows for image in row]
+            kwargs.pop("pixel_values")
+            kwargs |= {"pixel_values": torch.stack(images)} if images else {}
         return super().generate(inputs, **kwargs)
+
+    def _all_mm_token_type_ids(self, input_ids: torch.Tensor, num_past: int, kwargs: dict) -> torch.Tensor:
+        """The modality of all tokens so far, from the ids or, where only new ones are passed, as it was given."""
+        attention_mask, given = kwargs.get("attention_mask"), kwargs.get("mm_token_type_ids")
+        num_tokens = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
+        if input_ids.shape[1] >= num_tokens or num_past == 0:
+            return (input_ids == self.config.image_token_id).long()
+        if given is None or given.shape[1] != num_tokens:
+            raise ValueError(
+                f"Only new tokens were passed, after {num_past} in the cache: mm_token_type_ids has to cover all "
+                f"{num_tokens}, as attention_mask does, or pass all the tokens so far."
+            )
+        return given
 
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs):
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
@@ -48,9 +85,14 @@ class VisualChatGenerationMixin(GenerationMixin):
         """Leaves out the images that are in the cache, and repeats those of a row with it (for beams and returns)."""
         encoder_outputs = model_kwargs.pop("mm_encoder_outputs", None)
         if encoder_outputs and encoder_outputs.get("image") is not None:
-            is_image = self._image_positions(input_ids, model_kwargs)
-            features = self._features_of_new_tokens(encoder_outputs["image"].pooler_output, is_image, model_kwargs)
-            repeated = [feature for row in features for _ in range(expand_size) for feature in row]
+            cache = model_kwargs.get("past_key_values")
+            num_past = 0 if cache is None else int(cache.get_seq_length())
+            mm_token_type_ids = model_kwargs.get("mm_token_type_ids")
+            is_image = (
+                input_ids == self.config.image_token_id if mm_token_type_ids is None else mm_token_type_ids.bool()
+            )
+            rows = self._of_new_tokens(encoder_outputs["image"].pooler_output, is_image, num_past)
+            repeated = [feature for row in rows for _ in range(expand_size) for feature in row]
             encoder_outputs = {"image": BaseModelOutputWithPooling(pooler_output=repeated)} if repeated else None
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
@@ -59,33 +101,21 @@ class VisualChatGenerationMixin(GenerationMixin):
             model_kwargs["mm_encoder_outputs"] = encoder_outputs
         return input_ids, model_kwargs
 
-    def _image_positions(self, input_ids: torch.Tensor | None, model_kwargs: dict) -> torch.Tensor:
-        if input_ids is not None and input_ids.numel() > 0:
-            return input_ids == self.config.image_token_id
-        return model_kwargs["mm_token_type_ids"].bool()
-
-    def _features_of_new_tokens(
-        self, features, is_image: torch.Tensor, model_kwargs: dict
-    ) -> list[list[torch.Tensor]]:
-        """The features of each row's images beyond the cache, from those of all images or of these alone."""
-        cache = model_kwargs.get("past_key_values")
-        num_past = 0 if cache is None else int(cache.get_seq_length())
-        attention_mask = model_kwargs.get("attention_mask")
-        if attention_mask is not None and is_image.shape[1] < attention_mask.shape[1]:
-            num_past = 0  # only the new tokens were passed
+    def _of_new_tokens(self, images, is_image: torch.Tensor, num_past: int) -> list[list[torch.Tensor]]:
+        """Each row's images (pixels or features) beyond the cache, from those of all images or of these alone."""
         length = self.config.image_seq_length
         num_images = (is_image.sum(dim=1) // length).tolist()
         num_cached = (is_image[:, :num_past].sum(dim=1) // length).tolist()
-        passes_all = len(features) == sum(num_images)
-        if not passes_all and len(features) != sum(num_images) - sum(num_cached):
+        passes_all = len(images) == sum(num_images)
+        if not passes_all and len(images) != sum(num_images) - sum(num_cached):
             raise ValueError(
-                f"The tokens hold {sum(num_images)} images, {sum(num_cached)} of them in the cache; {len(features)} "
+                f"The tokens hold {sum(num_images)} images, {sum(num_cached)} of them in the cache; {len(images)} "
                 f"were passed. Pass all {sum(num_images)}, or the {sum(num_images) - sum(num_cached)} new ones."
             )
         rows, start = [], 0
         for total, cached in zip(num_images, num_cached):
             num_passed = total if passes_all else total - cached
-            rows.append(list(features[start : start + num_passed])[num_passed - (total - cached) :])
+            rows.append(list(images[start : start + num_passed])[num_passed - (total - cached) :])
             start += num_passed
         return rows
 

@@ -69,8 +69,9 @@ def _parse(line: bytes, where: str) -> list[dict]:
         raise ValueError(f"{where} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from error
-    messages: Any = record.get("messages") if isinstance(record, dict) else record
-    return drop_nulls(messages) if isinstance(messages, list) else messages
+    if isinstance(record, dict) and "messages" not in record:
+        raise ValueError(f"{where} has no messages; it has the keys {', '.join(record) or 'of an empty record'}.")
+    return drop_nulls(record["messages"] if isinstance(record, dict) else record)
 
 
 def _resolve_image_sources(messages: list[dict], folder: Path, where: str) -> list[str]:
@@ -84,11 +85,13 @@ def _resolve_image_sources(messages: list[dict], folder: Path, where: str) -> li
             source = source.get("url") if isinstance(source, dict) else source
             if not isinstance(source, str):
                 raise ValueError(f"{where} has an image without a path, url or base64 text: {block!r:.80}.")
-            if "path" in block:
-                image_path = (folder / source).resolve()
+            if "base64" not in block and not source.startswith(("http://", "https://", "data:")):
+                image_path = (folder / source.removeprefix("file://")).resolve()
                 if not image_path.is_file():
                     raise FileNotFoundError(f"{where} names the image {source}; there is no file at {image_path}.")
-                block["path"] = source = str(image_path)
+                source = str(image_path)
+                block.clear()
+                block.update(type="image", path=source)
             sources.append(source)
     return sources
 

@@ -52,6 +52,8 @@ def validate_conversation(messages: list[dict], image_token: str = "<image>", na
 
 def drop_nulls(messages: list[dict]) -> list[dict]:
     """Messages without the keys of their blocks whose value is null, which `datasets` adds to give all one schema."""
+    if not isinstance(messages, (list, tuple)):
+        return messages
     return [
         {**message, "content": [_without_nulls(block) for block in message["content"]]}
         if isinstance(message, dict) and isinstance(message.get("content"), (list, tuple))
@@ -77,15 +79,14 @@ def _validate_content(message: dict, image_token: str, where: str) -> None:
             if image_token in block["text"]:
                 raise ValueError(
                     f"{where} holds a literal {image_token} in its text. Give the image as a block of its own, "
-                    '{"type": "image", "path": …}; to chat about the characters themselves, pass '
-                    "sanitize_control_tokens=True to apply_chat_template."
+                    '{"type": "image", "path": …}.'
                 )
         elif kind in ("image", "image_url"):
             if role != "user":
                 raise ValueError(f"{where} shows an image as {role}; only the user shows images.")
             if kind == "image_url" and not block.get("image_url"):
                 raise ValueError(f"{where} has an image_url block without an address: {block!r:.80}.")
-            if sum(source in block for source in IMAGE_SOURCES) > 1:
+            if sum(source in block for source in (*IMAGE_SOURCES, "image_url")) > 1:
                 raise ValueError(
                     f"{where} has an image with more than one source; give one of {', '.join(IMAGE_SOURCES)}."
                 )

@@ -1,5 +1,7 @@
 """The VisualChat processor: conversations with images in, token ids, pixels and labels out."""
 
+from pathlib import Path
+
 import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
 
@@ -71,11 +73,11 @@ class VisualChatProcessor(ProcessorMixin):
             image_seq_length (`int`): Tokens that one image takes, `config.image_seq_length` of the model.
             image_token (`str`, *optional*, defaults to `"<image>"`): The placeholder of an image.
         """
-        folder, _, file = text.rpartition("/") if text.endswith(".gguf") else (text, "", "")
-        source = {"gguf_file": file} if file else {}
-        tokenizer = AutoTokenizer.from_pretrained(folder or ".", **source)
+        path = Path(text)
+        folder, source = (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (str(text), {})
+        tokenizer = AutoTokenizer.from_pretrained(folder, **source)
         tokenizer.add_special_tokens({"extra_special_tokens": [image_token]}, replace_extra_special_tokens=False)
-        max_length = getattr(AutoConfig.from_pretrained(folder or ".", **source), "max_position_embeddings", None)
+        max_length = getattr(AutoConfig.from_pretrained(folder, **source), "max_position_embeddings", None)
         if max_length is not None:
             tokenizer.model_max_length = min(tokenizer.model_max_length, max_length)
         image_processor = AutoImageProcessor.from_pretrained(vision)
@@ -110,11 +112,13 @@ class VisualChatProcessor(ProcessorMixin):
                     )
         kwargs.setdefault("return_mm_token_type_ids", True)
         inputs = super().__call__(images=images, text=text, **kwargs)
-        for row, ids in enumerate(inputs.get("input_ids", ())):
-            if len(ids) > self.tokenizer.model_max_length:
+        masks = inputs.get("attention_mask", inputs.get("input_ids", ()))
+        for row, mask in enumerate(masks):
+            num_tokens = int(sum(mask)) if "attention_mask" in inputs else len(mask)
+            if num_tokens > self.tokenizer.model_max_length:
                 raise ValueError(
-                    f"Text {row} of the batch has {len(ids)} tokens, {self.image_seq_length} for an image; the model "
-                    f"reads {self.tokenizer.model_max_length}. Leave out rounds or images; a cut could go "
+                    f"Text {row} of the batch has {num_tokens} tokens, {self.image_seq_length} for an image; the "
+                    f"model reads {self.tokenizer.model_max_length}. Leave out rounds or images; a cut could go "
                     "through an image."
                 )
         return inputs
@@ -139,12 +143,14 @@ class VisualChatProcessor(ProcessorMixin):
             return_labels (`bool`, *optional*, defaults to `False`): Adds `labels` of shape (B, S): the ids of the
                 answers with their end-of-sequence token, -100 elsewhere.
             kwargs: As in `ProcessorMixin.apply_chat_template`; arguments of the tokenizer go into `processor_kwargs`.
+                `sanitize_control_tokens=True` lets a user write `<image>` in words (not with labels).
 
         Raises:
             `ValueError`: a conversation that is not valid, or an image that cannot be read.
             `FileNotFoundError`: an image that is not there.
         """
-        is_batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
+        is_batched = isinstance(conversation, (list, tuple)) and bool(conversation)
+        is_batched = is_batched and isinstance(conversation[0], (list, tuple))
         conversation = [drop_nulls(messages) for messages in conversation] if is_batched else drop_nulls(conversation)
         for index, messages in enumerate(conversation if is_batched else [conversation]):
             self._validate(messages, f"Conversation {index}" if is_batched else "The conversation", kwargs)

@@ -148,7 +148,6 @@ def test_chunked_prefill(chunk):
     actual = model.generate(
         ids,
         pixel_values=images,
-        mm_token_type_ids=(ids == IMAGE_TOKEN_ID).long(),
         prefill_chunk_size=chunk,
         past_key_values=DynamicCache(config=model.config.text_config),
         **OPTIONS,
@@ -231,12 +230,64 @@ def test_chunked_prefill_goes_on_with_a_cache(passed):
     actual = model.generate(
         second,
         pixel_values=pixels(0, 1) if passed == "all images" else pixels(1),
-        mm_token_type_ids=(second == IMAGE_TOKEN_ID).long(),
         past_key_values=cache,
         prefill_chunk_size=4,
         **OPTIONS,
     )
     assert torch.equal(actual, generate_uncached(model, second, pixels(0, 1)))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_only_the_new_tokens_go_on_with_a_cache(padded):
+    """As a processor prepares a new round: the mask and the modalities cover everything, the ids only what is new."""
+    model = make_model()
+    cache = DynamicCache(config=model.config.text_config)
+    rows = [tokens(3, "I", 4), tokens(2, "I", 5 - padded, seed=1)]
+    batch = pad_left(rows)
+    answered = model.generate(**batch, pixel_values=pixels(0, 1), past_key_values=cache, **OPTIONS)
+    new = torch.cat([tokens(2, "I", 3, seed=2), tokens(5 + IMAGE_SEQ_LENGTH, seed=3)])
+    # The last answered token is not in the cache yet.
+    given = torch.cat([answered[:, -1:], new], dim=1)
+    whole = torch.cat([answered, new], dim=1)
+    mask = torch.cat(
+        [batch["attention_mask"], torch.ones(2, whole.shape[1] - batch["input_ids"].shape[1]).long()], dim=1
+    )
+    options = {"attention_mask": mask, "pixel_values": pixels(2), "past_key_values": cache, **OPTIONS}
+    with pytest.raises(ValueError, match=f"mm_token_type_ids has to cover all {whole.shape[1]}"):
+        model.generate(given, mm_token_type_ids=(given == IMAGE_TOKEN_ID).long(), **options)
+    actual = model.generate(given, mm_token_type_ids=(whole == IMAGE_TOKEN_ID).long(), **options)
+    for row, images in enumerate([pixels(0, 2), pixels(1)]):
+        ids = whole[row : row + 1, mask[row].bool()]
+        assert torch.equal(actual[row, -NEW:], generate_uncached(model, ids, images)[0, -NEW:])
+
+
+def test_an_image_in_the_cache_is_not_encoded_again(monkeypatch):
+    model = make_model()
+    cache = DynamicCache(config=model.config.text_config)
+    answered = model.generate(tokens(3, "I", 4), pixel_values=pixels(0), past_key_values=cache, **OPTIONS)
+    encoded = []
+    encode = model.model.get_image_features
+
+    def count(pixel_values, **kwargs):
+        encoded.append(len(pixel_values))
+        return encode(pixel_values)
+
+    # generate looks the parameters of the function up by name.
+    monkeypatch.setattr(model.model, "get_image_features", count)
+    second = torch.cat([answered, tokens(2, "I", 1, seed=4)], dim=1)
+    answered = model.generate(second, pixel_values=pixels(0, 1), past_key_values=cache, **OPTIONS)
+    third = torch.cat([answered, tokens(4, seed=5)], dim=1)
+    model.generate(third, pixel_values=pixels(0, 1), past_key_values=cache, **OPTIONS)
+    assert encoded == [1]
+
+
+def test_drafting_on_a_kept_cache_is_refused():
+    model = make_model()
+    cache = DynamicCache(config=model.config.text_config)
+    answered = model.generate(tokens(3), past_key_values=cache, **OPTIONS)
+    for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": make_model()}):
+        with pytest.raises(ValueError, match="start from an empty cache"):
+            model.generate(answered, past_key_values=cache, **options, **OPTIONS)
 
 
 def test_too_many_or_too_few_images_for_a_cache_are_named():

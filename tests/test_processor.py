@@ -374,8 +374,9 @@ def test_a_bad_conversation_is_named(processor, conversation, message):
 
 
 def test_an_empty_conversation_is_named(processor):
-    with pytest.raises(ValueError, match="list of messages that is not empty"):
-        processor.apply_chat_template([])
+    for conversation in ([], None, {"role": "user", "content": "Hi"}):
+        with pytest.raises(ValueError, match="list of messages that is not empty"):
+            processor.apply_chat_template(conversation)
 
 
 @pytest.mark.parametrize(("marks", "images"), [(2, 1), (1, 2), (1, 0), (0, 1)])
@@ -410,9 +411,12 @@ def test_a_placeholder_in_words_can_be_sanitized(processor):
 
 def test_a_sequence_over_the_length_of_the_model_is_refused(processor):
     short = make_processor()
-    short.tokenizer.model_max_length = 60
-    with pytest.raises(ValueError, match=r"has \d+ tokens, 5 for an image; the model reads 60"):
+    short.tokenizer.model_max_length = 80
+    with pytest.raises(ValueError, match=r"has \d+ tokens, 5 for an image; the model reads 80"):
         prepare(short, [user(picture_block(), "a" * 40)])
+    batch = [[user("short")], [user(picture_block(), "a" * 40)]]
+    with pytest.raises(ValueError, match=r"Text 1 of the batch has \d+ tokens"):
+        prepare(short, batch)
     with pytest.raises(ValueError, match="image"):
         short(text="<image> words", images=draw_picture(0), truncation=True, max_length=3)
 
