@@ -375,6 +375,8 @@ class VisualChatModel(VisualChatPreTrainedModel):
             )
         except PlanNotDeliveredError:
             self._takes_plans = False
+            if past_key_values is not None:
+                past_key_values.crop(0)  # the first layer has cached before it failed
             return None
         outputs.last_hidden_state = plan.restore(outputs.last_hidden_state)
         for layer in past_key_values.layers if past_key_values is not None else ():

@@ -138,9 +138,10 @@ def test_a_decoder_that_drops_keyword_arguments_runs_by_masks(monkeypatch, plann
     monkeypatch.setattr(
         MultiModalCausalAttention, "__call__", lambda *args, mmca_plan=None, **kwargs: compute(*args, **kwargs)
     )
-    for _ in range(2):
-        torch.testing.assert_close(model(ids, images).logits, expected)
-    assert not planned_calls
+    cache = DynamicCache(config=model.config.text_config)
+    for past in (cache, None):
+        torch.testing.assert_close(model(ids, images, past_key_values=past).logits, expected)
+    assert not planned_calls and cache.get_seq_length() == ids.shape[1]
 
 
 def test_a_training_step_keeps_no_cache():
