@@ -375,8 +375,9 @@ class VisualChatModel(VisualChatPreTrainedModel):
             )
         except PlanNotDeliveredError:
             self._takes_plans = False
-            if past_key_values is not None:
-                past_key_values.crop(0)  # the first layer has cached before it failed
+            # The first layer has cached before it failed.
+            for layer in past_key_values.layers if past_key_values is not None else ():
+                layer.crop(-layer.get_seq_length())
             return None
         outputs.last_hidden_state = plan.restore(outputs.last_hidden_state)
         for layer in past_key_values.layers if past_key_values is not None else ():
