@@ -408,8 +408,8 @@ class VisualChatModel(VisualChatPreTrainedModel):
         """Whether a rank without images has to run the vision tower all the same."""
         if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
             return False
-        # No rank has images beyond the first step of generation.
-        is_sharded = any(hasattr(parameter, "ds_id") for parameter in self.vision_tower.parameters())
+        # Under ZeRO-3 also in evaluation; no rank has images beyond the first step of generation.
+        is_sharded = hasattr(next(self.vision_tower.parameters()), "ds_id")
         return self.training or (is_sharded and _num_past(past_key_values) == 0)
 
     def _features_of_a_blank_image(self) -> torch.Tensor:

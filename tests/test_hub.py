@@ -13,8 +13,6 @@ from test_remote_code import CODE, HIDE_PACKAGES, REPOSITORY
 
 
 PUSH = """
-import sys
-sys.path.insert(0, sys.argv[1])
 from conftest import make_model, make_processor
 print(make_model().push_to_hub("someone/model", processor=make_processor(), tags=["digits"]))
 """
@@ -24,12 +22,12 @@ import json, torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 model = AutoModelForImageTextToText.from_pretrained("someone/model", trust_remote_code=True).eval()
 processor = AutoProcessor.from_pretrained("someone/model", trust_remote_code=True)
-ids, pixel_values = torch.load(sys.argv[2])
+ids, pixel_values = torch.load(sys.argv[1])
 print(json.dumps([type(processor).__name__, model(ids, pixel_values).logits.tolist()]))
 """
 
 
-def run(code, *arguments, hub, folder):
+def run(code, *arguments, hub, folder, python_path=""):
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PYTHONPATH"))}
     environment |= {
         "HF_ENDPOINT": hub.address,
@@ -38,6 +36,7 @@ def run(code, *arguments, hub, folder):
         "OMP_NUM_THREADS": "1",
     }
     environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
+    environment["PYTHONPATH"] = str(python_path)
     completed = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, env=environment, cwd=folder
     )
@@ -50,8 +49,8 @@ def test_one_commit_makes_a_repository_that_anyone_loads(tmp_path):
     (tmp_path / "load").mkdir()
     torch.save((tokens(3, "I", 4), pixels(0)), tmp_path / "inputs.pt")
     with HubStandIn() as hub:
-        address = run(PUSH, REPOSITORY / "tests", hub=hub, folder=tmp_path / "push")
-        output = run(HIDE_PACKAGES + LOAD, "-", tmp_path / "inputs.pt", hub=hub, folder=tmp_path / "load")
+        address = run(PUSH, hub=hub, folder=tmp_path / "push", python_path=REPOSITORY / "tests")
+        output = run(HIDE_PACKAGES + LOAD, tmp_path / "inputs.pt", hub=hub, folder=tmp_path / "load")
         assert address.startswith(f"{hub.address}/someone/model/commit/")
         assert len(hub.commits) == 1
         files = hub.files["someone/model"]

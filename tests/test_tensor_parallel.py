@@ -13,14 +13,13 @@ pytestmark = pytest.mark.slow
 
 RANK = """
 import sys, torch
-sys.path.insert(0, sys.argv[1])
 from conftest import pixels, tokens
 from transformers.distributed import DistributedConfig
 from modeling_visualchat import VisualChatForConditionalGeneration
 model = VisualChatForConditionalGeneration.from_pretrained(
-    sys.argv[2], distributed_config=DistributedConfig(tp_plan="auto")
+    sys.argv[1], distributed_config=DistributedConfig(tp_plan="auto")
 ).eval()
-whole = VisualChatForConditionalGeneration.from_pretrained(sys.argv[2]).eval()
+whole = VisualChatForConditionalGeneration.from_pretrained(sys.argv[1]).eval()
 weight = model.model.language_model.layers[0].self_attn.q_proj.weight
 assert weight.to_local().shape == (16, 32), weight.to_local().shape
 ids, images = tokens(3, "I", 4), pixels(0)
@@ -36,10 +35,10 @@ def test_two_processes_with_half_the_weights_each(tmp_path):
     (tmp_path / "rank.py").write_text(RANK)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     completed = subprocess.run(
-        [*command, str(tmp_path / "rank.py"), str(REPOSITORY / "tests"), str(tmp_path / "model")],
+        [*command, str(tmp_path / "rank.py"), str(tmp_path / "model")],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY / "tests")},
         timeout=300,
     )
     assert completed.returncode == 0, completed.stderr[-3000:]
