@@ -194,6 +194,9 @@ def main() -> None:
         trainer.log_metrics("eval", trainer.evaluate())
     if arguments.train_file is None and trainer.is_world_process_zero():
         report(training_arguments.output_dir, train_scans, test_scans, trainer.state.log_history)
+    # The threads of the process group end here, together, and not in an interpreter that is being torn down.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ with torch.no_grad():
     torch.testing.assert_close(model(ids, images).logits, whole(ids, images).logits, rtol=1e-4, atol=1e-4)
     options = {"pixel_values": images, "max_new_tokens": 5, "do_sample": False}
     assert torch.equal(model.generate(ids, **options), whole.generate(ids, **options))
+torch.distributed.destroy_process_group()
 """
 
 
