@@ -3,7 +3,10 @@
 from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
 from .attention_visualchat import MultiModalCausalAttention, mmca_attention, mmca_attention_reference
+from .cache_visualchat import ConversationCache
 from .configuration_visualchat import VERSION, VisualChatConfig
+from .image_memory_visualchat import ImageMemory
+from .image_states_visualchat import ImageStates
 from .modeling_visualchat import VisualChatForConditionalGeneration, VisualChatModel, VisualChatPreTrainedModel
 
 
@@ -13,6 +16,9 @@ AutoModelForMultimodalLM.register(VisualChatConfig, VisualChatForConditionalGene
 
 __version__ = VERSION
 __all__ = [
+    "ConversationCache",
+    "ImageMemory",
+    "ImageStates",
     "MultiModalCausalAttention",
     "VisualChatForConditionalGeneration",
     "VisualChatModel",

@@ -28,8 +28,9 @@ layer, in one of two forms with the same result.
   text softmax and channel 1 for the image softmax. An image query has no key in channel 0 and itself in channel 1, and
   a softmax over one key is 1. The mask is made once a forward pass by transformers' own mask functions, so that
   caches, padding and sliding windows are theirs.
-- By a plan (`plan_visualchat.py`), where a whole conversation is read at once: in training and in the first step of
-  generation. No work is done for image queries, and no masked-out block is touched.
+- By a plan (`plan_visualchat.py`), wherever the decoder and the cache allow it. Images go through the decoder on
+  their own and text reads what they leave behind: no work is done for image queries, and no masked-out block is
+  touched.
 
 Dimensions: B batch, S keys (past and current), Q queries, H query heads, K key/value heads (K divides H), D head size.
 """
@@ -49,7 +50,9 @@ from transformers.masking_utils import (
     prepare_padding_mask,
 )
 
-from .plan_visualchat import MMCAPlan, planned_attention
+from .image_states_visualchat import ImageReader
+from .kernels_visualchat import KERNELS, sdpa_kernel
+from .plan_visualchat import MMCAPlan
 
 
 MMCA_PREFIX = "mmca_"
@@ -244,47 +247,6 @@ def create_mmca_masks(
     )
 
 
-def sdpa_kernel(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor,
-    scaling: float | None,
-    dropout: float = 0.0,
-) -> tuple[torch.Tensor, None]:
-    """One masked softmax by PyTorch's fused kernel: (B, H, Q, D) and no weights. A row without a key is zero."""
-    has_key = mask.any(dim=-1, keepdim=True)
-    output = nn.functional.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask | ~has_key,
-        dropout_p=dropout,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return output.masked_fill(~has_key, 0.0), None
-
-
-def eager_kernel(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor,
-    scaling: float | None,
-    dropout: float = 0.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One masked softmax spelled out: (B, H, Q, D) and the weights (B, H, Q, S). A row without a key is zero."""
-    queries_per_key = query.shape[1] // key.shape[1]
-    key, value = (states.repeat_interleave(queries_per_key, dim=1) for states in (key, value))
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    has_key = mask.any(dim=-1, keepdim=True)
-    weights = scores.masked_fill(~(mask | ~has_key), float("-inf")).softmax(dim=-1, dtype=torch.float32)
-    weights = weights.masked_fill(~has_key, 0.0).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=dropout > 0.0)
-    return weights @ value, weights
-
-
 def _attend(kernel: Callable, query, key, value, mask, scaling, dropout=0.0):
     """The sum of one softmax for every channel of the mask, and the sum of their weights where the kernel has any."""
     output, weights = None, None
@@ -323,7 +285,7 @@ class MultiModalCausalAttention:
         softcap: float | None = None,
         s_aux: torch.Tensor | None = None,
         position_bias: torch.Tensor | None = None,
-        mmca_plan: MMCAPlan | None = None,
+        mmca_plan: MMCAPlan | ImageReader | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -334,7 +296,8 @@ class MultiModalCausalAttention:
             value (`torch.Tensor` of shape `(B, K, S, D)`): Values.
             attention_mask (`torch.Tensor` of shape `(B, 2, Q, S)` or `(B, 1, Q, S)`):
                 The mask of [`create_mmca_masks`], or one channel for text alone; not read when there is a plan.
-            mmca_plan (`MMCAPlan`, *optional*): The plan of a batch that is sorted by modality.
+            mmca_plan (`MMCAPlan` or `ImageReader`, *optional*): What the queries are, text alone or images alone, and
+                how they attend.
 
         Returns:
             The output of shape `(B, Q, H, D)`, and the summed weights `(B, H, Q, S)` where the kernel yields them.
@@ -350,14 +313,12 @@ class MultiModalCausalAttention:
                 "these."
             )
         if mmca_plan is not None:
-            return planned_attention(query, key, value, mmca_plan, scaling, dropout), None
+            return mmca_plan.attend(module, query, key, value, scaling, dropout), None
         if attention_mask.numel() == 0:
             raise PlanNotDeliveredError(f"{type(module).__name__} does not pass on keyword arguments.")
         output, weights = _attend(self.kernel, query, key, value, attention_mask, scaling, dropout)
         return output.transpose(1, 2).contiguous(), weights
 
-
-KERNELS = {"sdpa": sdpa_kernel, "eager": eager_kernel}
 
 for _name, _kernel in KERNELS.items():
     AttentionInterface.register(MMCA_PREFIX + _name, MultiModalCausalAttention(_kernel))

@@ -10,16 +10,20 @@ are used.
 import torch
 from torch import nn
 from transformers import Cache, GenerationConfig, GenerationMixin
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .attention_visualchat import create_mmca_masks
+from .cache_visualchat import ConversationCache
+from .image_memory_visualchat import ImageMemory, fingerprint_image
+from .image_states_visualchat import ImageStates
 
 
 class VisualChatGenerationMixin(GenerationMixin):
     """Generation for [`VisualChatForConditionalGeneration`]."""
 
-    def generate(self, inputs: torch.Tensor | None = None, **kwargs):
+    def generate(self, inputs: torch.Tensor | None = None, *, image_memory: ImageMemory | None = None, **kwargs):
         """
         See `GenerationMixin.generate`; images are passed as `pixel_values`.
 
@@ -27,14 +31,30 @@ class VisualChatGenerationMixin(GenerationMixin):
         images so far or those of the new tokens alone. It may also take the new tokens alone, with an `attention_mask`
         and `mm_token_type_ids` of all tokens so far.
 
+        With a [`ConversationCache`], all tokens and all images, the conversation need not go on where it stopped: what
+        has changed since, a message or an image of any round, is found, and computed anew from there.
+
+        Args:
+            inputs (`torch.Tensor` of shape `(B, Q)`, *optional*): Token ids; also `input_ids`.
+            image_memory (`ImageMemory`, *optional*): Where images are looked up before they are computed; not used by
+                assisted and prompt-lookup decoding.
+            kwargs: As in `GenerationMixin.generate`.
+
         Raises:
-            `ValueError`: tokens, modalities or images that do not fit the cache, or a cache that is kept together with
-                assisted or prompt-lookup decoding.
+            `ValueError`: tokens, modalities or images that do not fit the cache, a cache that is kept together with
+                assisted or prompt-lookup decoding, or a model that cannot use an image memory.
         """
         ids, embeds = kwargs.get("input_ids", inputs), kwargs.get("inputs_embeds")
-        cache = kwargs.get("past_key_values")
-        num_past = 0 if cache is None else int(cache.get_seq_length())
+        cache, pixel_values = kwargs.get("past_key_values"), kwargs.get("pixel_values")
         is_drafting = kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens") is not None
+        tokens = None
+        if ids is not None and embeds is None and kwargs.get("mm_encoder_outputs") is None:
+            tokens = self._tell_apart(ids, kwargs.get("attention_mask"), pixel_values)
+        if isinstance(cache, ConversationCache):
+            if tokens is not None and cache.tokens is not None:
+                cache.crop(_num_shared(cache.tokens, tokens) - cache.get_seq_length())
+            cache.tokens = tokens
+        num_past = 0 if cache is None else int(cache.get_seq_length())
         if num_past > 0 and is_drafting:
             raise ValueError(
                 "Assisted and prompt-lookup decoding start from an empty cache; leave out past_key_values."
@@ -47,13 +67,69 @@ class VisualChatGenerationMixin(GenerationMixin):
             kwargs.pop("mm_token_type_ids", None)  # the ids tell, and an assistant may know text alone
         elif ids is not None:
             kwargs["mm_token_type_ids"] = self._all_mm_token_type_ids(ids, num_past, kwargs)
-        if num_past > 0 and kwargs.get("pixel_values") is not None:
+        if num_past > 0 and pixel_values is not None:
             # Before they are encoded: an image in the cache costs nothing.
-            rows = self._of_new_tokens(kwargs["pixel_values"], kwargs["mm_token_type_ids"].bool(), num_past)
+            rows = self._of_new_tokens(pixel_values, kwargs["mm_token_type_ids"].bool(), num_past)
             images = [image for row in rows for image in row]
             kwargs.pop("pixel_values")
             kwargs |= {"pixel_values": torch.stack(images)} if images else {}
-        return super().generate(inputs, **kwargs)
+        if image_memory is not None and not is_drafting and kwargs.get("pixel_values") is not None:
+            pixel_values = kwargs.pop("pixel_values").to(self.device)
+            kwargs["image_states"] = image_memory.read(self.model, pixel_values)
+        outputs = super().generate(inputs, **kwargs)
+        self._note_generated(outputs, cache, tokens)
+        return outputs
+
+    def _tell_apart(self, input_ids, attention_mask, pixel_values) -> list[list] | None:
+        """What stands at each position (B lists): a text token's id, an image's number of row and fingerprint, or
+        `None` for padding; nothing if that cannot be told of every position."""
+        is_image = input_ids == self.config.image_token_id
+        length = self.config.image_seq_length
+        num_images = 0 if pixel_values is None else len(pixel_values)
+        if int(is_image.sum()) != num_images * length:
+            return None
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            return None
+        names = [fingerprint_image(image) for image in pixel_values] if pixel_values is not None else []
+        images = iter([(name, place) for name in names for place in range(length)])
+        rows = [
+            [next(images) if is_image else token for token, is_image in zip(*row)]
+            for row in zip(input_ids.tolist(), is_image.tolist())
+        ]
+        if attention_mask is None:
+            return rows
+        return [[token if kept else None for token, kept in zip(*row)] for row in zip(rows, attention_mask.tolist())]
+
+    def _note_generated(self, outputs, cache: Cache | None, tokens: list[list] | None) -> None:
+        """Completes what a cache knows of its tokens by those that were generated."""
+        sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences
+        if not isinstance(outputs, torch.Tensor):
+            cache = outputs.get("past_key_values", cache)
+        if not isinstance(cache, ConversationCache):
+            return
+        if tokens is None or len(sequences) != len(tokens) or len(cache.kinds) != len(tokens):
+            cache.tokens = None
+            return
+        start, end = len(tokens[0]), cache.get_seq_length()
+        cache.tokens = [row + new for row, new in zip(tokens, sequences[:, start:end].tolist())]
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
+        """By default a cache that keeps text and images apart, where the model can use one."""
+        is_usual = generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH)
+        is_usual = is_usual or generation_mode == GenerationMode.BEAM_SAMPLE
+        wants_dynamic = generation_config.use_cache and generation_config.cache_implementation in (None, "dynamic")
+        records = generation_config.output_attentions or generation_config.output_hidden_states
+        if (
+            model_kwargs.get("past_key_values") is None
+            and is_usual
+            and wants_dynamic
+            and not records
+            and generation_config.prefill_chunk_size is None
+            and self.model.keeps_apart()
+        ):
+            model_kwargs["past_key_values"] = ConversationCache()
+            generation_config.cache_implementation = None
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
 
     def _all_mm_token_type_ids(self, input_ids: torch.Tensor, num_past: int, kwargs: dict) -> torch.Tensor:
         """The modality of all tokens so far, from the ids or, where only new ones are passed, as it was given."""
@@ -84,21 +160,31 @@ class VisualChatGenerationMixin(GenerationMixin):
     ):
         """Leaves out the images that are in the cache, and repeats those of a row with it (for beams and returns)."""
         encoder_outputs = model_kwargs.pop("mm_encoder_outputs", None)
-        if encoder_outputs and encoder_outputs.get("image") is not None:
+        image_states: ImageStates | None = model_kwargs.pop("image_states", None)
+        has_features = bool(encoder_outputs) and encoder_outputs.get("image") is not None
+        if has_features or image_states is not None:
             cache = model_kwargs.get("past_key_values")
             num_past = 0 if cache is None else int(cache.get_seq_length())
             mm_token_type_ids = model_kwargs.get("mm_token_type_ids")
             is_image = (
                 input_ids == self.config.image_token_id if mm_token_type_ids is None else mm_token_type_ids.bool()
             )
-            rows = self._of_new_tokens(encoder_outputs["image"].pooler_output, is_image, num_past)
-            repeated = [feature for row in rows for _ in range(expand_size) for feature in row]
-            encoder_outputs = {"image": BaseModelOutputWithPooling(pooler_output=repeated)} if repeated else None
+            images = (
+                range(len(image_states.index)) if has_features is False else encoder_outputs["image"].pooler_output
+            )
+            rows = self._of_new_tokens(images, is_image, num_past)
+            repeated = [image for row in rows for _ in range(expand_size) for image in row]
+            if image_states is not None:
+                image_states = image_states.select(repeated) if repeated else None
+            else:
+                encoder_outputs = {"image": BaseModelOutputWithPooling(pooler_output=repeated)} if repeated else None
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
         if encoder_outputs:
             model_kwargs["mm_encoder_outputs"] = encoder_outputs
+        if image_states is not None:
+            model_kwargs["image_states"] = image_states
         return input_ids, model_kwargs
 
     def _of_new_tokens(self, images, is_image: torch.Tensor, num_past: int) -> list[list[torch.Tensor]]:
@@ -135,6 +221,7 @@ class VisualChatGenerationMixin(GenerationMixin):
         is_first_iteration: bool = False,
         mm_token_type_ids: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        image_states: ImageStates | None = None,
         **kwargs,
     ) -> dict:
         """Adds the modality of past and current tokens, or the finished masks for a cache of fixed size."""
@@ -151,10 +238,11 @@ class VisualChatGenerationMixin(GenerationMixin):
         embeds, ids = model_inputs.get("inputs_embeds"), model_inputs.get("input_ids")
         num_queries = embeds.shape[1] if embeds is not None else ids.shape[1]
         num_past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        if embeds is None and num_queries > 1 and mm_encoder_outputs:
+        if embeds is None and num_queries > 1 and (mm_encoder_outputs or image_states):
             # By what the tokens hold, not by the iteration: an assistant model is never told of a first one.
             has_images = bool((ids == self.config.image_token_id).any())
             model_inputs["mm_encoder_outputs"] = mm_encoder_outputs if has_images else None
+            model_inputs["image_states"] = image_states if has_images else None
         if self.config.attention_type != "mmca":
             return model_inputs
 
@@ -178,3 +266,15 @@ class VisualChatGenerationMixin(GenerationMixin):
         else:
             model_inputs["mm_token_type_ids"] = mm_token_type_ids
         return model_inputs
+
+
+def _num_shared(old: list[list], new: list[list]) -> int:
+    """How many positions of a cache serve a new conversation: up to the first change, and short of its last token."""
+    num_shared = min(len(old[0]), len(new[0]) - 1) if len(old) == len(new) else 0
+    for old_row, new_row in zip(old, new):
+        changes = (place for place in range(num_shared) if old_row[place] != new_row[place])
+        num_shared = next(changes, num_shared)
+    # Never from the middle of an image.
+    while num_shared > 0 and any(isinstance(row[num_shared], tuple) and row[num_shared][1] > 0 for row in new):
+        num_shared -= 1
+    return num_shared

@@ -1,6 +1,6 @@
 """VisualChat: a vision tower, a projector and a causal language model, joined by multi-modal causal attention."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,9 +21,18 @@ from .attention_visualchat import (
     create_mmca_masks,
     mmca_implementation,
 )
+from .cache_visualchat import ConversationCache
 from .configuration_visualchat import VisualChatConfig
 from .generation_visualchat import VisualChatGenerationMixin
 from .hub_visualchat import push_repository
+from .image_states_visualchat import (
+    ImageStates,
+    KeyRotation,
+    has_dropout,
+    place_images,
+    read_images,
+    same_images,
+)
 from .parts_visualchat import (
     image_shape,
     load_language_model,
@@ -31,7 +40,7 @@ from .parts_visualchat import (
     placeholder_token_id,
     vision_sequence_length,
 )
-from .plan_visualchat import plan_mmca
+from .plan_visualchat import IMAGE, plan_mmca
 from .projector_visualchat import PROJECTORS, PerceiverProjector
 
 
@@ -69,8 +78,8 @@ class VisualChatCausalLMOutputWithPast(ModelOutput):
     Args:
         loss (`torch.Tensor` of shape `()`, *optional*):
             Next-token cross-entropy over the labels that are not -100.
-        logits (`torch.Tensor` of shape `(B, Q, vocabulary)`):
-            Scores before the softmax, at the positions that `logits_to_keep` asked for.
+        logits (`torch.Tensor` of shape `(B, Q, vocabulary)`, *optional*):
+            Scores before the softmax, at the positions that `logits_to_keep` asks for; none with `skip_logits`.
         past_key_values (`Cache`, *optional*):
             Keys and values of every layer.
         hidden_states (`tuple[torch.Tensor]`, *optional*):
@@ -164,7 +173,7 @@ class VisualChatModel(VisualChatPreTrainedModel):
         # Before the decoder is built, so that no way of loading leaves it with a plain kernel.
         self._choose_attention(config.text_config)
         self.language_model = AutoModel.from_config(config.text_config)
-        self._takes_plans = True
+        self._key_rotation: KeyRotation | bool | None = None
         self.post_init()
 
     def _choose_attention(self, text_config) -> None:
@@ -193,17 +202,26 @@ class VisualChatModel(VisualChatPreTrainedModel):
 
         Returns:
             The output of the vision tower, its `pooler_output` a list with one tensor
-            `(image_seq_length, text hidden)` an image.
+            `(image_seq_length, text hidden)` an image. Images that are the same are computed once, and share it.
         """
         layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
         kwargs.pop("return_dict", None)
         layers = [layer] if isinstance(layer, int) else layer
+        number = list(range(len(pixel_values))) if has_dropout(self.vision_tower) else same_images(pixel_values)
+        first = [number.index(image) for image in range(max(number, default=-1) + 1)]
+        if len(first) < len(pixel_values):
+            pixel_values = pixel_values[torch.tensor(first, device=pixel_values.device)]
         outputs = self._run_vision_tower(pixel_values, vision_feature_layer=layers, **kwargs)
         features = torch.cat([outputs.hidden_states[index] for index in layers], dim=-1)
         if strategy == "default":
             features = features[:, 1:]
-        outputs.pooler_output = list(self.multi_modal_projector(features))
+        projected = list(self.multi_modal_projector(features))
+        if len(first) < len(number):
+            index = torch.tensor(number, device=features.device)
+            outputs.last_hidden_state = outputs.last_hidden_state[index]
+            outputs.hidden_states = tuple(states[index] for states in outputs.hidden_states)
+        outputs.pooler_output = [projected[image] for image in number]
         return outputs
 
     @select_hidden_states("vision_feature_layer")
@@ -264,6 +282,8 @@ class VisualChatModel(VisualChatPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        image_states: ImageStates | None = None,
+        skip_image_outputs: bool = False,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         **kwargs,
@@ -280,6 +300,9 @@ class VisualChatModel(VisualChatPreTrainedModel):
             mm_token_type_ids (`torch.Tensor` of shape `(B, past + Q)`, *optional*):
                 0 for text, 1 for image, past tokens included. Needed with a past; otherwise read off the ids.
             mm_encoder_outputs (`dict`, *optional*): Features under `"image"`, as [`get_image_features`] returns them.
+            image_states (`ImageStates`, *optional*): The images as [`read_images`] returns them, instead of pixels.
+            skip_image_outputs (`bool`, *optional*, defaults to `False`): Nobody reads `last_hidden_state` at images;
+                it may be zero there.
 
         Returns:
             [`VisualChatModelOutputWithPast`]
@@ -289,20 +312,24 @@ class VisualChatModel(VisualChatPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
-        if pixel_values is not None and mm_encoder_outputs and mm_encoder_outputs.get("image") is not None:
-            raise ValueError('Pass either pixel_values or mm_encoder_outputs["image"], not both.')
-
-        image_outputs = (mm_encoder_outputs or {}).get("image")
+        encoded = (mm_encoder_outputs or {}).get("image")
+        if sum(given is not None for given in (pixel_values, encoded, image_states)) > 1:
+            raise ValueError('Pass only one of pixel_values, mm_encoder_outputs["image"] and image_states.')
         if pixel_values is not None:
-            image_outputs = self.get_image_features(pixel_values, vision_feature_layer, vision_feature_select_strategy)
-        image_features = None if image_outputs is None else torch.stack(tuple(image_outputs.pooler_output))
+            encoded = self.get_image_features(pixel_values, vision_feature_layer, vision_feature_select_strategy)
+        if encoded is not None and len(encoded.pooler_output) > 0:
+            image_states = ImageStates.of_features(list(encoded.pooler_output))
         blank_features = None
-        if image_features is None and self._needs_an_image(past_key_values):
+        if image_states is None and self._needs_an_image(past_key_values):
             # Every rank runs the same modules in the same order, also one whose batch has no image: sharded
             # parameters are gathered together. The blank image adds exactly zero.
             blank_features = self._features_of_a_blank_image()
 
-        embeds, is_image = self._embed(input_ids, inputs_embeds, image_features)
+        image_features = None if image_states is None else image_states.expand(image_states.features)
+        is_image: Any = None
+        if input_ids is not None or image_features is not None:
+            is_image = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
+        embeds = self._embed(input_ids, is_image, image_features) if inputs_embeds is None else inputs_embeds
         if blank_features is not None:
             embeds = embeds + 0.0 * blank_features.sum().to(embeds.device)
         if self.training:
@@ -318,13 +345,20 @@ class VisualChatModel(VisualChatPreTrainedModel):
             mm_token_type_ids = self._complete_mm_token_type_ids(
                 mm_token_type_ids, is_image, past_key_values, embeds.shape[1]
             )
-            check_coverage(mm_token_type_ids, inputs["attention_mask"])
+            check_coverage(mm_token_type_ids, attention_mask)
             if self._can_plan(embeds, kwargs, **inputs):
-                outputs = self._run_planned(embeds, mm_token_type_ids, **inputs, **kwargs)
-            if outputs is None:
+                outputs = self._run_planned(
+                    embeds, mm_token_type_ids, image_states, blank_features, skip_image_outputs, **inputs, **kwargs
+                )
+        if outputs is None:
+            if isinstance(past_key_values, ConversationCache) and not past_key_values.is_interleaved:
+                past_key_values.interleave()
+            if self.config.attention_type == "mmca" and not _is_prepared(attention_mask):
                 masks = create_mmca_masks(self.config.text_config, embeds, mm_token_type_ids, **inputs)
                 inputs["attention_mask"] = masks
-        if outputs is None:
+            if image_features is not None:
+                features = image_features.to(embeds.device, embeds.dtype)
+                embeds = embeds.masked_scatter(is_image.unsqueeze(-1), features)
             outputs = self.language_model(inputs_embeds=embeds, **inputs, **kwargs)
         return VisualChatModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
@@ -335,74 +369,161 @@ class VisualChatModel(VisualChatPreTrainedModel):
         )
 
     def _can_plan(self, embeds, kwargs, attention_mask, position_ids, past_key_values) -> bool:
-        """Whether a whole conversation is read at once, by a decoder and in a way that a plan serves."""
+        """Whether text and images can go through the decoder apart."""
         text_config = self.config.text_config
         window = getattr(text_config, "sliding_window", None)
         return (
-            self._takes_plans
-            and text_config._attn_implementation == MMCA_PREFIX + "sdpa"
+            text_config._attn_implementation == MMCA_PREFIX + "sdpa"
             and not torch.compiler.is_compiling()
-            and embeds.shape[1] > 1
             and (window is None or embeds.shape[1] < window)
             and not any(kwargs.get(name, getattr(text_config, name, False)) for name in RECORDED_OUTPUTS)
             and (position_ids is None or attention_mask is not None or not _is_packed(position_ids))
-            and (past_key_values is None or _is_fresh_and_plain(past_key_values))
+            and (past_key_values is None or _keeps_apart(past_key_values) or _is_fresh_and_plain(past_key_values))
+            and not (self.training and _checkpoints_reentrantly(self.language_model))
+            and self._find_key_rotation(embeds) is not None
         )
 
-    def _run_planned(self, embeds, mm_token_type_ids, attention_mask, position_ids, past_key_values, **kwargs):
-        """
-        Runs the decoder on the sorted batch and puts its output, and what it cached, back into the order of the
-        conversation; nothing if the decoder turns out not to pass the plan on.
-        """
+    def keeps_apart(self) -> bool:
+        """Whether text and images of a conversation of any length can be cached apart."""
         text_config = self.config.text_config
-        if past_key_values is None and kwargs.get("use_cache", text_config.use_cache):
-            past_key_values = DynamicCache(config=text_config)
-            if not _is_fresh_and_plain(past_key_values):
-                return None
-        plan = plan_mmca(mm_token_type_ids, attention_mask)
-        if position_ids is None:
-            position_ids = torch.arange(embeds.shape[1], device=embeds.device)[None]
+        return (
+            self.config.attention_type == "mmca"
+            and text_config._attn_implementation == MMCA_PREFIX + "sdpa"
+            and _is_fresh_and_plain(DynamicCache(config=text_config))
+            and getattr(text_config, "sliding_window", None) is None
+            and self._key_rotation is not False
+        )
+
+    def _find_key_rotation(self, embeds: torch.Tensor) -> KeyRotation | None:
+        """How the decoder rotates keys; tried out once."""
+        if self._key_rotation is None:
+            try:
+                self._key_rotation = KeyRotation.find(self.language_model, self._decode, embeds) or False
+            except PlanNotDeliveredError:
+                self._key_rotation = False
+        return self._key_rotation or None
+
+    def _decode(self, embeds, position_ids, plan, past_key_values=None, **kwargs):
+        """Runs the decoder with a plan in place of masks."""
         no_mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=embeds.device)
-        layer_types = getattr(text_config, "layer_types", None)
-        try:
-            outputs = self.language_model(
-                inputs_embeds=plan.sort(embeds),
-                attention_mask=no_mask if layer_types is None else dict.fromkeys(layer_types, no_mask),
-                position_ids=plan.sort(position_ids.expand(embeds.shape[:2])),
-                past_key_values=past_key_values,
-                mmca_plan=plan,
-                **kwargs,
-            )
-        except PlanNotDeliveredError:
-            self._takes_plans = False
-            # The first layer has cached before it failed.
-            for layer in past_key_values.layers if past_key_values is not None else ():
-                layer.crop(-layer.get_seq_length())
-            return None
-        outputs.last_hidden_state = plan.restore(outputs.last_hidden_state)
-        for layer in past_key_values.layers if past_key_values is not None else ():
-            layer.keys = plan.restore(layer.keys.transpose(1, 2)).transpose(1, 2)
-            layer.values = plan.restore(layer.values.transpose(1, 2)).transpose(1, 2)
+        layer_types = getattr(self.config.text_config, "layer_types", None)
+        kwargs.setdefault("use_cache", past_key_values is not None)
+        return self.language_model(
+            inputs_embeds=embeds,
+            attention_mask=no_mask if layer_types is None else dict.fromkeys(layer_types, no_mask),
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            mmca_plan=plan,
+            **kwargs,
+        )
+
+    def _run_planned(
+        self,
+        embeds,
+        mm_token_type_ids,
+        images,
+        blank_features,
+        skip_image_outputs,
+        attention_mask,
+        position_ids,
+        past_key_values,
+        **kwargs,
+    ):
+        """
+        Runs the decoder on images and text apart, and puts its output into the order of the conversation; nothing if
+        this decoder and cache cannot be served so.
+        """
+        rotation = self._key_rotation
+        if past_key_values is None and kwargs.get("use_cache", self.config.text_config.use_cache):
+            if not _is_fresh_and_plain(DynamicCache(config=self.config.text_config)):
+                return None
+            past_key_values = ConversationCache()
+        cache = past_key_values
+        if cache is not None and not isinstance(cache, ConversationCache):
+            cache = ConversationCache()
+        num_past, num_queries = _num_past(past_key_values), embeds.shape[1]
+        kwargs["use_cache"] = cache is not None
+        if position_ids is None:
+            position_ids = torch.arange(num_past, num_past + num_queries, device=embeds.device)[None]
+        position_ids = position_ids.expand(embeds.shape[:2])
+
+        current = mm_token_type_ids[:, num_past:]
+        is_image = current.cpu().bool()
+        if images is None and bool(is_image.any()):
+            images = ImageStates(embeds[current.bool().to(embeds.device)][None], [0])  # given as embeddings
+        if images is not None and (not images.keys or (images.outputs is None and not skip_image_outputs)):
+            images = self._read_images(images, embeds, needs_outputs=not skip_image_outputs)
+        if blank_features is not None:
+            blank = self._read_images(ImageStates(blank_features[None], [0]), embeds, not skip_image_outputs)
+            read = [*blank.keys, *blank.values, *([] if blank.outputs is None else [blank.outputs])]
+            embeds = embeds + 0.0 * sum(states.sum().to(embeds.device) for states in read)
+
+        if cache is not None:
+            cache.prepare(embeds.shape[0])
+        plan = plan_mmca(
+            current,
+            None if attention_mask is None else attention_mask[:, num_past:],
+            None if cache is None else cache.places,
+            None if cache is None else cache.kinds,
+        )
+        if images is not None:
+            placed = place_images(images, plan.kinds, is_image, position_ids, rotation)
+            plan = replace(plan, images=placed)
+        if cache is not None:
+            cache.add_images(plan, rotation.num_layers)
+            plan = replace(plan, images=cache.of_images if cache.images.layers else None)
+        outputs = self._decode(plan.take_text(embeds), plan.take_text(position_ids), plan, cache, **kwargs)
+        if cache is not None:
+            cache.commit(plan)
+            if cache is not past_key_values:
+                cache.interleave(past_key_values)
+        outputs.past_key_values = past_key_values
+        image_outputs = None
+        if images is not None and images.outputs is not None:
+            is_kept = (plan.kinds == IMAGE)[is_image]
+            tokens = images.outputs.flatten(0, 1)[images.token_index().to(images.outputs.device)]
+            image_outputs = tokens[is_kept.to(tokens.device)]
+        outputs.last_hidden_state = plan.put_back(outputs.last_hidden_state, image_outputs)
         return outputs
 
-    def _embed(self, input_ids, inputs_embeds, image_features) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Embeddings with the images in place (B, Q, hidden), and where they are (B, Q) if that can be told."""
-        is_image: Any = None
-        if input_ids is not None or image_features is not None:
-            is_image = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
-        if input_ids is not None:
-            if image_features is None and input_ids.shape[1] > 1:
-                torch_compilable_check(
-                    ~is_image.any(),
-                    "The text holds image tokens, but there are no images. Pass pixel_values, as the processor "
-                    "returns them.",
-                )
-            # The placeholder's own embedding is never read, so its id may even lie outside the table.
-            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
-        if image_features is not None:
-            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
-            inputs_embeds = inputs_embeds.masked_scatter(is_image.unsqueeze(-1), image_features)
-        return inputs_embeds, is_image
+    def read_images(self, pixel_values: torch.Tensor) -> ImageStates:
+        """
+        Takes images as far as no conversation matters: through the vision tower, the projector and the decoder. What
+        comes out can be passed as `image_states` wherever these images are spoken of.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(N, channels, height, width)`): Preprocessed pixels.
+
+        Raises:
+            `ValueError`: a model that cannot read images apart from the conversation.
+        """
+        images = ImageStates.of_features(list(self.get_image_features(pixel_values).pooler_output))
+        self._choose_attention(self.language_model.config)
+        implementation = self.config.text_config._attn_implementation
+        embedding = self.get_input_embeddings().weight
+        if implementation != MMCA_PREFIX + "sdpa" or self._find_key_rotation(embedding) is None:
+            raise ValueError(
+                "Images can be read apart from a conversation only with multi-modal causal attention on the sdpa "
+                f"kernel, in a decoder whose keys can be rotated alone; this is {type(self.language_model).__name__} "
+                f"with {implementation!r}."
+            )
+        return self._read_images(images, embedding, needs_outputs=False)
+
+    def _read_images(self, images: ImageStates, like: torch.Tensor, needs_outputs: bool) -> ImageStates:
+        images = replace(images, features=images.features.to(like.device, like.dtype))
+        needs_outputs = needs_outputs or _is_watched(self.language_model, self.training)
+        return read_images(self._decode, images, self._key_rotation, needs_outputs)
+
+    def _embed(self, input_ids, is_image, image_features) -> torch.Tensor:
+        """Embeddings (B, Q, hidden), at images of no meaning yet."""
+        if image_features is None and input_ids.shape[1] > 1:
+            torch_compilable_check(
+                ~is_image.any(),
+                "The text holds image tokens, but there are no images. Pass pixel_values, as the processor "
+                "returns them.",
+            )
+        # The placeholder's own embedding is never read, so its id may even lie outside the table.
+        return self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
 
     def _needs_an_image(self, past_key_values: Cache | None) -> bool:
         """Whether a rank without images has to run the vision tower all the same."""
@@ -566,8 +687,10 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, VisualChatGe
         inputs_embeds: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        image_states: ImageStates | None = None,
         labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         **kwargs,
@@ -578,10 +701,19 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, VisualChatGe
         Args:
             labels (`torch.Tensor` of shape `(B, Q)`, *optional*): The ids to predict, -100 where there is no loss.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): The last positions to score; 0 is all.
+            skip_logits (`bool`, *optional*): With labels, score only the positions that have one, for the loss, and
+                return no logits. By default so in training, unless `logits_to_keep` asks for some.
 
         Returns:
             [`VisualChatCausalLMOutputWithPast`]
         """
+        targets = None
+        if skip_logits is None:
+            skip_logits = self.training and _keeps_all(logits_to_keep)
+        if labels is not None and skip_logits:
+            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        ids = mm_token_type_ids if input_ids is None else input_ids == self.config.image_token_id
+        reads_images = ids is None or self._reads_images(ids.bool(), targets, logits_to_keep)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -591,14 +723,29 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, VisualChatGe
             inputs_embeds=inputs_embeds,
             mm_token_type_ids=mm_token_type_ids,
             mm_encoder_outputs=mm_encoder_outputs,
+            image_states=image_states,
+            skip_image_outputs=not reads_images,
             vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=vision_feature_select_strategy,
             **kwargs,
         )
-        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        if targets is not None:
+            is_target = (targets != -100).to(outputs.last_hidden_state.device)
+            hidden_states = outputs.last_hidden_state[is_target]
+        else:
+            hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         logits = self._scale_logits(self.lm_head(hidden_states))
         loss = None
-        if labels is not None:
+        if targets is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=None,
+                shift_labels=targets.to(is_target.device)[is_target],
+                vocab_size=self.config.text_config.vocab_size,
+                **kwargs,
+            )
+            logits = None
+        elif labels is not None:
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
@@ -610,6 +757,15 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, VisualChatGe
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
         )
+
+    @staticmethod
+    def _reads_images(is_image, targets, logits_to_keep) -> bool:
+        """Whether the output at some image token is scored."""
+        if targets is not None:
+            return bool((is_image[:, -targets.shape[1] :] & (targets != -100).to(is_image.device)).any())
+        if _keeps_all(logits_to_keep) or not isinstance(logits_to_keep, int):
+            return True
+        return bool(is_image[:, -logits_to_keep:].any())
 
     def _scale_logits(self, logits: torch.Tensor) -> torch.Tensor:
         """What some decoders (Gemma, Granite, Cohere) do to their logits, read off their configuration."""
@@ -623,8 +779,30 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, VisualChatGe
         return logits
 
 
+def _keeps_all(logits_to_keep: int | torch.Tensor) -> bool:
+    return isinstance(logits_to_keep, int) and logits_to_keep == 0
+
+
 def _is_packed(position_ids: torch.Tensor) -> bool:
     return bool((position_ids.diff(dim=-1) != 1).any())
+
+
+def _keeps_apart(cache: Cache) -> bool:
+    return isinstance(cache, ConversationCache) and not cache.is_interleaved
+
+
+def _checkpoints_reentrantly(decoder: nn.Module) -> bool:
+    """Whether gradients reach a layer by its positional arguments alone."""
+    functions = (getattr(module, "_gradient_checkpointing_func", None) for module in decoder.modules())
+    return any(getattr(function, "keywords", {}).get("use_reentrant", False) for function in functions)
+
+
+def _is_watched(decoder: nn.Module, is_training: bool) -> bool:
+    """Whether somebody counts on the layers of a decoder being run to their end: hooks, or gradient checkpointing."""
+    if is_training and getattr(decoder, "is_gradient_checkpointing", False):
+        return True
+    parts = decoder.modules()
+    return any(part._forward_hooks or part._forward_pre_hooks or hasattr(part, "_hf_hook") for part in parts)
 
 
 def _is_fresh_and_plain(cache: Cache) -> bool:

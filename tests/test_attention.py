@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from modeling_visualchat import mmca_attention, mmca_attention_reference
-from modeling_visualchat.attention_visualchat import eager_kernel, mmca_mask, mmca_mask_function, sdpa_kernel
+from modeling_visualchat.attention_visualchat import mmca_mask, mmca_mask_function
+from modeling_visualchat.kernels_visualchat import eager_kernel, sdpa_kernel
 
 
 # Each pattern: one string a row of the batch, I image, T text, . padding.

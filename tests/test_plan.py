@@ -6,20 +6,24 @@ from conftest import IMAGE_TOKEN_ID, TEXT_CONFIGS, make_model, pad_left, pixels,
 from test_attention import PATTERNS, assert_errs_no_more_than_rounding, draw, outputs_and_gradients
 from transformers import DynamicCache
 
-import modeling_visualchat.attention_visualchat
+import modeling_visualchat.plan_visualchat
 from modeling_visualchat import mmca_attention_reference
 from modeling_visualchat.attention_visualchat import MultiModalCausalAttention
-from modeling_visualchat.plan_visualchat import plan_mmca, planned_attention
+from modeling_visualchat.plan_visualchat import IMAGE, plan_mmca, planned_attention, take
 
 
 DECODERS = list(TEXT_CONFIGS)
 
 
-def sorted_and_back(query, key, value, mm_token_type_ids, attention_mask):
+def in_two_streams(query, key, value, mm_token_type_ids, attention_mask):
     """The planned form under the signature of the reference."""
     plan = plan_mmca(mm_token_type_ids, attention_mask)
-    query, key, value = (plan.sort(states.transpose(1, 2)).transpose(1, 2) for states in (query, key, value))
-    return plan.restore(planned_attention(query, key, value, plan)).transpose(1, 2)
+    text = [plan.take_text(states.transpose(1, 2)).transpose(1, 2) for states in (query, key, value)]
+    columns = [(row == IMAGE).nonzero()[:, 0] for row in plan.kinds]
+    order = torch.nn.utils.rnn.pad_sequence(columns, batch_first=True)
+    images = [take(states.transpose(1, 2), order).transpose(1, 2) for states in (key, value)]
+    own = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2)
+    return plan.put_back(planned_attention(*text, *images, plan), own[plan.kinds == IMAGE]).transpose(1, 2)
 
 
 @pytest.fixture
@@ -31,12 +35,12 @@ def planned_calls(monkeypatch):
         calls.append(args)
         return planned_attention(*args)
 
-    monkeypatch.setattr(modeling_visualchat.attention_visualchat, "planned_attention", count)
+    monkeypatch.setattr(modeling_visualchat.plan_visualchat, "planned_attention", count)
     return calls
 
 
 def by_masks(model):
-    model.model._takes_plans = False
+    model.model._key_rotation = False
     return model
 
 
@@ -47,17 +51,18 @@ def test_equals_the_reference_in_value_and_gradient(rows, heads, dtype):
     inputs = draw(rows, *heads, dtype=dtype)
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs[:3]]
     expected = outputs_and_gradients(mmca_attention_reference, *exact, *inputs[3:])
-    assert_errs_no_more_than_rounding(outputs_and_gradients(sorted_and_back, *inputs), expected)
+    assert_errs_no_more_than_rounding(outputs_and_gradients(in_two_streams, *inputs), expected)
 
 
 def test_the_plan_of_the_drawing():
     plan = plan_mmca(
         torch.tensor([[1, 1, 0, 0, 1, 0], [0, 0, 1, 0, 0, 0]]), torch.tensor([[1] * 6, [0, 1, 1, 1, 1, 1]])
     )
-    assert plan.num_image_places == 3
-    assert plan.order.tolist() == [[0, 1, 4, 2, 3, 5, 0], [2, 0, 0, 1, 3, 4, 5]]
-    assert plan.places[0].tolist() == [0, 1, 3, 4, 2, 5] and plan.places[1, 1:].tolist() == [3, 0, 4, 5, 6]
+    assert plan.order.tolist() == [[2, 3, 5, 0], [1, 3, 4, 5]]
+    assert plan.kinds.tolist() == [[2, 2, 1, 1, 2, 1], [0, 1, 2, 1, 1, 1]]
+    assert plan.places.tolist() == [[0, 1, 0, 1, 2, 2], [0, 0, 0, 1, 2, 3]]
     assert plan.runs == [[(0, 2, 2), (2, 3, 3)], [(0, 1, 0), (1, 4, 1)]]
+    assert plan.text_mask is None
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -69,7 +74,7 @@ def test_a_model_computes_the_same_by_a_plan_and_by_masks(decoder, planned_calls
     labels = batch["input_ids"].masked_fill((batch["input_ids"] == IMAGE_TOKEN_ID) | is_first, -100)
     results = []
     for model in (make_model(decoder).train(), by_masks(make_model(decoder)).train()):
-        output = model(**batch, pixel_values=pixels(0, 1, 2), labels=labels)
+        output = model(**batch, pixel_values=pixels(0, 1, 2), labels=labels, skip_logits=False)
         output.loss.backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         results.append((output.logits[batch["attention_mask"].bool()], gradients))
@@ -88,7 +93,7 @@ def test_what_is_cached_is_in_the_order_of_the_conversation(decoder, planned_cal
     caches = []
     for masked in (False, True):
         cache = DynamicCache(config=model.config.text_config)
-        model.model._takes_plans = not masked
+        model.model._key_rotation = False if masked else None
         with torch.no_grad():
             model(**batch, pixel_values=pixels(0, 1, 2), past_key_values=cache)
         caches.append(cache)

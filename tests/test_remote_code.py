@@ -27,12 +27,16 @@ from processing_visualchat import VisualChatProcessor
 REPOSITORY = Path(__file__).parent.parent
 CODE = [
     "attention_visualchat.py",
+    "cache_visualchat.py",
     "chat_template_visualchat.py",
     "configuration_visualchat.py",
     "conversation_visualchat.py",
     "generation_visualchat.py",
     "hub_visualchat.py",
     "image_loading_visualchat.py",
+    "image_memory_visualchat.py",
+    "image_states_visualchat.py",
+    "kernels_visualchat.py",
     "modeling_visualchat.py",
     "parts_visualchat.py",
     "plan_visualchat.py",

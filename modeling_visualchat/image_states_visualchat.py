@@ -1,0 +1,331 @@
+"""
+What a decoder makes of images: their keys and values at every layer, which no conversation changes.
+
+An image token attends only to itself, so its hidden states depend on its own embedding alone, and only its keys know a
+position, by rotation. [`ImageReader`] takes images through an unmodified decoder at position 0, where a rotation turns
+nothing, and notes what each layer would cache. [`KeyRotation`] turns such keys to where the images stand in a
+conversation, with the decoder's own rotary embedding.
+
+Dimensions: N images of a batch, U different ones among them, `length` tokens an image, K key/value heads, D head size.
+"""
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .plan_visualchat import take
+
+
+@dataclass(frozen=True, eq=False)
+class ImageStates:
+    """
+    The images of a batch, each different one once.
+
+    Args:
+        features (`torch.Tensor` of shape `(U, length, text hidden)`): Projected features, the decoder's input.
+        index (`list` of N `int`): For each image of the batch which of the different ones it is.
+        keys (`list` of `torch.Tensor` of shape `(U, K, length, D)`): For each layer, before rotation; empty until the
+            decoder has read the images.
+        values (`list` of `torch.Tensor` of shape `(U, K, length, D)`): For each layer.
+        outputs (`torch.Tensor` of shape `(U, length, text hidden)`, *optional*): The decoder's output, if it was asked
+            for.
+    """
+
+    features: torch.Tensor
+    index: list[int]
+    keys: list[torch.Tensor] = field(default_factory=list, repr=False)
+    values: list[torch.Tensor] = field(default_factory=list, repr=False)
+    outputs: torch.Tensor | None = field(default=None, repr=False)
+
+    @classmethod
+    def of_features(cls, features: list[torch.Tensor]) -> "ImageStates":
+        """From one tensor (length, text hidden) an image; images that share a tensor are one."""
+        different = {id(feature): feature for feature in features}
+        numbers = {key: number for number, key in enumerate(different)}
+        return cls(torch.stack(list(different.values())), [numbers[id(feature)] for feature in features])
+
+    def select(self, images: list[int]) -> "ImageStates":
+        """The batch that has these images of this one, in this order; nothing is copied."""
+        return replace(self, index=[self.index[image] for image in images])
+
+    def expand(self, states: torch.Tensor) -> torch.Tensor:
+        """(U, …) to (N, …)."""
+        if self.index == list(range(len(states))):
+            return states
+        return states[torch.tensor(self.index, device=states.device)]
+
+    def token_index(self) -> torch.Tensor:
+        """For each image token of the batch, in order, its row among the tokens of the different images."""
+        length = self.features.shape[1]
+        return (torch.tensor(self.index)[:, None] * length + torch.arange(length)).flatten()
+
+
+def same_images(pixel_values: torch.Tensor) -> list[int]:
+    """For each image (N, …) the number of the first one that equals it, counting different ones alone."""
+    if len(pixel_values) < 2:
+        return list(range(len(pixel_values)))
+    flat = pixel_values.detach().flatten(1)
+    sums = zip(flat.sum(dim=1, dtype=torch.float64).tolist(), flat[:, ::7].sum(dim=1, dtype=torch.float64).tolist())
+    different: dict[tuple, list[tuple[int, int]]] = {}
+    numbers, count = [], 0
+    for image, pair in enumerate(sums):
+        candidates = different.setdefault(pair, [])
+        number = next((number for other, number in candidates if torch.equal(flat[other], flat[image])), None)
+        if number is None:
+            number, count = count, count + 1
+            candidates.append((image, number))
+        numbers.append(number)
+    return numbers
+
+
+def has_dropout(module: nn.Module) -> bool:
+    """Whether what a module computes is random, or depends on the rest of its batch, as in some training."""
+    if not module.training:
+        return False
+    rates = ("p", "drop_prob", "dropout", "attention_dropout")
+    return any(
+        part.training
+        and (
+            isinstance(part, nn.modules.batchnorm._BatchNorm)
+            or any(isinstance(rate := getattr(part, name, None), float) and rate > 0 for name in rates)
+        )
+        for part in module.modules()
+    )
+
+
+class AllReadError(Exception):
+    """Nothing reads an image beyond the keys and values of the last layer."""
+
+
+class ImageReader:
+    """
+    Stands in for a plan while images go through the decoder: notes their keys and values.
+
+    Args:
+        last_layer (`int`, *optional*): The layer after whose keys and values to stop, by an [`AllReadError`].
+    """
+
+    def __init__(self, last_layer: int | None = None):
+        self.last_layer = last_layer
+        self.keys: dict[int, torch.Tensor] = {}
+        self.values: dict[int, torch.Tensor] = {}
+
+    def attend(self, module: nn.Module, query, key, value, scaling: float | None, dropout: float) -> torch.Tensor:
+        """An image token's output is its own value: (N, H, length, D) to (N, length, H, D)."""
+        layer: Any = module.layer_idx
+        # With gradient checkpointing a layer comes by again in the backward pass.
+        self.keys.setdefault(layer, key)
+        self.values.setdefault(layer, value)
+        if layer == self.last_layer:
+            raise AllReadError
+        groups = query.shape[1] // value.shape[1]
+        value = value if groups == 1 else value.repeat_interleave(groups, dim=1)
+        return value.transpose(1, 2).contiguous()
+
+
+def read_images(
+    decode: Callable[..., Any],
+    images: ImageStates,
+    rotation: "KeyRotation",
+    needs_outputs: bool = True,
+) -> ImageStates:
+    """
+    Takes images through a decoder.
+
+    Args:
+        decode (`Callable`): Runs the decoder, given `inputs_embeds`, `position_ids` and `mmca_plan`.
+        images (`ImageStates`): With features alone.
+        rotation (`KeyRotation`): Of the decoder.
+        needs_outputs (`bool`): Whether somebody reads the decoder's output for them; if not, it stops as soon as the
+            last layer has keys and values.
+    """
+    reader = ImageReader(None if needs_outputs else rotation.num_layers - 1)
+    position_ids = torch.zeros(images.features.shape[:2], dtype=torch.long, device=images.features.device)
+    outputs = None
+    try:
+        outputs = decode(images.features, position_ids, reader).last_hidden_state
+    except AllReadError:
+        pass
+    layers = range(rotation.num_layers)
+    return replace(
+        images,
+        keys=[rotation.undo_scaling(reader.keys[layer], layer) for layer in layers],
+        values=[reader.values[layer] for layer in layers],
+        outputs=outputs,
+    )
+
+
+class KeyRotation:
+    """
+    How the layers of a decoder rotate their keys, found out by trying.
+
+    Args:
+        decoder (`nn.Module`): The decoder.
+        layers (`list`): For each layer the kind of its rotary embedding and the function that applies it, or `None`
+            where keys know no position.
+    """
+
+    def __init__(self, decoder: nn.Module, layers: list[tuple[str | None, Callable] | None]):
+        self.decoder, self.layers = decoder, layers
+        self.factors: dict[str | None, float] = {}
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @classmethod
+    @torch.no_grad()
+    def find(cls, decoder: nn.Module, decode: Callable[..., Any], like: torch.Tensor) -> "KeyRotation | None":
+        """
+        Compares the keys of two made-up tokens at position 0 with their keys elsewhere, layer by layer.
+
+        Args:
+            decoder (`nn.Module`): The decoder.
+            decode (`Callable`): Runs it, given `inputs_embeds`, `position_ids` and `mmca_plan`.
+            like (`torch.Tensor` of shape `(…, hidden)`): An embedding, for its dtype, device and size.
+
+        Returns:
+            `None` if the keys of some layer cannot be had that way.
+        """
+        if not hasattr(decoder, "rotary_emb") or not hasattr(sys.modules[type(decoder).__module__], _APPLY):
+            return None
+        generator = torch.Generator().manual_seed(0)
+        token = torch.randn(1, 2, like.shape[-1], generator=generator).to(like.device, like.dtype)
+        positions = torch.tensor([[3, 17]], device=like.device)
+        readers = [ImageReader(), ImageReader()]
+        with _all_in_evaluation(decoder):
+            for reader, position_ids in zip(readers, (torch.zeros_like(positions), positions)):
+                decode(token, position_ids, reader)
+        if sorted(readers[0].keys) != list(range(decoder.config.num_hidden_layers)):
+            return None
+        kinds = sorted(set(getattr(decoder.config, "layer_types", None) or ())) if _knows_kinds(decoder) else [None]
+        rotation = cls(decoder, [])
+        origin = rotation.tables(torch.zeros_like(positions), token)
+        rotation.factors = {kind: float(cos.max()) for kind, (cos, _) in origin.items()}
+        for layer in range(len(readers[0].keys)):
+            still, turned = readers[0].keys[layer], readers[1].keys[layer]
+            rotation.layers.append(None)
+            for candidate in [*((kind, apply) for kind in kinds for apply in (_rotate, _rotate_part)), None]:
+                rotation.layers[layer] = candidate
+                if rotation._explains(layer, still, turned, positions):
+                    break
+            else:
+                return None
+        return rotation
+
+    def _explains(self, layer: int, still: torch.Tensor, turned: torch.Tensor, positions: torch.Tensor) -> bool:
+        tables = self.tables(positions, still)
+        try:
+            difference = self.apply(self.undo_scaling(still, layer), layer, tables) - turned
+        except RuntimeError:  # shapes that do not fit
+            return False
+        tolerance = 1e-4 if still.dtype in (torch.float32, torch.float64) else 3e-2
+        return float(difference.float().norm()) <= tolerance * float(turned.float().norm())
+
+    def tables(self, position_ids: torch.Tensor, like: torch.Tensor) -> dict[str | None, tuple]:
+        """The cosines and sines at positions (B, I), each (B, I, rotated size), for each kind of layer."""
+        rotary = self.decoder.rotary_emb
+        if not _knows_kinds(self.decoder):
+            return {None: rotary(like, position_ids)}
+        kinds = sorted(set(self.decoder.config.layer_types))
+        return {kind: rotary(like, position_ids, kind) for kind in kinds}
+
+    def apply(self, keys: torch.Tensor, layer: int, tables: dict[str | None, tuple]) -> torch.Tensor:
+        """Rotates the keys (B, K, I, D) of a layer."""
+        found = self.layers[layer]
+        if found is None:
+            return keys
+        kind, rotate = found
+        cos, sin = (table.to(keys.device) for table in tables[kind])
+        return rotate(getattr(sys.modules[type(self.decoder).__module__], _APPLY), keys, cos, sin)
+
+    def undo_scaling(self, keys: torch.Tensor, layer: int) -> torch.Tensor:
+        """Keys from position 0 without the factor that some rotary embeddings (YaRN) put on their tables."""
+        found = self.layers[layer]
+        if found is None:
+            return keys
+        factor = self.factors[found[0]]
+        return keys if factor == 1.0 else keys / factor
+
+
+_APPLY = "apply_rotary_pos_emb"
+
+
+@contextlib.contextmanager
+def _all_in_evaluation(module: nn.Module):
+    """No dropout anywhere in a module, and every part afterwards as it was."""
+    training = [part for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def _knows_kinds(decoder: Any) -> bool:
+    return "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
+
+
+def _rotate(apply: Callable, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    return apply(keys[:, :0], keys, cos, sin)[1]
+
+
+def _rotate_part(apply: Callable, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The leading part of each head alone, where the decoder cuts it off outside of its function."""
+    size = cos.shape[-1]
+    return torch.cat([_rotate(apply, keys[..., :size], cos, sin), keys[..., size:]], dim=-1)
+
+
+@dataclass(frozen=True, eq=False)
+class PlacedImages:
+    """
+    The keys and values of images where they stand in the conversations of a batch; a plan's `images`.
+
+    Args:
+        images (`ImageStates`): Images that the decoder has read.
+        index (`torch.Tensor` of shape `(B, I)`): For each image place the token it holds, see
+            [`ImageStates.token_index`]; any at padding.
+        rotation (`KeyRotation`): Of the decoder.
+        tables (`dict`): Its tables at the positions of the places.
+    """
+
+    images: ImageStates
+    index: torch.Tensor
+    rotation: KeyRotation
+    tables: dict[str | None, tuple]
+
+    def __call__(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys, rotated, and values of a layer, each (B, K, I, D)."""
+        keys, values = (self._place(states[layer]) for states in (self.images.keys, self.images.values))
+        return self.rotation.apply(keys, layer, self.tables), values
+
+    def _place(self, states: torch.Tensor) -> torch.Tensor:
+        tokens = states.transpose(1, 2).flatten(0, 1)
+        return tokens[self.index.to(states.device)].transpose(1, 2)
+
+
+def place_images(
+    images: ImageStates, kinds: torch.Tensor, is_image: torch.Tensor, position_ids: torch.Tensor, rotation: KeyRotation
+) -> PlacedImages:
+    """
+    Args:
+        images (`ImageStates`): Images that the decoder has read, in the order of the batch.
+        kinds (`torch.Tensor` of shape `(B, Q)`): Kinds of the current positions, see [`MMCAPlan`].
+        is_image (`torch.Tensor` of shape `(B, Q)`): Where image tokens are, padding included; on the CPU.
+        position_ids (`torch.Tensor` of shape `(B, Q)`): Positions.
+        rotation (`KeyRotation`): Of the decoder.
+    """
+    numbers = (is_image.flatten().cumsum(0) - 1).view(is_image.shape).clamp(min=0)
+    columns = [(row == 2).nonzero()[:, 0] for row in kinds]
+    order = nn.utils.rnn.pad_sequence(columns, batch_first=True)
+    index = images.token_index()[take(numbers, order)].to(images.features.device)
+    tables = rotation.tables(take(position_ids, order.to(position_ids.device)), images.features)
+    return PlacedImages(images, index, rotation, tables)
