@@ -26,8 +26,8 @@ class ConversationCache(DynamicCache):
         images (`DynamicCache`): Of each layer the keys, rotated, and the values of all images, (B, K, I, D).
         kinds (`torch.Tensor` of shape `(B, S)`): `PADDING`, `TEXT` or `IMAGE`, for each position; on the CPU.
         places (`torch.Tensor` of shape `(B, S)`): For each position its place in the block of its kind; on the CPU.
-        tokens (`list` of B lists of S, *optional*): What stands at each position: the id of a text token, or what tells
-            an image from another. Set by `generate`, and read by it to find what of a conversation has changed.
+        tokens (`list` of B lists of S, *optional*): What stands at each position: the id of a text token, or what
+            tells an image from another. Set by `generate`, which finds by it what of a conversation has changed.
     """
 
     def __init__(self):
@@ -88,14 +88,14 @@ class ConversationCache(DynamicCache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last positions; `tokens_to_remove` is their number, negated."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"Pass the number of tokens to remove as a negative number, got {tokens_to_remove}.")
+        length = max(0, self.get_seq_length() + tokens_to_remove)
+        self.tokens = None if self.tokens is None else [row[:length] for row in self.tokens]
         if self.is_interleaved:
             super().crop(tokens_to_remove)
             return
-        if tokens_to_remove > 0:
-            raise ValueError(f"Pass the number of tokens to remove as a negative number, got {tokens_to_remove}.")
-        length = max(0, self.kinds.shape[1] + tokens_to_remove)
         self.kinds, self.places = self.kinds[:, :length], self.places[:, :length]
-        self.tokens = None if self.tokens is None else [row[:length] for row in self.tokens]
         _cut(self, self.num_text_places)
         _cut(self.images, self.num_image_places)
 
@@ -104,6 +104,8 @@ class ConversationCache(DynamicCache):
         Puts text and images into the order of the conversation: into another, empty cache, or in place, after which
         this cache is like any other.
         """
+        if self.is_interleaved:
+            return
         num_images = self.num_image_places
         order = (self.places + (self.kinds == TEXT) * num_images) * (self.kinds != PADDING)
         is_padding = self.kinds == PADDING
@@ -146,8 +148,10 @@ class ConversationCache(DynamicCache):
         self.tokens, self.is_interleaved = None, False
 
     def _select_rows(self, rows: torch.Tensor) -> None:
+        if self.tokens is not None:
+            is_of_rows = len(self.tokens) == len(self.kinds)
+            self.tokens = [self.tokens[row] for row in rows.tolist()] if is_of_rows else None
         self.kinds, self.places = self.kinds[rows], self.places[rows]
-        self.tokens = None if self.tokens is None else [self.tokens[row] for row in rows.tolist()]
 
 
 def _cut(cache: Cache, length: int) -> None:

@@ -52,7 +52,7 @@ class VisualChatGenerationMixin(GenerationMixin):
             tokens = self._tell_apart(ids, kwargs.get("attention_mask"), pixel_values)
         if isinstance(cache, ConversationCache):
             if tokens is not None and cache.tokens is not None:
-                cache.crop(_num_shared(cache.tokens, tokens) - cache.get_seq_length())
+                cache.crop(min(0, _num_shared(cache.tokens, tokens) - cache.get_seq_length()))
             cache.tokens = tokens
         num_past = 0 if cache is None else int(cache.get_seq_length())
         if num_past > 0 and is_drafting:
@@ -169,15 +169,17 @@ class VisualChatGenerationMixin(GenerationMixin):
             is_image = (
                 input_ids == self.config.image_token_id if mm_token_type_ids is None else mm_token_type_ids.bool()
             )
-            images = (
-                range(len(image_states.index)) if has_features is False else encoder_outputs["image"].pooler_output
-            )
+            features = encoder_outputs["image"].pooler_output if has_features else ()
+            images = range(len(features) if image_states is None else len(image_states.index))
             rows = self._of_new_tokens(images, is_image, num_past)
             repeated = [image for row in rows for _ in range(expand_size) for image in row]
             if image_states is not None:
                 image_states = image_states.select(repeated) if repeated else None
+            elif repeated:
+                pooler_output = [features[image] for image in repeated]
+                encoder_outputs = {"image": BaseModelOutputWithPooling(pooler_output=pooler_output)}
             else:
-                encoder_outputs = {"image": BaseModelOutputWithPooling(pooler_output=repeated)} if repeated else None
+                encoder_outputs = None
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
@@ -187,8 +189,8 @@ class VisualChatGenerationMixin(GenerationMixin):
             model_kwargs["image_states"] = image_states
         return input_ids, model_kwargs
 
-    def _of_new_tokens(self, images, is_image: torch.Tensor, num_past: int) -> list[list[torch.Tensor]]:
-        """Each row's images (pixels or features) beyond the cache, from those of all images or of these alone."""
+    def _of_new_tokens(self, images, is_image: torch.Tensor, num_past: int) -> list[list]:
+        """Each row's images (pixels or numbers) beyond the cache, from those of all images or of these alone."""
         length = self.config.image_seq_length
         num_images = (is_image.sum(dim=1) // length).tolist()
         num_cached = (is_image[:, :num_past].sum(dim=1) // length).tolist()

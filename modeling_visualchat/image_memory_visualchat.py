@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .image_states_visualchat import ImageStates, has_dropout, same_images
+from .image_states_visualchat import ImageStates, has_dropout, hooks_of, same_images
 
 
 DIGEST_SIZE = 20  # bytes
@@ -43,8 +43,8 @@ class ImageMemory:
 
     Args:
         max_bytes (`int`, *optional*, defaults to 4 GiB): The most that it holds in memory.
-        device (`str` or `torch.device`, *optional*): Where to hold it, as in `"cpu"`; by default where it is computed.
-        folder (`str` or `Path`, *optional*): Keeps entries on disk too, as safetensors. Several processes may share it.
+        device (`str` or `torch.device`, *optional*): Where to hold it, as in `"cpu"`; by default where the model is.
+        folder (`str` or `Path`, *optional*): Keeps entries on disk too, as safetensors; processes may share it.
         max_disk_bytes (`int`, *optional*, defaults to 64 GiB): The most that the folder holds.
 
     Attributes:
@@ -205,7 +205,7 @@ class ImageMemory:
 def fingerprint_image(pixel_values: torch.Tensor) -> str:
     """What tells a preprocessed image (channels, height, width) from any other."""
     digest = hashlib.blake2b(str((pixel_values.dtype, tuple(pixel_values.shape))).encode(), digest_size=DIGEST_SIZE)
-    digest.update(pixel_values.detach().cpu().contiguous().view(torch.uint8).numpy())
+    digest.update(pixel_values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -225,7 +225,7 @@ def fingerprint_model(model: Any) -> str:
     for name, module in model.named_modules():
         adapters = [str(getattr(module, what, None)) for what in ("active_adapters", "disable_adapters", "merged")]
         scaling = getattr(module, "scaling", None)
-        hooks = [id(hook) for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())]
+        hooks = [id(hook) for hook in hooks_of(module)]
         if hooks or adapters != ["None"] * 3 or isinstance(scaling, dict):
             digest.update(str((name, adapters, scaling, hooks)).encode())
         if name.endswith("rotary_emb"):

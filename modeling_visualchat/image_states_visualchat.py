@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import output_capturing
 
 from .plan_visualchat import take
 
@@ -99,6 +100,12 @@ def has_dropout(module: nn.Module) -> bool:
     )
 
 
+def hooks_of(module: nn.Module) -> list[Callable]:
+    """The hooks of a module that may change what it computes, or count on its end; not those that only record."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    return [hook for hook in hooks if getattr(hook, "func", hook).__module__ != output_capturing.__name__]
+
+
 class AllReadError(Exception):
     """Nothing reads an image beyond the keys and values of the last layer."""
 
@@ -148,10 +155,8 @@ def read_images(
     reader = ImageReader(None if needs_outputs else rotation.num_layers - 1)
     position_ids = torch.zeros(images.features.shape[:2], dtype=torch.long, device=images.features.device)
     outputs = None
-    try:
+    with contextlib.suppress(AllReadError):
         outputs = decode(images.features, position_ids, reader).last_hidden_state
-    except AllReadError:
-        pass
     layers = range(rotation.num_layers)
     return replace(
         images,
@@ -172,7 +177,8 @@ class KeyRotation:
     """
 
     def __init__(self, decoder: nn.Module, layers: list[tuple[str | None, Callable] | None]):
-        self.decoder, self.layers = decoder, layers
+        self.decoder: Any = decoder
+        self.layers = layers
         self.factors: dict[str | None, float] = {}
 
     @property
@@ -181,7 +187,7 @@ class KeyRotation:
 
     @classmethod
     @torch.no_grad()
-    def find(cls, decoder: nn.Module, decode: Callable[..., Any], like: torch.Tensor) -> "KeyRotation | None":
+    def find(cls, decoder: Any, decode: Callable[..., Any], like: torch.Tensor) -> "KeyRotation | None":
         """
         Compares the keys of two made-up tokens at position 0 with their keys elsewhere, layer by layer.
 

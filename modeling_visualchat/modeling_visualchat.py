@@ -1,13 +1,12 @@
 """VisualChat: a vision tower, a projector and a causal language model, joined by multi-modal causal attention."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, Cache, DynamicCache, PreTrainedModel
+from transformers import AutoModel, Cache, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple, torch_compilable_check
@@ -15,7 +14,6 @@ from transformers.utils.output_capturing import select_hidden_states
 
 from .attention_visualchat import (
     MMCA_PREFIX,
-    PlanNotDeliveredError,
     check_coverage,
     check_decoder,
     create_mmca_masks,
@@ -25,14 +23,7 @@ from .cache_visualchat import ConversationCache
 from .configuration_visualchat import VisualChatConfig
 from .generation_visualchat import VisualChatGenerationMixin
 from .hub_visualchat import push_repository
-from .image_states_visualchat import (
-    ImageStates,
-    KeyRotation,
-    has_dropout,
-    place_images,
-    read_images,
-    same_images,
-)
+from .image_states_visualchat import ImageStates, has_dropout, same_images
 from .parts_visualchat import (
     image_shape,
     load_language_model,
@@ -40,12 +31,9 @@ from .parts_visualchat import (
     placeholder_token_id,
     vision_sequence_length,
 )
-from .plan_visualchat import IMAGE, plan_mmca
 from .projector_visualchat import PROJECTORS, PerceiverProjector
+from .streams_visualchat import TwoStreamMixin
 
-
-# What a sorted decoder would record in another order.
-RECORDED_OUTPUTS = ("output_attentions", "output_hidden_states")
 
 # Parts that `set_trainable` knows, and where they live in `VisualChatForConditionalGeneration`.
 TRAINABLE_PARTS = {
@@ -161,7 +149,7 @@ class VisualChatPreTrainedModel(PreTrainedModel):
         return push_repository(self, processor, repo_id, card=card, **kwargs)
 
 
-class VisualChatModel(VisualChatPreTrainedModel):
+class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
     """The vision tower, the projector and the language model without its head."""
 
     def __init__(self, config: VisualChatConfig):
@@ -173,7 +161,6 @@ class VisualChatModel(VisualChatPreTrainedModel):
         # Before the decoder is built, so that no way of loading leaves it with a plain kernel.
         self._choose_attention(config.text_config)
         self.language_model = AutoModel.from_config(config.text_config)
-        self._key_rotation: KeyRotation | bool | None = None
         self.post_init()
 
     def _choose_attention(self, text_config) -> None:
@@ -220,7 +207,9 @@ class VisualChatModel(VisualChatPreTrainedModel):
         if len(first) < len(number):
             index = torch.tensor(number, device=features.device)
             outputs.last_hidden_state = outputs.last_hidden_state[index]
-            outputs.hidden_states = tuple(states[index] for states in outputs.hidden_states)
+            outputs.hidden_states = tuple(
+                None if states is None else states[index] for states in outputs.hidden_states
+            )
         outputs.pooler_output = [projected[image] for image in number]
         return outputs
 
@@ -280,7 +269,7 @@ class VisualChatModel(VisualChatPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        mm_token_type_ids: torch.Tensor | None = None,
+        mm_token_type_ids: Any = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         image_states: ImageStates | None = None,
         skip_image_outputs: bool = False,
@@ -340,20 +329,21 @@ class VisualChatModel(VisualChatPreTrainedModel):
             "position_ids": position_ids,
             "past_key_values": past_key_values,
         }
-        outputs = None
-        if self.config.attention_type == "mmca" and not _is_prepared(attention_mask):
+        is_planned, needs_masks = False, self.config.attention_type == "mmca" and not _is_prepared(attention_mask)
+        if needs_masks:
             mm_token_type_ids = self._complete_mm_token_type_ids(
                 mm_token_type_ids, is_image, past_key_values, embeds.shape[1]
             )
-            check_coverage(mm_token_type_ids, attention_mask)
-            if self._can_plan(embeds, kwargs, **inputs):
-                outputs = self._run_planned(
-                    embeds, mm_token_type_ids, image_states, blank_features, skip_image_outputs, **inputs, **kwargs
-                )
-        if outputs is None:
-            if isinstance(past_key_values, ConversationCache) and not past_key_values.is_interleaved:
+            check_coverage(mm_token_type_ids, inputs["attention_mask"])
+            is_planned = self._can_plan(embeds, kwargs, **inputs)
+        if is_planned:
+            outputs = self._run_planned(
+                embeds, mm_token_type_ids, image_states, blank_features, skip_image_outputs, **inputs, **kwargs
+            )
+        else:
+            if isinstance(past_key_values, ConversationCache):
                 past_key_values.interleave()
-            if self.config.attention_type == "mmca" and not _is_prepared(attention_mask):
+            if needs_masks:
                 masks = create_mmca_masks(self.config.text_config, embeds, mm_token_type_ids, **inputs)
                 inputs["attention_mask"] = masks
             if image_features is not None:
@@ -367,152 +357,6 @@ class VisualChatModel(VisualChatPreTrainedModel):
             attentions=outputs.attentions,
             image_hidden_states=image_features,
         )
-
-    def _can_plan(self, embeds, kwargs, attention_mask, position_ids, past_key_values) -> bool:
-        """Whether text and images can go through the decoder apart."""
-        text_config = self.config.text_config
-        window = getattr(text_config, "sliding_window", None)
-        return (
-            text_config._attn_implementation == MMCA_PREFIX + "sdpa"
-            and not torch.compiler.is_compiling()
-            and (window is None or embeds.shape[1] < window)
-            and not any(kwargs.get(name, getattr(text_config, name, False)) for name in RECORDED_OUTPUTS)
-            and (position_ids is None or attention_mask is not None or not _is_packed(position_ids))
-            and (past_key_values is None or _keeps_apart(past_key_values) or _is_fresh_and_plain(past_key_values))
-            and not (self.training and _checkpoints_reentrantly(self.language_model))
-            and self._find_key_rotation(embeds) is not None
-        )
-
-    def keeps_apart(self) -> bool:
-        """Whether text and images of a conversation of any length can be cached apart."""
-        text_config = self.config.text_config
-        return (
-            self.config.attention_type == "mmca"
-            and text_config._attn_implementation == MMCA_PREFIX + "sdpa"
-            and _is_fresh_and_plain(DynamicCache(config=text_config))
-            and getattr(text_config, "sliding_window", None) is None
-            and self._key_rotation is not False
-        )
-
-    def _find_key_rotation(self, embeds: torch.Tensor) -> KeyRotation | None:
-        """How the decoder rotates keys; tried out once."""
-        if self._key_rotation is None:
-            try:
-                self._key_rotation = KeyRotation.find(self.language_model, self._decode, embeds) or False
-            except PlanNotDeliveredError:
-                self._key_rotation = False
-        return self._key_rotation or None
-
-    def _decode(self, embeds, position_ids, plan, past_key_values=None, **kwargs):
-        """Runs the decoder with a plan in place of masks."""
-        no_mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=embeds.device)
-        layer_types = getattr(self.config.text_config, "layer_types", None)
-        kwargs.setdefault("use_cache", past_key_values is not None)
-        return self.language_model(
-            inputs_embeds=embeds,
-            attention_mask=no_mask if layer_types is None else dict.fromkeys(layer_types, no_mask),
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            mmca_plan=plan,
-            **kwargs,
-        )
-
-    def _run_planned(
-        self,
-        embeds,
-        mm_token_type_ids,
-        images,
-        blank_features,
-        skip_image_outputs,
-        attention_mask,
-        position_ids,
-        past_key_values,
-        **kwargs,
-    ):
-        """
-        Runs the decoder on images and text apart, and puts its output into the order of the conversation; nothing if
-        this decoder and cache cannot be served so.
-        """
-        rotation = self._key_rotation
-        if past_key_values is None and kwargs.get("use_cache", self.config.text_config.use_cache):
-            if not _is_fresh_and_plain(DynamicCache(config=self.config.text_config)):
-                return None
-            past_key_values = ConversationCache()
-        cache = past_key_values
-        if cache is not None and not isinstance(cache, ConversationCache):
-            cache = ConversationCache()
-        num_past, num_queries = _num_past(past_key_values), embeds.shape[1]
-        kwargs["use_cache"] = cache is not None
-        if position_ids is None:
-            position_ids = torch.arange(num_past, num_past + num_queries, device=embeds.device)[None]
-        position_ids = position_ids.expand(embeds.shape[:2])
-
-        current = mm_token_type_ids[:, num_past:]
-        is_image = current.cpu().bool()
-        if images is None and bool(is_image.any()):
-            images = ImageStates(embeds[current.bool().to(embeds.device)][None], [0])  # given as embeddings
-        if images is not None and (not images.keys or (images.outputs is None and not skip_image_outputs)):
-            images = self._read_images(images, embeds, needs_outputs=not skip_image_outputs)
-        if blank_features is not None:
-            blank = self._read_images(ImageStates(blank_features[None], [0]), embeds, not skip_image_outputs)
-            read = [*blank.keys, *blank.values, *([] if blank.outputs is None else [blank.outputs])]
-            embeds = embeds + 0.0 * sum(states.sum().to(embeds.device) for states in read)
-
-        if cache is not None:
-            cache.prepare(embeds.shape[0])
-        plan = plan_mmca(
-            current,
-            None if attention_mask is None else attention_mask[:, num_past:],
-            None if cache is None else cache.places,
-            None if cache is None else cache.kinds,
-        )
-        if images is not None:
-            placed = place_images(images, plan.kinds, is_image, position_ids, rotation)
-            plan = replace(plan, images=placed)
-        if cache is not None:
-            cache.add_images(plan, rotation.num_layers)
-            plan = replace(plan, images=cache.of_images if cache.images.layers else None)
-        outputs = self._decode(plan.take_text(embeds), plan.take_text(position_ids), plan, cache, **kwargs)
-        if cache is not None:
-            cache.commit(plan)
-            if cache is not past_key_values:
-                cache.interleave(past_key_values)
-        outputs.past_key_values = past_key_values
-        image_outputs = None
-        if images is not None and images.outputs is not None:
-            is_kept = (plan.kinds == IMAGE)[is_image]
-            tokens = images.outputs.flatten(0, 1)[images.token_index().to(images.outputs.device)]
-            image_outputs = tokens[is_kept.to(tokens.device)]
-        outputs.last_hidden_state = plan.put_back(outputs.last_hidden_state, image_outputs)
-        return outputs
-
-    def read_images(self, pixel_values: torch.Tensor) -> ImageStates:
-        """
-        Takes images as far as no conversation matters: through the vision tower, the projector and the decoder. What
-        comes out can be passed as `image_states` wherever these images are spoken of.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(N, channels, height, width)`): Preprocessed pixels.
-
-        Raises:
-            `ValueError`: a model that cannot read images apart from the conversation.
-        """
-        images = ImageStates.of_features(list(self.get_image_features(pixel_values).pooler_output))
-        self._choose_attention(self.language_model.config)
-        implementation = self.config.text_config._attn_implementation
-        embedding = self.get_input_embeddings().weight
-        if implementation != MMCA_PREFIX + "sdpa" or self._find_key_rotation(embedding) is None:
-            raise ValueError(
-                "Images can be read apart from a conversation only with multi-modal causal attention on the sdpa "
-                f"kernel, in a decoder whose keys can be rotated alone; this is {type(self.language_model).__name__} "
-                f"with {implementation!r}."
-            )
-        return self._read_images(images, embedding, needs_outputs=False)
-
-    def _read_images(self, images: ImageStates, like: torch.Tensor, needs_outputs: bool) -> ImageStates:
-        images = replace(images, features=images.features.to(like.device, like.dtype))
-        needs_outputs = needs_outputs or _is_watched(self.language_model, self.training)
-        return read_images(self._decode, images, self._key_rotation, needs_outputs)
 
     def _embed(self, input_ids, is_image, image_features) -> torch.Tensor:
         """Embeddings (B, Q, hidden), at images of no meaning yet."""
@@ -744,14 +588,13 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, VisualChatGe
                 vocab_size=self.config.text_config.vocab_size,
                 **kwargs,
             )
-            logits = None
         elif labels is not None:
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
         return VisualChatCausalLMOutputWithPast(
             loss=loss,
-            logits=logits,
+            logits=logits if targets is None else None,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -781,37 +624,6 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, VisualChatGe
 
 def _keeps_all(logits_to_keep: int | torch.Tensor) -> bool:
     return isinstance(logits_to_keep, int) and logits_to_keep == 0
-
-
-def _is_packed(position_ids: torch.Tensor) -> bool:
-    return bool((position_ids.diff(dim=-1) != 1).any())
-
-
-def _keeps_apart(cache: Cache) -> bool:
-    return isinstance(cache, ConversationCache) and not cache.is_interleaved
-
-
-def _checkpoints_reentrantly(decoder: nn.Module) -> bool:
-    """Whether gradients reach a layer by its positional arguments alone."""
-    functions = (getattr(module, "_gradient_checkpointing_func", None) for module in decoder.modules())
-    return any(getattr(function, "keywords", {}).get("use_reentrant", False) for function in functions)
-
-
-def _is_watched(decoder: nn.Module, is_training: bool) -> bool:
-    """Whether somebody counts on the layers of a decoder being run to their end: hooks, or gradient checkpointing."""
-    if is_training and getattr(decoder, "is_gradient_checkpointing", False):
-        return True
-    parts = decoder.modules()
-    return any(part._forward_hooks or part._forward_pre_hooks or hasattr(part, "_hf_hook") for part in parts)
-
-
-def _is_fresh_and_plain(cache: Cache) -> bool:
-    """Whether a cache is empty and keeps all that it is given, in the order given."""
-    return (
-        isinstance(cache, DynamicCache)
-        and all(type(layer) is DynamicLayer for layer in cache.layers)
-        and (cache.get_seq_length() == 0)
-    )
 
 
 def _num_past(past_key_values: Cache | None) -> int:

@@ -117,11 +117,11 @@ def plan_mmca(
     order = torch.zeros(len(texts), num_text, dtype=torch.long)
     places = torch.zeros_like(kinds)
     runs = []
-    for row, (text, past_images) in enumerate(zip(texts, num_past_images)):
-        image = (kinds[row] == IMAGE).nonzero()[:, 0]
-        order[row, : len(text)] = text
-        places[row, text] = torch.arange(len(text)) + num_past
-        places[row, image] = torch.arange(len(image)) + past_images
+    for index, (text, past_images) in enumerate(zip(texts, num_past_images)):
+        image = (kinds[index] == IMAGE).nonzero()[:, 0]
+        order[index, : len(text)] = text
+        places[index, text] = torch.arange(len(text)) + num_past
+        places[index, image] = torch.arange(len(image)) + past_images
         # How many of the image keys each text token may see; a run ends where that number changes.
         num_keys, lengths = torch.searchsorted(image, text).add(past_images).unique_consecutive(return_counts=True)
         ends = lengths.cumsum(0)

@@ -348,7 +348,7 @@ def test_images_and_placeholders_have_to_match():
         model(tokens(3, "I"), pixels(0, 1))
     with pytest.raises(ValueError, match="there are no images"):
         model(tokens(3, "I"))
-    with pytest.raises(ValueError, match="either pixel_values or mm_encoder_outputs"):
+    with pytest.raises(ValueError, match="only one of pixel_values, mm_encoder_outputs"):
         model(tokens(3, "I"), pixels(0), mm_encoder_outputs={"image": model.get_image_features(pixels(0))})
 
 

@@ -40,7 +40,7 @@ def planned_calls(monkeypatch):
 
 
 def by_masks(model):
-    model.model._key_rotation = False
+    model.model._takes_plans = False
     return model
 
 
@@ -93,7 +93,7 @@ def test_what_is_cached_is_in_the_order_of_the_conversation(decoder, planned_cal
     caches = []
     for masked in (False, True):
         cache = DynamicCache(config=model.config.text_config)
-        model.model._key_rotation = False if masked else None
+        model.model._takes_plans = not masked
         with torch.no_grad():
             model(**batch, pixel_values=pixels(0, 1, 2), past_key_values=cache)
         caches.append(cache)

@@ -42,6 +42,7 @@ CODE = [
     "plan_visualchat.py",
     "processing_visualchat.py",
     "projector_visualchat.py",
+    "streams_visualchat.py",
 ]
 
 
