@@ -1,15 +1,17 @@
 """
 Measures multi-modal causal attention against plain causal attention, in one run, as ratios.
 
-    python examples/benchmark.py                  # the quick table
-    python examples/benchmark.py --full           # also 8 x 576 + 512, a layer of 7B shape, training steps and prefill
+    python examples/benchmark.py                  # the quick table: attention alone
+    python examples/benchmark.py --full           # also 8 x 576 + 512 and whole models: prefill, decoding, training
     python examples/benchmark.py --output DIR     # where to leave benchmark.json and benchmark.png
 
 Everything is measured beside the same computation with causal attention: repeats are interleaved, medians are
 compared, and the spread is that of the ratio between its quartiles. On a CPU it is CPU time on one thread, in float32;
-on a GPU it is device time, in bfloat16. Layouts are images x tokens of an image + text tokens, the text in equal parts
-before, between and after the images. The floor counts the query-key pairs that MMCA needs over those of causal
-attention. The form of 2023 computes both softmaxes over full score matrices in float32.
+on a GPU it is device time, in bfloat16, and the last column is the part of the chip's measured matrix rate that the
+operations counted reach. Memory is the most that a run has allocated beyond its inputs and weights. Layouts are images
+x tokens of an image + text tokens, the text in equal parts before, between and after the images. The floor counts the
+query-key pairs that MMCA needs over those of causal attention. The form of 2023 computes both softmaxes over full
+score matrices in float32. Attention alone includes gathering and rotating the keys of the images.
 """
 
 import itertools
@@ -20,18 +22,22 @@ import statistics
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import matplotlib
 import torch
 from matplotlib import pyplot
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
-from transformers import CLIPVisionConfig, LlamaConfig
+from transformers import CLIPVisionConfig, LlamaConfig, LlamaModel
 
 from configuration_visualchat import VisualChatConfig
-from modeling_visualchat import VisualChatForConditionalGeneration
-from modeling_visualchat.plan_visualchat import plan_mmca, planned_attention
+from modeling_visualchat import ImageMemory, ImageStates, VisualChatForConditionalGeneration
+from modeling_visualchat.image_states_visualchat import ImageReader, KeyRotation, place_images, rotate_keys
+from modeling_visualchat.plan_visualchat import plan_mmca
 
 
 QUICK_LAYOUTS = [(1, 256, 128), (4, 256, 256), (8, 256, 512)]
@@ -98,10 +104,45 @@ def measure(function: Callable[[], object]) -> float:
     return start.elapsed_time(end) / 1000
 
 
-def compare(name: str, layout: tuple, variants: dict[str, Callable], repeats: int, lower_bound: float) -> list[dict]:
-    """Interleaved repeats of every variant; the first is what the others are compared with."""
-    for function in variants.values():
+def peak_bytes(function: Callable[[], object]) -> int:
+    """The most that one call has allocated at a time."""
+    if USES_GPU:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events), default=0)
+
+
+def compare(
+    name: str,
+    layout: tuple,
+    variants: dict[str, Callable],
+    repeats: int,
+    lower_bound: float | None = None,
+    operations: float | None = None,
+) -> list[dict]:
+    """
+    Interleaved repeats of every variant; the first is what the others are compared with.
+
+    Args:
+        name (`str`): What is measured.
+        layout (`tuple` of 3 `int`): Images, tokens of an image, text tokens.
+        variants (`dict`): Functions of no arguments by name.
+        repeats (`int`): How often to measure each.
+        lower_bound (`float`, *optional*): The ratio that counting query-key pairs allows.
+        operations (`float`, *optional*): Floating-point operations that MMCA needs.
+    """
+    memory = {}
+    for variant, function in variants.items():
+        function()
+        memory[variant] = peak_bytes(function)
     times = {variant: [] for variant in variants}
     for _ in range(repeats):
         for variant, function in variants.items():
@@ -111,49 +152,88 @@ def compare(name: str, layout: tuple, variants: dict[str, Callable], repeats: in
     for variant in others:
         ratios = [time / base for time, base in zip(times[variant], times[baseline])]
         quartiles = statistics.quantiles(ratios, n=4)
+        seconds = statistics.median(times[variant])
         rows.append(
             {
                 "measured": name,
                 "layout": "{}x{}+{}".format(*layout),
                 "variant": variant,
-                "ratio": statistics.median(times[variant]) / statistics.median(times[baseline]),
+                "ratio": seconds / statistics.median(times[baseline]),
                 "spread": [quartiles[0], quartiles[2]],
                 "floor": lower_bound,
-                "milliseconds": 1000 * statistics.median(times[variant]),
+                "milliseconds": 1000 * seconds,
                 "causal_milliseconds": 1000 * statistics.median(times[baseline]),
+                "mebibytes": memory[variant] / 2**20,
+                "causal_mebibytes": memory[baseline] / 2**20,
+                "operations_per_second": None if operations is None or variant != "mmca" else operations / seconds,
             }
         )
     return rows
 
 
 def benchmark_attention(layout, num_heads, num_key_heads, head_dim, repeats, backward):
-    """Attention alone, as a layer of the decoder calls it: sorted tokens, (B, S, H, D) out."""
+    """
+    Attention alone, as a decoder layer calls it in a training step: for causal attention (B, H, S, D) in, (B, S, H, D)
+    out; for MMCA images and text apart.
+    """
+    num_images, image_length, num_text = layout
     ids = modalities(layout)
-    plan = plan_mmca(ids)
     generator = torch.Generator(DEVICE).manual_seed(0)
-    query, key, value = (
-        torch.randn(1, ids.shape[1], heads, head_dim, device=DEVICE, dtype=DTYPE, generator=generator)
-        .transpose(1, 2)
-        .requires_grad_(backward)
-        for heads in (num_heads, num_key_heads, num_key_heads)
-    )
-    variants = {
-        "causal": lambda: causal_attention(query, key, value),
-        "mmca": lambda: planned_attention(query, key, value, plan),
-    }
-    if ids.shape[1] <= LONGEST_OF_2023:
-        variants["form of 2023"] = lambda: attention_of_2023(query, key, value, ids)
+
+    def draw(batch_size, length, heads):
+        states = torch.randn(batch_size, length, heads, head_dim, device=DEVICE, dtype=DTYPE, generator=generator)
+        return states.transpose(1, 2).requires_grad_(backward)
+
+    heads = (num_heads, num_key_heads, num_key_heads)
+    whole = [draw(1, ids.shape[1], count) for count in heads]
+    text = [draw(1, num_text, count) for count in heads]
+    images = [draw(num_images, image_length, count) for count in heads]
+    decoder = LlamaModel(
+        LlamaConfig(
+            vocab_size=2, hidden_size=head_dim, num_attention_heads=1, num_hidden_layers=1, intermediate_size=1
+        )
+    ).to(DEVICE, DTYPE)
+    rotation = KeyRotation(decoder, [(None, rotate_keys)])
+    plan = plan_mmca(ids)
+    positions = torch.arange(ids.shape[1], device=DEVICE)[None]
+    features = torch.empty(num_images, image_length, 0, device=DEVICE, dtype=DTYPE)
+    layer = nn.Module()
+    layer.layer_idx = 0
+
+    def mmca():
+        reader = ImageReader()
+        own = reader.attend(layer, *images, None, 0.0)
+        states = ImageStates(features, list(range(num_images)), [reader.keys[0]], [reader.values[0]])
+        placed = place_images(states, plan.kinds, ids.cpu().bool(), positions, rotation)
+        return own, replace(plan, images=placed).attend(layer, *text, None, 0.0)
+
+    variants = {"causal": lambda: causal_attention(*whole), "mmca": mmca}
     if backward:
-        variants = {
-            name: lambda function=function: torch.autograd.grad(function().sum(), (query, key, value))
-            for name, function in variants.items()
-            if name != "form of 2023"
-        }
+
+        def causal_backward():
+            torch.autograd.grad(causal_attention(*whole).sum(), whole)
+
+        def mmca_backward():
+            own, read = mmca()
+            torch.autograd.grad(own.sum() + read.sum(), [*text, *images[1:]])
+
+        variants = {"causal": causal_backward, "mmca": mmca_backward}
+    elif ids.shape[1] <= LONGEST_OF_2023:
+        variants["form of 2023"] = lambda: attention_of_2023(*whole, ids)
+    num_pairs = floor(ids) * ids.shape[1] * (ids.shape[1] + 1) / 2
+    operations = 4 * num_pairs * num_heads * head_dim * (3.5 if backward else 1)  # a backward pass is 2.5 forward ones
     name = f"attention, {'forward and backward' if backward else 'forward'}"
-    return compare(name, layout, variants, repeats, floor(ids))
+    return compare(name, layout, variants, repeats, floor(ids), operations)
 
 
-def build(layout, attention_type, hidden_size=512, num_layers=8, num_heads=8) -> VisualChatForConditionalGeneration:
+MODEL_7B = {
+    "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32,
+}  # fmt: skip
+MODEL_8B = {**MODEL_7B, "intermediate_size": 14336, "num_key_value_heads": 8}
+SMALL = {"hidden_size": 512, "intermediate_size": 1365, "num_attention_heads": 8, "num_key_value_heads": 8}
+
+
+def build(layout, attention_type, num_layers, shape) -> VisualChatForConditionalGeneration:
     """A decoder of the given shape under a vision tower that costs next to nothing."""
     torch.manual_seed(0)
     config = VisualChatConfig(
@@ -162,72 +242,156 @@ def build(layout, attention_type, hidden_size=512, num_layers=8, num_heads=8) ->
             intermediate_size=16,
             num_hidden_layers=1,
             num_attention_heads=1,
-            image_size=8,
+            image_size=8 * math.isqrt(layout[1]),
             patch_size=8,
         ),
         text_config=LlamaConfig(
-            vocab_size=1000,
-            hidden_size=hidden_size,
-            intermediate_size=round(hidden_size * 8 / 3),
-            num_hidden_layers=num_layers,
-            num_attention_heads=num_heads,
-            num_key_value_heads=num_heads,
-            max_position_embeddings=8192,
+            vocab_size=1000, num_hidden_layers=num_layers, max_position_embeddings=16384, pad_token_id=None, **shape
         ),
         image_token_id=999,
-        image_seq_length=layout[1],
+        vision_feature_select_strategy="default",
         attention_type=attention_type,
     )
-    return VisualChatForConditionalGeneration(config).to(DEVICE, DTYPE).eval()
+    with torch.device(DEVICE):
+        model = VisualChatForConditionalGeneration(config)
+    return model.to(DTYPE).set_trainable().eval()
 
 
-def benchmark_model(layout, repeats, trains, **shape):
-    """Prefill with all images new, or a training step with the decoder frozen, from embeddings onward."""
-    ids = modalities(layout)
-    models = {kind: build(layout, kind, **shape) for kind in ("causal", "mmca")}
-    hidden_size = models["mmca"].config.text_config.hidden_size
-    embeds = torch.randn(1, ids.shape[1], hidden_size, device=DEVICE, dtype=DTYPE).requires_grad_(trains)
-    labels = torch.randint(0, 999, ids.shape, device=DEVICE).masked_fill(ids.bool(), -100)
+class Models:
+    """
+    The same decoder with causal attention and with MMCA, and a conversation of the given layout.
 
-    def step(model):
-        model.requires_grad_(False)
-        model.train(trains)
-        if trains:
-            model(inputs_embeds=embeds, mm_token_type_ids=ids, labels=labels).loss.backward()
-        else:
-            with torch.no_grad():
-                model(inputs_embeds=embeds, mm_token_type_ids=ids, use_cache=True, logits_to_keep=1)
+    Args:
+        layout (`tuple` of 3 `int`): Images, tokens of an image, text tokens.
+        num_layers (`int`): Layers of the decoder.
+        shape (`dict`): Its sizes.
+    """
 
-    variants = {kind: lambda model=model: step(model) for kind, model in models.items()}
-    config = models["mmca"].config.text_config
-    shape_name = f"{config.num_hidden_layers} layers, {config.hidden_size} wide"
-    name = f"{'training step, frozen decoder' if trains else 'prefill, images new'} ({shape_name})"
-    return compare(name, layout, variants, repeats, floor(ids))
+    def __init__(self, layout, num_layers, shape):
+        self.layout, self.name = layout, f"{num_layers} layer{'s' * (num_layers > 1)}, {shape['hidden_size']} wide"
+        self.models = {kind: build(layout, kind, num_layers, shape) for kind in ("causal", "mmca")}
+        size = self.models["mmca"].config.vision_config.image_size
+        generator = torch.Generator(DEVICE).manual_seed(0)
+        self.images = torch.randn(layout[0], 3, size, size, device=DEVICE, dtype=DTYPE, generator=generator)
+        self.ids = modalities(layout)
+        self.inputs = {"input_ids": self.ids * 999 + (1 - self.ids) * 7, "pixel_values": self.images}
+
+    def compare(self, what: str, step: Callable, repeats: int, **steps: Callable) -> list[dict]:
+        """Times `step(model)` of both, or of MMCA another one."""
+        variants = {"causal": lambda: step(self.models["causal"])}
+        variants["mmca"] = lambda: steps.get("mmca", step)(self.models["mmca"])
+        return compare(f"{what} ({self.name})", self.layout, variants, repeats)
+
+    @torch.no_grad()
+    def prefill(self, model):
+        return model(**self.inputs, use_cache=True, logits_to_keep=1)
+
+    def benchmark_layer(self, repeats):
+        """A layer in the middle of a decoder: the output is computed at images too."""
+        step = torch.no_grad()(lambda model: model.model(**self.inputs, use_cache=False))
+        return self.compare("decoder layer", step, repeats)
+
+    def benchmark_new(self, repeats):
+        return self.compare("prefill, images new", self.prefill, repeats)
+
+    def benchmark_known(self, repeats):
+        memory = ImageMemory()
+
+        @torch.no_grad()
+        def prefill_known(model):
+            states = memory.read(model.model, self.images)
+            return model(self.inputs["input_ids"], image_states=states, use_cache=True, logits_to_keep=1)
+
+        rows = self.compare("prefill, images known", self.prefill, repeats, mmca=prefill_known)
+        assert memory.misses == self.layout[0] and memory.hits > 0
+        return rows
+
+    def benchmark_decoding(self, repeats):
+        caches = {model: self.prefill(model).past_key_values for model in self.models.values()}
+        token = self.inputs["input_ids"][:, :1]
+        kinds = nn.functional.pad(self.ids, (0, 1))
+        position = torch.tensor([[self.ids.shape[1]]], device=DEVICE)
+
+        @torch.no_grad()
+        def decode(model):
+            model(token, mm_token_type_ids=kinds, position_ids=position, past_key_values=caches[model])
+            caches[model].crop(-1)
+
+        return self.compare("decoding, one token", decode, 5 * repeats)
+
+    def benchmark_training(self, repeats):
+        labels = self.inputs["input_ids"].masked_fill(self.ids.bool(), -100)
+
+        def step(model):
+            model.train()
+            model(**self.inputs, labels=labels).loss.backward()
+            model.zero_grad()
+            model.eval()
+
+        return self.compare("training step, frozen decoder", step, repeats)
 
 
-def format_table(rows: list[dict]) -> str:
-    lines = [f"{'measured':<58} {'layout':>10} {'variant':>13} {'ratio':>7} {'quartiles':>15} {'floor':>6} {'ms':>9}"]
+def matrix_rate() -> float:
+    """Floating-point operations a second that a large matrix product reaches here."""
+    size = 8192 if USES_GPU else 1024
+    left, right = (torch.randn(size, size, device=DEVICE, dtype=DTYPE) for _ in range(2))
+    times = [measure(lambda: left @ right) for _ in range(12)]
+    return 2 * size**3 / statistics.median(times[2:])
+
+
+def plan_jobs(arguments) -> list[Callable[[], list[dict]]]:
+    """What to measure, in order."""
+    repeats = arguments.repeats
+    jobs = [
+        partial(benchmark_attention, layout, arguments.heads, arguments.key_heads, 128, repeats, backward)
+        for layout in (FULL_LAYOUTS if arguments.full else QUICK_LAYOUTS)
+        for backward in (False, True)
+    ]
+    if not arguments.full:
+        return jobs
+
+    def run(layout, num_layers, shape, *names):
+        models = Models(layout, num_layers, shape)
+        return [row for name in names for row in getattr(models, name)(repeats)]
+
+    shapes = {"7b": MODEL_7B, "8b": MODEL_8B}[arguments.shape]
+    jobs.append(partial(run, (8, 256, 512), 1, shapes, "benchmark_layer"))
+    whole = (8, shapes) if USES_GPU else (8, SMALL)
+    everything = ("benchmark_new", "benchmark_known", "benchmark_decoding", "benchmark_training")
+    jobs.append(partial(run, (8, 256, 200), *whole, *everything))
+    jobs += [partial(run, (count, 256, 200), *whole, "benchmark_known") for count in (2, 4, 16)]
+    return jobs
+
+
+def format_table(rows: list[dict], rate: float) -> str:
+    header = f"{'measured':<56} {'layout':>10} {'variant':>12} {'ratio':>7} {'quartiles':>15} {'floor':>6}"
+    lines = [f"{header} {'ms':>9} {'MiB':>8} {'of causal':>9} {'of rate':>8}"]
     for row in rows:
         spread = "{:.3f} to {:.3f}".format(*row["spread"])
+        bound = "" if row["floor"] is None else f"{row['floor']:.3f}"
+        memory = row["mebibytes"] / row["causal_mebibytes"]
+        speed = "" if row["operations_per_second"] is None else f"{row['operations_per_second'] / rate:.2f}"
         lines.append(
-            f"{row['measured']:<58} {row['layout']:>10} {row['variant']:>13} {row['ratio']:>7.3f} {spread:>15} "
-            f"{row['floor']:>6.3f} {row['milliseconds']:>9.1f}"
+            f"{row['measured']:<56} {row['layout']:>10} {row['variant']:>12} {row['ratio']:>7.3f} {spread:>15} "
+            f"{bound:>6} {row['milliseconds']:>9.1f} {row['mebibytes']:>8.1f} {memory:>9.2f} {speed:>8}"
         )
-    return "\n".join(lines)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def draw(rows: list[dict], path: Path) -> None:
     """Ratios as bars beside the floor by operations."""
     matplotlib.use("Agg")
     rows = [row for row in rows if row["variant"] == "mmca"]
-    figure, axis = pyplot.subplots(figsize=(9, 1 + 0.4 * len(rows)))
+    figure, axis = pyplot.subplots(figsize=(9, 1 + 0.35 * len(rows)))
     labels = [f"{row['measured']}  {row['layout']}" for row in rows]
-    axis.barh(labels, [row["ratio"] for row in rows], label="MMCA")
-    axis.plot([row["floor"] for row in rows], labels, "k|", markersize=14, label="floor of attention by operations")
+    errors = [[abs(row["ratio"] - row["spread"][end]) for row in rows] for end in (0, 1)]
+    axis.barh(labels, [row["ratio"] for row in rows], xerr=errors, ecolor="grey", label="MMCA, with quartiles")
+    bounds = [(row["floor"], label) for row, label in zip(rows, labels) if row["floor"] is not None]
+    axis.plot(*zip(*bounds), "k|", markersize=14, label="floor of attention by operations")
     axis.axvline(1.0, color="grey", linewidth=1)
     axis.set_xlabel("time, causal attention = 1")
     axis.invert_yaxis()
-    axis.legend()
+    axis.legend(loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
@@ -235,34 +399,32 @@ def draw(rows: list[dict], path: Path) -> None:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="all layouts, a layer of 7B shape, training and prefill")
+    parser.add_argument("--full", action="store_true", help="all layouts, and whole models")
     parser.add_argument("--repeats", type=int, default=7, help="interleaved repeats of every measurement")
     parser.add_argument("--heads", type=int, default=32, help="query heads of the attention alone")
     parser.add_argument("--key_heads", type=int, default=32, help="key/value heads of the attention alone")
+    parser.add_argument("--shape", choices=["7b", "8b"], default="7b", help="Llama shape of the decoder layer")
     parser.add_argument("--output", type=Path, default=Path(), help="folder for benchmark.json and benchmark.png")
     arguments = parser.parse_args()
+    if arguments.repeats < 2:
+        parser.error("--repeats has to be at least 2, to have a spread")
+    if arguments.heads % arguments.key_heads:
+        parser.error(f"--key_heads {arguments.key_heads} does not divide --heads {arguments.heads}")
     torch.set_num_threads(1)
 
-    repeats, full = arguments.repeats, arguments.full
-    jobs = [
-        lambda layout=layout, backward=backward: benchmark_attention(
-            layout, arguments.heads, arguments.key_heads, 128, repeats, backward
-        )
-        for layout in (FULL_LAYOUTS if full else QUICK_LAYOUTS)
-        for backward in (False, True)
-    ]
-    if full:
-        layer = {"hidden_size": 4096, "num_layers": 1, "num_heads": 32}
-        jobs.append(lambda: benchmark_model((8, 256, 512), 3, trains=False, **layer))
-        jobs += [lambda trains=trains: benchmark_model((8, 256, 200), repeats, trains) for trains in (False, True)]
-    rows = [row for job in tqdm(jobs, desc="Measuring", unit="table") for row in job()]
-
+    rate = matrix_rate()
+    rows = [row for job in tqdm(plan_jobs(arguments), desc="Measuring", unit="table") for row in job()]
     machine = torch.cuda.get_device_name() if USES_GPU else f"{platform.machine()} CPU, one thread"
     arguments.output.mkdir(parents=True, exist_ok=True)
-    document = {"machine": machine, "dtype": str(DTYPE), "torch": torch.__version__, "rows": rows}
+    document = {
+        "machine": machine, "dtype": str(DTYPE), "torch": torch.__version__, "matrix_rate": rate, "rows": rows,
+    }  # fmt: skip
     (arguments.output / "benchmark.json").write_text(json.dumps(document, indent=1) + "\n")
     draw(rows, arguments.output / "benchmark.png")
-    print(f"\nTime over that of causal attention, on {machine}, {DTYPE}\n\n{format_table(rows)}")
+    print(
+        f"\nTime over that of causal attention, on {machine}, {DTYPE}, matrix products at {rate / 1e12:.3g} "
+        f"Tflop/s\n\n{format_table(rows, rate)}"
+    )
 
 
 if __name__ == "__main__":

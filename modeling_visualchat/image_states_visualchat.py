@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers.utils import output_capturing
 
 from .plan_visualchat import take
@@ -136,26 +137,49 @@ class ImageReader:
         return value.transpose(1, 2).contiguous()
 
 
+class WithoutQueries(TorchFunctionMode):
+    """
+    Leaves out the projections of queries, which nothing reads of an image, where they are plain linear layers.
+
+    Args:
+        decoder (`nn.Module`): The decoder.
+    """
+
+    def __init__(self, decoder: nn.Module):
+        super().__init__()
+        projections = [module for name, module in decoder.named_modules() if name.endswith(".q_proj")]
+        self.weights = {id(module.weight) for module in projections if type(module) is nn.Linear}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is nn.functional.linear and len(args) > 1 and id(args[1]) in self.weights:
+            return args[0].new_zeros(()).expand(*args[0].shape[:-1], args[1].shape[0])
+        return function(*args, **(kwargs or {}))
+
+
 def read_images(
     decode: Callable[..., Any],
     images: ImageStates,
     rotation: "KeyRotation",
-    needs_outputs: bool = True,
+    is_watched: bool,
+    needs_outputs: bool,
 ) -> ImageStates:
     """
-    Takes images through a decoder.
+    Takes images through a decoder, and leaves out what nothing reads: queries, and beyond the keys and values of the
+    last layer everything.
 
     Args:
         decode (`Callable`): Runs the decoder, given `inputs_embeds`, `position_ids` and `mmca_plan`.
         images (`ImageStates`): With features alone.
         rotation (`KeyRotation`): Of the decoder.
-        needs_outputs (`bool`): Whether somebody reads the decoder's output for them; if not, it stops as soon as the
-            last layer has keys and values.
+        is_watched (`bool`): Whether somebody counts on every module being run to its end; then nothing is left out.
+        needs_outputs (`bool`): Whether somebody reads the decoder's output for the images.
     """
-    reader = ImageReader(None if needs_outputs else rotation.num_layers - 1)
+    stops_early = not needs_outputs and not is_watched
+    reader = ImageReader(rotation.num_layers - 1 if stops_early else None)
     position_ids = torch.zeros(images.features.shape[:2], dtype=torch.long, device=images.features.device)
     outputs = None
-    with contextlib.suppress(AllReadError):
+    shortcut = contextlib.nullcontext() if is_watched else WithoutQueries(rotation.decoder)
+    with contextlib.suppress(AllReadError), shortcut:
         outputs = decode(images.features, position_ids, reader).last_hidden_state
     layers = range(rotation.num_layers)
     return replace(
@@ -217,7 +241,10 @@ class KeyRotation:
         for layer in range(len(readers[0].keys)):
             still, turned = readers[0].keys[layer], readers[1].keys[layer]
             rotation.layers.append(None)
-            for candidate in [*((kind, apply) for kind in kinds for apply in (_rotate, _rotate_part)), None]:
+            for candidate in [
+                *((kind, apply) for kind in kinds for apply in (rotate_keys, rotate_part_of_keys)),
+                None,
+            ]:
                 rotation.layers[layer] = candidate
                 if rotation._explains(layer, still, turned, positions):
                     break
@@ -236,7 +263,8 @@ class KeyRotation:
 
     def tables(self, position_ids: torch.Tensor, like: torch.Tensor) -> dict[str | None, tuple]:
         """The cosines and sines at positions (B, I), each (B, I, rotated size), for each kind of layer."""
-        rotary = self.decoder.rotary_emb
+        # Not by a call of the module, which ZeRO-3 counts: a rank whose batch has no image would fall out of step.
+        rotary = self.decoder.rotary_emb.forward
         if not _knows_kinds(self.decoder):
             return {None: rotary(like, position_ids)}
         kinds = sorted(set(self.decoder.config.layer_types))
@@ -280,14 +308,14 @@ def _knows_kinds(decoder: Any) -> bool:
     return "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
 
 
-def _rotate(apply: Callable, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate_keys(apply: Callable, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     return apply(keys[:, :0], keys, cos, sin)[1]
 
 
-def _rotate_part(apply: Callable, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate_part_of_keys(apply: Callable, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """The leading part of each head alone, where the decoder cuts it off outside of its function."""
     size = cos.shape[-1]
-    return torch.cat([_rotate(apply, keys[..., :size], cos, sin), keys[..., size:]], dim=-1)
+    return torch.cat([rotate_keys(apply, keys[..., :size], cos, sin), keys[..., size:]], dim=-1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -194,8 +194,8 @@ class TwoStreamMixin:
     def _read_images(self, images: ImageStates, like: torch.Tensor, needs_outputs: bool) -> ImageStates:
         assert self._key_rotation is not None
         images = replace(images, features=images.features.to(like.device, like.dtype))
-        needs_outputs = needs_outputs or _is_watched(self.language_model, self.training)
-        return read_images(self._decode, images, self._key_rotation, needs_outputs)
+        is_watched = _is_watched(self.language_model, self.training)
+        return read_images(self._decode, images, self._key_rotation, is_watched, needs_outputs)
 
 
 def _is_packed(position_ids: torch.Tensor) -> bool:
