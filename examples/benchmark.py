@@ -11,7 +11,7 @@ on a GPU it is device time, in bfloat16, and the last column is the part of the 
 operations counted reach. Memory is the most that a run has allocated beyond its inputs and weights. Layouts are images
 x tokens of an image + text tokens, the text in equal parts before, between and after the images. The floor counts the
 query-key pairs that MMCA needs over those of causal attention. The form of 2023 computes both softmaxes over full
-score matrices in float32. Attention alone includes gathering and rotating the keys of the images.
+score matrices in float32.
 """
 
 import itertools
@@ -32,11 +32,11 @@ from matplotlib import pyplot
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
-from transformers import CLIPVisionConfig, LlamaConfig, LlamaModel
+from transformers import CLIPVisionConfig, LlamaConfig
 
 from configuration_visualchat import VisualChatConfig
 from modeling_visualchat import ImageMemory, ImageStates, VisualChatForConditionalGeneration
-from modeling_visualchat.image_states_visualchat import ImageReader, KeyRotation, place_images, rotate_keys
+from modeling_visualchat.image_states_visualchat import ImageReader, PlacedImages
 from modeling_visualchat.plan_visualchat import plan_mmca
 
 
@@ -188,14 +188,7 @@ def benchmark_attention(layout, num_heads, num_key_heads, head_dim, repeats, bac
     whole = [draw(1, ids.shape[1], count) for count in heads]
     text = [draw(1, num_text, count) for count in heads]
     images = [draw(num_images, image_length, count) for count in heads]
-    decoder = LlamaModel(
-        LlamaConfig(
-            vocab_size=2, hidden_size=head_dim, num_attention_heads=1, num_hidden_layers=1, intermediate_size=1
-        )
-    ).to(DEVICE, DTYPE)
-    rotation = KeyRotation(decoder, [(None, rotate_keys)])
     plan = plan_mmca(ids)
-    positions = torch.arange(ids.shape[1], device=DEVICE)[None]
     features = torch.empty(num_images, image_length, 0, device=DEVICE, dtype=DTYPE)
     layer = nn.Module()
     layer.layer_idx = 0
@@ -204,7 +197,7 @@ def benchmark_attention(layout, num_heads, num_key_heads, head_dim, repeats, bac
         reader = ImageReader()
         own = reader.attend(layer, *images, None, 0.0)
         states = ImageStates(features, list(range(num_images)), [reader.keys[0]], [reader.values[0]])
-        placed = place_images(states, plan.kinds, ids.cpu().bool(), positions, rotation)
+        placed = PlacedImages(states, (1, num_images * image_length))
         return own, replace(plan, images=placed).attend(layer, *text, None, 0.0)
 
     variants = {"causal": lambda: causal_attention(*whole), "mmca": mmca}

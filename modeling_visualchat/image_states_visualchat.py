@@ -32,11 +32,12 @@ class ImageStates:
     Args:
         features (`torch.Tensor` of shape `(U, length, text hidden)`): Projected features, the decoder's input.
         index (`list` of N `int`): For each image of the batch which of the different ones it is.
-        keys (`list` of `torch.Tensor` of shape `(U, K, length, D)`): For each layer, before rotation; empty until the
-            decoder has read the images.
+        keys (`list` of `torch.Tensor` of shape `(U, K, length, D)`): For each layer; empty until the decoder has read
+            the images.
         values (`list` of `torch.Tensor` of shape `(U, K, length, D)`): For each layer.
         outputs (`torch.Tensor` of shape `(U, length, text hidden)`, *optional*): The decoder's output, if it was asked
             for.
+        is_rotated (`bool`): Whether the keys are those of a place in a conversation, and of no use in another.
     """
 
     features: torch.Tensor
@@ -44,6 +45,7 @@ class ImageStates:
     keys: list[torch.Tensor] = field(default_factory=list, repr=False)
     values: list[torch.Tensor] = field(default_factory=list, repr=False)
     outputs: torch.Tensor | None = field(default=None, repr=False)
+    is_rotated: bool = False
 
     @classmethod
     def of_features(cls, features: list[torch.Tensor]) -> "ImageStates":
@@ -58,9 +60,13 @@ class ImageStates:
 
     def expand(self, states: torch.Tensor) -> torch.Tensor:
         """(U, …) to (N, …)."""
-        if self.index == list(range(len(states))):
+        if not self.has_repeats(len(states)):
             return states
         return states[torch.tensor(self.index, device=states.device)]
+
+    def has_repeats(self, num_different: int | None = None) -> bool:
+        """Whether the batch is not just the different images in order."""
+        return self.index != list(range(len(self.features) if num_different is None else num_different))
 
     def token_index(self) -> torch.Tensor:
         """For each image token of the batch, in order, its row among the tokens of the different images."""
@@ -162,6 +168,7 @@ def read_images(
     rotation: "KeyRotation",
     is_watched: bool,
     needs_outputs: bool,
+    position_ids: torch.Tensor | None = None,
 ) -> ImageStates:
     """
     Takes images through a decoder, and leaves out what nothing reads: queries, and beyond the keys and values of the
@@ -173,20 +180,25 @@ def read_images(
         rotation (`KeyRotation`): Of the decoder.
         is_watched (`bool`): Whether somebody counts on every module being run to its end; then nothing is left out.
         needs_outputs (`bool`): Whether somebody reads the decoder's output for the images.
+        position_ids (`torch.Tensor` of shape `(U, length)`, *optional*): Where the images stand, to have keys that are
+            rotated already. Without, they are as they are before rotation.
     """
     stops_early = not needs_outputs and not is_watched
     reader = ImageReader(rotation.num_layers - 1 if stops_early else None)
-    position_ids = torch.zeros(images.features.shape[:2], dtype=torch.long, device=images.features.device)
+    is_rotated = position_ids is not None
+    if position_ids is None:
+        position_ids = torch.zeros(images.features.shape[:2], dtype=torch.long, device=images.features.device)
     outputs = None
     shortcut = contextlib.nullcontext() if is_watched else WithoutQueries(rotation.decoder)
     with contextlib.suppress(AllReadError), shortcut:
         outputs = decode(images.features, position_ids, reader).last_hidden_state
-    layers = range(rotation.num_layers)
+    keys, values = ([states[layer] for layer in range(rotation.num_layers)] for states in (reader.keys, reader.values))
     return replace(
         images,
-        keys=[rotation.undo_scaling(reader.keys[layer], layer) for layer in layers],
-        values=[reader.values[layer] for layer in layers],
+        keys=keys if is_rotated else [rotation.undo_scaling(states, layer) for layer, states in enumerate(keys)],
+        values=values,
         outputs=outputs,
+        is_rotated=is_rotated,
     )
 
 
@@ -325,24 +337,28 @@ class PlacedImages:
 
     Args:
         images (`ImageStates`): Images that the decoder has read.
-        index (`torch.Tensor` of shape `(B, I)`): For each image place the token it holds, see
-            [`ImageStates.token_index`]; any at padding.
-        rotation (`KeyRotation`): Of the decoder.
-        tables (`dict`): Its tables at the positions of the places.
+        shape (`tuple`): B and I.
+        index (`torch.Tensor` of shape `(B, I)`, *optional*): For each image place the token it holds, see
+            [`ImageStates.token_index`], any at padding; without, one after the other.
+        rotation (`KeyRotation`, *optional*): Of the decoder, for keys that are not rotated.
+        tables (`dict`, *optional*): Its tables at the positions of the places.
     """
 
     images: ImageStates
-    index: torch.Tensor
-    rotation: KeyRotation
-    tables: dict[str | None, tuple]
+    shape: tuple[int, int]
+    index: torch.Tensor | None = None
+    rotation: KeyRotation | None = None
+    tables: dict[str | None, tuple] = field(default_factory=dict, repr=False)
 
     def __call__(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys, rotated, and values of a layer, each (B, K, I, D)."""
         keys, values = (self._place(states[layer]) for states in (self.images.keys, self.images.values))
-        return self.rotation.apply(keys, layer, self.tables), values
+        return keys if self.rotation is None else self.rotation.apply(keys, layer, self.tables), values
 
     def _place(self, states: torch.Tensor) -> torch.Tensor:
         tokens = states.transpose(1, 2).flatten(0, 1)
+        if self.index is None:
+            return tokens.unflatten(0, self.shape).transpose(1, 2)
         return tokens[self.index.to(states.device)].transpose(1, 2)
 
 
@@ -360,6 +376,11 @@ def place_images(
     numbers = (is_image.flatten().cumsum(0) - 1).view(is_image.shape).clamp(min=0)
     columns = [(row == 2).nonzero()[:, 0] for row in kinds]
     order = nn.utils.rnn.pad_sequence(columns, batch_first=True)
-    index = images.token_index()[take(numbers, order)].to(images.features.device)
+    order_of_tokens = images.token_index()[take(numbers, order)]
+    num_tokens, shape = images.features.shape[:2].numel(), (order.shape[0], order.shape[1])
+    is_plain = num_tokens == order.numel() and bool((order_of_tokens.flatten() == torch.arange(num_tokens)).all())
+    index = None if is_plain else order_of_tokens.to(images.features.device)
+    if images.is_rotated:
+        return PlacedImages(images, shape, index)
     tables = rotation.tables(take(position_ids, order.to(position_ids.device)), images.features)
-    return PlacedImages(images, index, rotation, tables)
+    return PlacedImages(images, shape, index, rotation, tables)

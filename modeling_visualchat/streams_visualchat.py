@@ -148,7 +148,9 @@ class TwoStreamMixin:
         if images is None and bool(is_image.any()):
             images = ImageStates(embeds[is_image.to(embeds.device)][None], [0])
         if images is not None and (not images.keys or (images.outputs is None and not skip_image_outputs)):
-            images = self._read_images(images, embeds, needs_outputs=not skip_image_outputs)
+            # An image that occurs once is rotated where it is computed.
+            positions = None if images.has_repeats() else position_ids[is_image.to(position_ids.device)]
+            images = self._read_images(images, embeds, not skip_image_outputs, positions)
         if blank_features is not None:
             blank = self._read_images(ImageStates(blank_features[None], [0]), embeds, not skip_image_outputs)
             read = [*blank.keys, *blank.values, *([] if blank.outputs is None else [blank.outputs])]
@@ -191,11 +193,18 @@ class TwoStreamMixin:
             **kwargs,
         )
 
-    def _read_images(self, images: ImageStates, like: torch.Tensor, needs_outputs: bool) -> ImageStates:
+    def _read_images(
+        self,
+        images: ImageStates,
+        like: torch.Tensor,
+        needs_outputs: bool,
+        positions: torch.Tensor | None = None,
+    ) -> ImageStates:
         assert self._key_rotation is not None
         images = replace(images, features=images.features.to(like.device, like.dtype))
         is_watched = _is_watched(self.language_model, self.training)
-        return read_images(self._decode, images, self._key_rotation, is_watched, needs_outputs)
+        positions = None if positions is None else positions.view(images.features.shape[:2])
+        return read_images(self._decode, images, self._key_rotation, is_watched, needs_outputs, positions)
 
 
 def _is_packed(position_ids: torch.Tensor) -> bool:
