@@ -42,6 +42,11 @@ class ConversationCache(DynamicCache):
         return super().get_seq_length(layer_idx) if self.is_interleaved else self.kinds.shape[1]
 
     @property
+    def num_rows(self) -> int:
+        """The number of conversations."""
+        return len(self.layers[0].keys) if self.is_interleaved and self.layers else len(self.kinds)
+
+    @property
     def num_text_places(self) -> int:
         """Length of the text block."""
         return count_places(self.places, self.kinds, TEXT)
@@ -120,6 +125,7 @@ class ConversationCache(DynamicCache):
                 cache.update(keys, values, index)
         if cache is None:
             self.images, self.is_interleaved = DynamicCache(), True
+            self.kinds = self.places = self.kinds[:, :0]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Takes the rows of the beams that go on."""
@@ -130,14 +136,16 @@ class ConversationCache(DynamicCache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row."""
+        num_rows = self.num_rows
         super().batch_repeat_interleave(repeats)
-        self._select_rows(torch.arange(len(self.kinds)).repeat_interleave(repeats))
+        self._select_rows(torch.arange(num_rows).repeat_interleave(repeats))
         self.images.batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps these rows."""
+        rows = torch.arange(self.num_rows)[indices.cpu()]
         super().batch_select_indices(indices)
-        self._select_rows(torch.arange(len(self.kinds))[indices.cpu()])
+        self._select_rows(rows)
         self.images.batch_select_indices(indices)
 
     def reset(self) -> None:
@@ -148,10 +156,9 @@ class ConversationCache(DynamicCache):
         self.tokens, self.is_interleaved = None, False
 
     def _select_rows(self, rows: torch.Tensor) -> None:
-        if self.tokens is not None:
-            is_of_rows = len(self.tokens) == len(self.kinds)
-            self.tokens = [self.tokens[row] for row in rows.tolist()] if is_of_rows else None
-        self.kinds, self.places = self.kinds[rows], self.places[rows]
+        self.tokens = None  # which go with rows of `generate`, not with beams
+        if not self.is_interleaved:
+            self.kinds, self.places = self.kinds[rows], self.places[rows]
 
 
 def _cut(cache: Cache, length: int) -> None:

@@ -107,7 +107,7 @@ class VisualChatGenerationMixin(GenerationMixin):
             cache = outputs.get("past_key_values", cache)
         if not isinstance(cache, ConversationCache):
             return
-        if tokens is None or len(sequences) != len(tokens) or len(cache.kinds) != len(tokens):
+        if tokens is None or len(sequences) != len(tokens) or cache.num_rows != len(tokens):
             cache.tokens = None
             return
         start, end = len(tokens[0]), cache.get_seq_length()

@@ -105,11 +105,18 @@ def test_the_default_runs_and_leaves_everything(tmp_path):
         f"/image {picture}",
         "and this?",
         "/what",
+        "/list",
+        "/edit 1 which digit?",
+        f"/replace 2 {picture}",
+        "/remove 7",
         "/new",
         "Hi",
     ]
     chat = subprocess.run(
-        [sys.executable, str(EXAMPLES / "chat.py"), str(output), "--image", str(picture)],
+        [
+            sys.executable, str(EXAMPLES / "chat.py"), str(output), "--image", str(picture),
+            "--image_memory", str(tmp_path / "memory"),
+        ],
         input="\n".join([*lines, "/quit"]),
         capture_output=True, text=True, env=environment(), timeout=120,
     )  # fmt: skip
@@ -118,7 +125,10 @@ def test_the_default_runs_and_leaves_everything(tmp_path):
         "128 x 128" in chat.stdout
         and "error: No image file at" in chat.stdout
         and "Unknown command /what" in chat.stdout
+        and f"image 2: {picture}" in chat.stdout
+        and "There is no image 7; the conversation has 2" in chat.stdout
     )
+    assert len(list((tmp_path / "memory").iterdir())) == 1  # the same picture twice
 
 
 def deepspeed(stage):

@@ -7,7 +7,7 @@ from test_attention import PATTERNS, assert_errs_no_more_than_rounding, draw, ou
 from transformers import DynamicCache
 
 import modeling_visualchat.plan_visualchat
-from modeling_visualchat import mmca_attention_reference
+from modeling_visualchat import ConversationCache, mmca_attention_reference
 from modeling_visualchat.attention_visualchat import MultiModalCausalAttention
 from modeling_visualchat.plan_visualchat import IMAGE, plan_mmca, planned_attention, take
 
@@ -153,3 +153,55 @@ def test_a_training_step_keeps_no_cache():
     ids, images = tokens(3, "I", 4), pixels(0)
     assert make_model().train()(ids, images).past_key_values is None
     assert make_model()(ids, images).past_key_values is not None
+
+
+def test_a_cache_that_keeps_apart_can_do_what_others_can():
+    """Cropped, with rows repeated and chosen, and put in order: each time it holds what a plain cache holds."""
+    model = make_model()
+    batch = pad_left([tokens(3, "I", 4, "I", 2), tokens(2, "I", 3, seed=1)])
+    kinds = (batch["input_ids"] == IMAGE_TOKEN_ID).long()
+
+    def fill(cache):
+        with torch.no_grad():
+            model(**batch, pixel_values=pixels(0, 1, 2), past_key_values=cache)
+        return cache
+
+    def last_logits(cache, rows, length):
+        """Of two tokens more, after `length` positions of these rows."""
+        mask = torch.nn.functional.pad(batch["attention_mask"][rows, :length], (0, 2), value=1)
+        types = torch.nn.functional.pad(kinds[rows, :length], (0, 2))
+        new = tokens(2, seed=9).expand(len(rows), -1)
+        with torch.no_grad():
+            return model(new, attention_mask=mask, mm_token_type_ids=types, past_key_values=cache).logits
+
+    size = batch["input_ids"].shape[1]
+    changes = {
+        "nothing": lambda cache: None,
+        "crop": lambda cache: cache.crop(-4),
+        "crop into an image": lambda cache: cache.crop(-5),
+        "repeat": lambda cache: cache.batch_repeat_interleave(2),
+        "select": lambda cache: cache.batch_select_indices(torch.tensor([1])),
+        "reorder": lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
+    }
+    rows = {"repeat": [0, 0, 1, 1], "select": [1], "reorder": [1, 0]}
+    for name, change in changes.items():
+        length = size - {"crop": 4, "crop into an image": 5}.get(name, 0)
+        results = []
+        for cache in (DynamicCache(), ConversationCache(), fill(ConversationCache())):
+            is_fresh = cache.get_seq_length() == 0
+            cache = fill(cache) if is_fresh else cache
+            if not is_fresh:
+                cache.interleave()
+            change(cache)
+            assert cache.get_seq_length() == length
+            results.append(last_logits(cache, rows.get(name, [0, 1]), length))
+        for actual in results[1:]:
+            torch.testing.assert_close(actual, results[0], rtol=1e-4, atol=1e-4, msg=name)
+    with pytest.raises(ValueError, match="as a negative number"):
+        ConversationCache().crop(3)
+    cache = fill(ConversationCache())
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    torch.testing.assert_close(
+        last_logits(fill(cache), [0, 1], size), last_logits(fill(ConversationCache()), [0, 1], size)
+    )
