@@ -5,6 +5,8 @@ The layers of a [`ConversationCache`] hold the keys and values of text alone, an
 new token reads each of the two as it is: no mask, no key of the other kind, and no copy of the images in every step.
 """
 
+from typing import Any, TypeGuard
+
 import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -159,6 +161,11 @@ class ConversationCache(DynamicCache):
         self.tokens = None  # which go with rows of `generate`, not with beams
         if not self.is_interleaved:
             self.kinds, self.places = self.kinds[rows], self.places[rows]
+
+
+def keeps_apart(cache: Any) -> TypeGuard[ConversationCache]:
+    """Whether this is a [`ConversationCache`], that of remote code included, which is another class."""
+    return any(base.__name__ == ConversationCache.__name__ for base in type(cache).__mro__)
 
 
 def _cut(cache: Cache, length: int) -> None:

@@ -7,6 +7,8 @@ encoded once, before the first step. Of a conversation that goes on with its cac
 are used.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import Cache, GenerationConfig, GenerationMixin
@@ -15,7 +17,7 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .attention_visualchat import create_mmca_masks
-from .cache_visualchat import ConversationCache
+from .cache_visualchat import ConversationCache, keeps_apart
 from .image_memory_visualchat import ImageMemory, fingerprint_image
 from .image_states_visualchat import ImageStates
 
@@ -50,7 +52,7 @@ class VisualChatGenerationMixin(GenerationMixin):
         tokens = None
         if ids is not None and embeds is None and kwargs.get("mm_encoder_outputs") is None:
             tokens = self._tell_apart(ids, kwargs.get("attention_mask"), pixel_values)
-        if isinstance(cache, ConversationCache):
+        if keeps_apart(cache):
             if tokens is not None and cache.tokens is not None:
                 cache.crop(min(0, _num_shared(cache.tokens, tokens) - cache.get_seq_length()))
             cache.tokens = tokens
@@ -100,12 +102,12 @@ class VisualChatGenerationMixin(GenerationMixin):
             return rows
         return [[token if kept else None for token, kept in zip(*row)] for row in zip(rows, attention_mask.tolist())]
 
-    def _note_generated(self, outputs, cache: Cache | None, tokens: list[list] | None) -> None:
+    def _note_generated(self, outputs, cache: Any, tokens: list[list] | None) -> None:
         """Completes what a cache knows of its tokens by those that were generated."""
         sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences
         if not isinstance(outputs, torch.Tensor):
             cache = outputs.get("past_key_values", cache)
-        if not isinstance(cache, ConversationCache):
+        if not keeps_apart(cache):
             return
         if tokens is None or len(sequences) != len(tokens) or cache.num_rows != len(tokens):
             cache.tokens = None

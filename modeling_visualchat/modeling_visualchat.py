@@ -19,7 +19,7 @@ from .attention_visualchat import (
     create_mmca_masks,
     mmca_implementation,
 )
-from .cache_visualchat import ConversationCache
+from .cache_visualchat import keeps_apart
 from .configuration_visualchat import VisualChatConfig
 from .generation_visualchat import VisualChatGenerationMixin
 from .hub_visualchat import push_repository
@@ -267,7 +267,7 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_token_type_ids: Any = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
@@ -341,7 +341,7 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
                 embeds, mm_token_type_ids, image_states, blank_features, skip_image_outputs, **inputs, **kwargs
             )
         else:
-            if isinstance(past_key_values, ConversationCache):
+            if keeps_apart(past_key_values):
                 past_key_values.interleave()
             if needs_masks:
                 masks = create_mmca_masks(self.config.text_config, embeds, mm_token_type_ids, **inputs)

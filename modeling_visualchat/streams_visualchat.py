@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .attention_visualchat import MMCA_PREFIX, PlanNotDeliveredError
-from .cache_visualchat import ConversationCache
+from .cache_visualchat import ConversationCache, keeps_apart
 from .image_states_visualchat import ImageStates, KeyRotation, hooks_of, place_images, read_images
 from .plan_visualchat import IMAGE, plan_mmca
 
@@ -88,11 +88,11 @@ class TwoStreamMixin:
             and self._try_plans(embeds)
         )
 
-    def _serves(self, cache: Cache | None, kwargs: dict) -> bool:
+    def _serves(self, cache: Any, kwargs: dict) -> bool:
         text_config = self.config.text_config
         if cache is None and not kwargs.get("use_cache", text_config.use_cache):
             return True
-        if isinstance(cache, ConversationCache):
+        if keeps_apart(cache):
             return not cache.is_interleaved
         return _is_fresh_and_plain(DynamicCache(config=text_config) if cache is None else cache)
 
@@ -134,7 +134,7 @@ class TwoStreamMixin:
         if past_key_values is None and kwargs.get("use_cache", self.config.text_config.use_cache):
             past_key_values = ConversationCache()
         cache: Any = past_key_values
-        if cache is not None and not isinstance(cache, ConversationCache):
+        if cache is not None and not keeps_apart(cache):
             cache = ConversationCache()
         kwargs["use_cache"] = cache is not None
         num_past = 0 if cache is None else cache.get_seq_length()

@@ -33,6 +33,48 @@ def test_the_quick_table(tmp_path):
     assert "attention, forward and backward" in completed.stdout
 
 
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def test_whole_models_compute_the_same_with_images_known(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import benchmark
+
+    models = benchmark.Models((2, 4, 7), 2, SHAPE)
+    names = [name for name in vars(benchmark.Models) if name.startswith("benchmark_")]
+    rows = [row for name in names for row in getattr(models, name)(2)]
+    assert len(rows) == len(names) == 5 and {row["variant"] for row in rows} == {"mmca"}
+    assert all(row["ratio"] > 0 and row["mebibytes"] > 0 for row in rows)
+    benchmark.draw([{**rows[0], "floor": 0.5}, *rows[1:]], tmp_path / "plot.png")
+    assert rows[2]["measured"] in benchmark.format_table(rows, 1e9)
+    model = models.models["mmca"]
+    known = model(models.ids * 999 + (1 - models.ids) * 7, image_states=model.model.read_images(models.images))
+    expected = model(**models.inputs)
+    torch.testing.assert_close(known.logits, expected.logits, rtol=1e-5, atol=1e-5)
+
+
+def test_memory_is_the_most_at_a_time(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from benchmark import peak_bytes
+
+    def run():
+        for _ in range(3):
+            first = torch.ones(2**18)  # 1 MiB each
+            first = first + 1
+
+    assert 2**21 <= peak_bytes(run) < 4 * 2**20
+
+
+def test_wrong_flags_are_named():
+    for flags, message in {
+        ("--repeats", "1"): "--repeats has to be at least 2",
+        ("--heads", "5", "--key_heads", "2"): "--key_heads 2 does not divide --heads 5",
+    }.items():
+        command = [sys.executable, str(EXAMPLES / "benchmark.py"), *flags]
+        completed = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=100)
+        assert completed.returncode == 2 and message in completed.stderr
+
+
 def test_the_form_of_2023_is_another_form_of_the_same(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     from benchmark import attention_of_2023, modalities
