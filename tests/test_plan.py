@@ -3,12 +3,14 @@
 import pytest
 import torch
 from conftest import IMAGE_TOKEN_ID, TEXT_CONFIGS, make_model, pad_left, pixels, tokens
+from peft import LoraConfig, get_peft_model
 from test_attention import PATTERNS, assert_errs_no_more_than_rounding, draw, outputs_and_gradients
 from transformers import DynamicCache
 
 import modeling_visualchat.plan_visualchat
 from modeling_visualchat import ConversationCache, mmca_attention_reference
 from modeling_visualchat.attention_visualchat import MultiModalCausalAttention
+from modeling_visualchat.image_states_visualchat import WithoutQueries
 from modeling_visualchat.plan_visualchat import IMAGE, plan_mmca, planned_attention, take
 
 
@@ -205,3 +207,90 @@ def test_a_cache_that_keeps_apart_can_do_what_others_can():
     torch.testing.assert_close(
         last_logits(fill(cache), [0, 1], size), last_logits(fill(ConversationCache()), [0, 1], size)
     )
+
+
+def loss_and_gradients(model, batch, **kwargs):
+    model.zero_grad()
+    loss = model(**batch, pixel_values=pixels(0, 1, 2), **kwargs).loss
+    loss.backward()
+    return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def labelled_batch():
+    batch = pad_left([tokens(1, "I", 3), tokens("I", 1, "I", 2, seed=1), tokens(4, seed=2)])
+    is_first = batch["attention_mask"].cumsum(dim=1) <= 1
+    labels = batch["input_ids"].masked_fill((batch["input_ids"] == IMAGE_TOKEN_ID) | is_first, -100)
+    return batch, labels
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True], ids=["kept", "checkpointed", "checkpointed reentrantly"])
+@pytest.mark.parametrize("part", ["everything", "projector and embeddings", "lora"])
+def test_training_is_the_same_however_it_is_done(part, reentrant, planned_calls):
+    batch, labels = labelled_batch()
+    results = []
+    for masked in (False, True):
+        model = make_model().train()
+        if part == "projector and embeddings":
+            model.set_trainable()
+        inner = model
+        if part == "lora":
+            torch.manual_seed(0)
+            model = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+        if not masked and reentrant is not None:
+            inner.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            inner.enable_input_require_grads()
+        inner.model._takes_plans = not masked
+        planned_calls.clear()
+        results.append(loss_and_gradients(model, batch, labels=labels))
+        layers = {None: 2, False: 4, True: 0}[reentrant]  # with checkpoints a layer runs once more for the gradients
+        assert len(planned_calls) == (0 if masked else layers)
+    torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-5)
+
+
+def test_logits_are_computed_where_there_are_labels(monkeypatch):
+    batch, labels = labelled_batch()
+    model = make_model().train()
+    rows = []
+    forward = model.lm_head.forward
+    monkeypatch.setattr(model.lm_head, "forward", lambda states: rows.append(states.shape[:-1]) or forward(states))
+    full = loss_and_gradients(model, batch, labels=labels, skip_logits=False)
+    for kwargs in ({}, {"num_items_in_batch": torch.tensor(11)}):
+        expected = loss_and_gradients(model, batch, labels=labels, skip_logits=False, **kwargs)
+        rows.clear()
+        torch.testing.assert_close(loss_and_gradients(model, batch, labels=labels, **kwargs), expected)
+        assert rows == [((labels[:, 1:] != -100).sum(),)]
+    assert model(**batch, pixel_values=pixels(0, 1, 2), labels=labels).logits is None
+    evaluated = model.eval()(**batch, pixel_values=pixels(0, 1, 2), labels=labels)
+    assert evaluated.logits.shape[:2] == labels.shape
+    torch.testing.assert_close(evaluated.loss, full[0])
+
+
+def test_a_label_right_after_an_image_is_predicted_by_the_image():
+    ids, images = tokens(2, "I", 3), pixels(0)
+    labels = torch.full_like(ids, -100)
+    labels[0, 7] = ids[0, 7]
+    losses = [
+        model(ids, images, labels=labels).loss for model in (make_model().train(), by_masks(make_model()).train())
+    ]
+    torch.testing.assert_close(*losses)
+    nothing = make_model().train()(ids, images, labels=torch.full_like(ids, -100), num_items_in_batch=torch.tensor(3))
+    assert nothing.loss == 0
+
+
+def test_what_is_frozen_keeps_nothing_for_a_backward_pass():
+    model = make_model().train().set_trainable()
+    features = model.get_image_features(pixels(0, 1))
+    assert features.last_hidden_state.grad_fn is None and features.pooler_output[0].grad_fn is not None
+    model.set_trainable("input_embeddings")
+    states = model.model.read_images(pixels(0, 1))
+    assert all(keys.grad_fn is None for keys in states.keys)
+
+
+def test_queries_of_images_are_not_projected():
+    decoder = make_model().model.language_model
+    projection = decoder.layers[0].self_attn.q_proj
+    states = torch.randn(2, 3, 32)
+    with WithoutQueries(decoder):
+        left_out, kept = projection(states), decoder.layers[0].self_attn.k_proj(states)
+    assert left_out.shape == projection(states).shape and left_out.stride() == (0, 0, 0)
+    torch.testing.assert_close(kept, decoder.layers[0].self_attn.k_proj(states))
