@@ -126,6 +126,7 @@ import json, torch
 from transformers import (
     AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor, pipeline
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 folder, picture, output = sys.argv[1:]
 config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
@@ -140,6 +141,15 @@ for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
     results[auto_class.__name__] = model(**inputs).logits.tolist()
 results["implementation"] = model.model.language_model.config._attn_implementation
 results["generated"] = model.generate(**inputs, max_new_tokens=6, do_sample=False).tolist()
+memory, cache = (
+    get_class_from_dynamic_module(name, folder)()
+    for name in ("image_memory_visualchat.ImageMemory", "cache_visualchat.ConversationCache")
+)
+for _ in range(2):  # another cache, and the same image
+    options = {"image_memory": memory, "max_new_tokens": 6, "do_sample": False}
+    assert model.generate(**inputs, **options).tolist() == results["generated"]
+    assert model.generate(**inputs, past_key_values=cache, **options).tolist() == results["generated"]
+assert (memory.hits, memory.misses) == (2, 1), memory  # not looked up where the cache has it
 results["hidden"] = base(**inputs).last_hidden_state.tolist()
 pipe = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
 (answer,) = pipe(text=messages, max_new_tokens=6, do_sample=False, return_full_text=False)
