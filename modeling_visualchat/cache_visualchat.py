@@ -30,6 +30,7 @@ class ConversationCache(DynamicCache):
         places (`torch.Tensor` of shape `(B, S)`): For each position its place in the block of its kind; on the CPU.
         tokens (`list` of B lists of S, *optional*): What stands at each position: the id of a text token, or what
             tells an image from another. Set by `generate`, which finds by it what of a conversation has changed.
+        made_by (*optional*): What tells the model and its state from another, set by `generate` too.
     """
 
     def __init__(self):
@@ -37,6 +38,7 @@ class ConversationCache(DynamicCache):
         self.images = DynamicCache()
         self.kinds = self.places = torch.zeros(0, 0, dtype=torch.long)
         self.tokens: list[list] | None = None
+        self.made_by: Any = None
         self.is_interleaved = False
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -61,6 +63,9 @@ class ConversationCache(DynamicCache):
     def prepare(self, batch_size: int) -> None:
         """Drops what a forward pass has left that did not come to its end."""
         if self.kinds.shape[1] == 0:
+            for layer in self.layers:
+                layer.reset()
+            self.images = DynamicCache()
             self.kinds = self.places = torch.zeros(batch_size, 0, dtype=torch.long)
         _cut(self, self.num_text_places)
         _cut(self.images, self.num_image_places)
@@ -98,6 +103,9 @@ class ConversationCache(DynamicCache):
         if tokens_to_remove > 0:
             raise ValueError(f"Pass the number of tokens to remove as a negative number, got {tokens_to_remove}.")
         length = max(0, self.get_seq_length() + tokens_to_remove)
+        if length == 0:
+            self.reset()
+            return
         self.tokens = None if self.tokens is None else [row[:length] for row in self.tokens]
         if self.is_interleaved:
             super().crop(tokens_to_remove)
@@ -155,7 +163,7 @@ class ConversationCache(DynamicCache):
         super().reset()
         self.images = DynamicCache()
         self.kinds = self.places = torch.zeros(0, 0, dtype=torch.long)
-        self.tokens, self.is_interleaved = None, False
+        self.tokens, self.made_by, self.is_interleaved = None, None, False
 
     def _select_rows(self, rows: torch.Tensor) -> None:
         self.tokens = None  # which go with rows of `generate`, not with beams

@@ -18,8 +18,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .attention_visualchat import create_mmca_masks
 from .cache_visualchat import ConversationCache, keeps_apart
-from .image_memory_visualchat import ImageMemory, fingerprint_image
+from .image_memory_visualchat import ImageMemory, describe_switches, fingerprint_image
 from .image_states_visualchat import ImageStates
+
+
+# Arguments that choose what the projector reads, instead of the configuration.
+VISION_OPTIONS = ("vision_feature_layer", "vision_feature_select_strategy")
 
 
 class VisualChatGenerationMixin(GenerationMixin):
@@ -34,7 +38,8 @@ class VisualChatGenerationMixin(GenerationMixin):
         and `mm_token_type_ids` of all tokens so far.
 
         With a [`ConversationCache`], all tokens and all images, the conversation need not go on where it stopped: what
-        has changed since, a message or an image of any round, is found, and computed anew from there.
+        has changed since `generate` filled it, a message or an image of any round, the model or its adapters, is
+        found, and computed anew from there. What came from embeddings, features or `position_ids` is trusted instead.
 
         Args:
             inputs (`torch.Tensor` of shape `(B, Q)`, *optional*): Token ids; also `input_ids`.
@@ -49,20 +54,23 @@ class VisualChatGenerationMixin(GenerationMixin):
         ids, embeds = kwargs.get("input_ids", inputs), kwargs.get("inputs_embeds")
         cache, pixel_values = kwargs.get("past_key_values"), kwargs.get("pixel_values")
         is_drafting = kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens") is not None
-        tokens = None
-        if ids is not None and embeds is None and kwargs.get("mm_encoder_outputs") is None:
-            tokens = self._tell_apart(ids, kwargs.get("attention_mask"), pixel_values)
+        if cache is not None and kwargs.get("use_cache") is False:
+            raise ValueError("use_cache=False does not go with past_key_values; leave out one of them.")
+        if image_memory is not None and (named := [name for name in VISION_OPTIONS if kwargs.get(name) is not None]):
+            raise ValueError(
+                f"{' and '.join(named)} cannot be chosen for one call with an image memory; set it in the "
+                "configuration."
+            )
+        tokens = self._tell_apart(ids, pixel_values, cache, kwargs)
         if keeps_apart(cache):
-            if tokens is not None and cache.tokens is not None:
-                cache.crop(min(0, _num_shared(cache.tokens, tokens) - cache.get_seq_length()))
-            cache.tokens = tokens
+            self._crop_to_shared(cache, tokens, ids if embeds is None else embeds, kwargs)
         num_past = 0 if cache is None else int(cache.get_seq_length())
         if num_past > 0 and is_drafting:
             raise ValueError(
                 "Assisted and prompt-lookup decoding start from an empty cache; leave out past_key_values."
             )
         if embeds is not None:
-            has_images = kwargs.keys() & {"pixel_values", "mm_encoder_outputs"}
+            has_images = kwargs.keys() & {"pixel_values", "mm_encoder_outputs", "image_states"}
             if has_images and kwargs.get("mm_token_type_ids") is None:
                 kwargs["mm_token_type_ids"] = self.model.get_placeholder_mask(None, embeds).long()
         elif is_drafting:
@@ -82,25 +90,75 @@ class VisualChatGenerationMixin(GenerationMixin):
         self._note_generated(outputs, cache, tokens)
         return outputs
 
-    def _tell_apart(self, input_ids, attention_mask, pixel_values) -> list[list] | None:
-        """What stands at each position (B lists): a text token's id, an image's number of row and fingerprint, or
-        `None` for padding; nothing if that cannot be told of every position."""
-        is_image = input_ids == self.config.image_token_id
-        length = self.config.image_seq_length
-        num_images = 0 if pixel_values is None else len(pixel_values)
-        if int(is_image.sum()) != num_images * length:
+    def _tell_apart(self, input_ids, pixel_values, cache: Any, kwargs: dict) -> list[list] | None:
+        """
+        What stands at each position (B lists): a text token's id, an image's fingerprint and the place in it, or
+        `None` for padding. Nothing if that cannot be told of every position.
+
+        Raises:
+            `ValueError`: new images alone, after text that is not that of the cache.
+        """
+        attention_mask = kwargs.get("attention_mask")
+        others = ("inputs_embeds", "mm_encoder_outputs", "image_states", "position_ids")
+        if input_ids is None or any(kwargs.get(name) is not None for name in others):
             return None
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             return None
-        names = [fingerprint_image(image) for image in pixel_values] if pixel_values is not None else []
+        is_image, length = input_ids == self.config.image_token_id, self.config.image_seq_length
+        known: list[list] = [[] for _ in input_ids]
+        num_tokens = 0 if pixel_values is None else len(pixel_values) * length
+        if int(is_image.sum()) != num_tokens:
+            num_past = cache.get_seq_length() if keeps_apart(cache) and cache.tokens is not None else 0
+            if num_past == 0 or len(cache.tokens) != len(input_ids) or int(is_image[:, num_past:].sum()) != num_tokens:
+                return None
+            known = [row[:num_past] for row in cache.tokens]
+            for row, ids in zip(known, input_ids.tolist()):
+                image = self.config.image_token_id
+                if any(
+                    token != (image if isinstance(old, tuple) else token if old is None else old)
+                    for old, token in zip(row, ids)
+                ):
+                    raise ValueError(
+                        "The conversation has changed before the end of its cache: pass all its images, not the new "
+                        "ones alone."
+                    )
+        options = [kwargs.get(name) for name in VISION_OPTIONS]
+        names = [(fingerprint_image(image), str(options)) for image in pixel_values] if num_tokens else []
         images = iter([(name, place) for name in names for place in range(length)])
-        rows = [
-            [next(images) if is_image else token for token, is_image in zip(*row)]
-            for row in zip(input_ids.tolist(), is_image.tolist())
-        ]
-        if attention_mask is None:
-            return rows
-        return [[token if kept else None for token, kept in zip(*row)] for row in zip(rows, attention_mask.tolist())]
+        masks = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        rows = []
+        for old, ids, mask in zip(known, input_ids.tolist(), masks.tolist()):
+            new = [next(images) if token == self.config.image_token_id else token for token in ids[len(old) :]]
+            rows.append(old + [token if is_kept else None for token, is_kept in zip(new, mask[len(old) :])])
+        return rows
+
+    def _crop_to_shared(self, cache: ConversationCache, tokens: list[list] | None, inputs, kwargs: dict) -> None:
+        """
+        Leaves of a cache what serves the conversation that is passed.
+
+        Raises:
+            `ValueError`: a cache of another model, state of it or number of rows, and not all tokens and images.
+        """
+        state = (
+            id(self.model),
+            describe_switches(self.model),
+            sum(0 if p.is_inference() else p._version for p in self.model.parameters()),
+        )
+        if cache.get_seq_length() > 0:
+            config = kwargs.get("generation_config") or self.generation_config
+            sizes = [kwargs.get(name) or getattr(config, name, None) for name in ("num_beams", "num_return_sequences")]
+            num_rows = len(inputs) * max(1, *(size or 1 for size in sizes))
+            is_other = cache.made_by not in (None, state) or cache.num_rows not in (len(inputs), num_rows)
+            if is_other and tokens is None:
+                raise ValueError(
+                    "The cache was filled by another model, by another state of this one or for another number of "
+                    "rows. Pass all tokens and all images, or an empty cache."
+                )
+            if is_other:
+                cache.reset()
+            elif tokens is not None and cache.tokens is not None:
+                cache.crop(min(0, _num_shared(cache.tokens, tokens) - cache.get_seq_length()))
+        cache.tokens, cache.made_by = tokens, state
 
     def _note_generated(self, outputs, cache: Any, tokens: list[list] | None) -> None:
         """Completes what a cache knows of its tokens by those that were generated."""
@@ -247,6 +305,8 @@ class VisualChatGenerationMixin(GenerationMixin):
             has_images = bool((ids == self.config.image_token_id).any())
             model_inputs["mm_encoder_outputs"] = mm_encoder_outputs if has_images else None
             model_inputs["image_states"] = image_states if has_images else None
+        elif embeds is not None and image_states is not None:
+            model_inputs["image_states"] = image_states
         if self.config.attention_type != "mmca":
             return model_inputs
 

@@ -7,11 +7,13 @@ process. [`ImageMemory`] keeps them, the least recently used going first, under 
 depend on. What does not match is computed.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-import tempfile
+import re
 import threading
+import time
 import warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -24,8 +26,11 @@ from safetensors.torch import save_file
 from .image_states_visualchat import ImageStates, has_dropout, hooks_of, same_images
 
 
+FORMAT = b"visualchat image states 1"  # to be counted up when what is kept, or its form, changes
 DIGEST_SIZE = 20  # bytes
-COLUMNS = 1021  # of the checksum; prime, so that rows of a matrix that change places change it
+COLUMNS = (1021, 1009)  # of the checksum; primes, so that rows of a matrix that change places change it
+ENTRY_NAME = re.compile(r"[0-9a-f]{40}-[0-9a-f]{40}\.(safetensors|[0-9]+-[0-9]+\.part)")
+ABANDONED_AFTER = 3600  # seconds
 
 
 class ImageMemory:
@@ -97,18 +102,29 @@ class ImageMemory:
             pixel_values (`torch.Tensor` of shape `(N, channels, height, width)`): Preprocessed pixels.
 
         Raises:
-            `ValueError`: a model whose dropout is on, whose weights cannot be read, or that cannot read images apart
-                from a conversation.
+            `ValueError`: no image, or a model whose dropout is on, whose weights cannot be read, or that cannot read
+                images apart from a conversation.
         """
+        model = getattr(model, "model", model)
+        if len(pixel_values) == 0:
+            raise ValueError("There are no images to read; pixel_values is empty.")
         if has_dropout(model):
             raise ValueError(
                 "With dropout an image is never the same twice: call model.eval() to use an image memory."
             )
+        if watched := watched_modules(model):
+            warnings.warn(
+                f"The image memory is not used: {watched[0]} has hooks or a forward of its own, which may change what "
+                "it computes.",
+                stacklevel=3,
+            )
+            return model.read_images(pixel_values)
         model_key = fingerprint_model(model)
         index = same_images(pixel_values)
         first = [index.index(number) for number in range(max(index, default=-1) + 1)]
         keys = [f"{model_key}-{fingerprint_image(pixel_values[image])}" for image in first]
-        entries = {key: entry for key in keys if (entry := self._get(key)) is not None}
+        device = model.get_input_embeddings().weight.device
+        entries = {key: entry for key in keys if (entry := self._get(key, device)) is not None}
         missing = [image for key, image in zip(keys, first) if key not in entries]
         self.hits += len(entries)
         self.misses += len(missing)
@@ -119,15 +135,16 @@ class ImageMemory:
                 number = states.index[row]
                 entries[key] = _to_entry(states, number)
                 self._put(key, entries[key])
-        return _from_entries([entries[key] for key in keys], index, model.get_input_embeddings().weight.device)
+        return _from_entries([entries[key] for key in keys], index, device)
 
-    def _get(self, key: str) -> dict[str, torch.Tensor] | None:
+    def _get(self, key: str, device: torch.device) -> dict[str, torch.Tensor] | None:
         with self._lock:
             if key in self._entries:
                 self._entries.move_to_end(key)
                 return self._entries[key]
         entry = self._load(key) if self.folder is not None else None
         if entry is not None:
+            entry = {name: tensor.to(device) for name, tensor in entry.items()}
             self._keep(key, entry)
         return entry
 
@@ -160,40 +177,49 @@ class ImageMemory:
         try:
             with safe_open(path, "pt") as file:
                 entry = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                checksum = (file.metadata() or {}).get("checksum")
-            if checksum != _checksum(entry):
-                raise ValueError("its contents do not have the checksum that was noted")
-            os.utime(path)
+                metadata = file.metadata() or {}
+            if metadata.get("entry") != f"{key} {_checksum(entry)}":
+                raise ValueError("it does not hold what was written under its name")
         except FileNotFoundError:
             return None
         except (SafetensorError, ValueError, OSError) as error:
             warnings.warn(f"The image memory's file {path} cannot be used and is computed anew: {error}", stacklevel=2)
             return None
+        with contextlib.suppress(OSError):  # a folder that may only be read
+            os.utime(path)
         return entry
 
     def _save(self, key: str, entry: dict[str, torch.Tensor]) -> None:
         """Whole or not at all, whoever else reads or writes the folder."""
         assert self.folder is not None
         entry = {name: tensor.cpu() for name, tensor in entry.items()}
-        handle, name = tempfile.mkstemp(dir=self.folder, suffix=".part")
-        os.close(handle)
+        part = self.folder / f"{key}.{os.getpid()}-{threading.get_ident()}.part"
         try:
-            save_file(entry, name, metadata={"checksum": _checksum(entry)})
-            os.replace(name, self._path(key))
-        except OSError as error:  # a full disk costs the entry, not the answer
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(entry, part, metadata={"entry": f"{key} {_checksum(entry)}"})
+            os.replace(part, self._path(key))
+            self._shrink_folder()
+        except (OSError, SafetensorError) as error:  # a full disk costs the entry, not the answer
             warnings.warn(f"The image memory cannot write to {self.folder}: {error}", stacklevel=2)
-            Path(name).unlink(missing_ok=True)
-        self._shrink_folder()
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
 
     def _shrink_folder(self) -> None:
+        """Removes the entries that were used longest ago, and what a process that was killed has left half-written."""
         assert self.folder is not None
         files = []
-        for path in self.folder.glob("*.safetensors"):
+        for path in self.folder.iterdir():
+            if not ENTRY_NAME.fullmatch(path.name):
+                continue  # not ours
             try:
                 status = path.stat()
             except FileNotFoundError:  # another process was faster
                 continue
-            files.append((status.st_mtime, status.st_size, path))
+            if path.suffix == ".part" and time.time() - status.st_mtime > ABANDONED_AFTER:
+                path.unlink(missing_ok=True)
+            elif path.suffix != ".part":
+                files.append((status.st_mtime, status.st_size, path))
         total = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
             if total <= self.max_disk_bytes:
@@ -209,25 +235,43 @@ def fingerprint_image(pixel_values: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
+def watched_modules(model: Any) -> list[str]:
+    """The modules whose result no weight tells: those with hooks, or with a forward of their own."""
+    return [
+        name or type(module).__name__
+        for name, module in model.named_modules()
+        if hooks_of(module) or ("forward" in vars(module) and not hasattr(module, "_hf_hook"))
+    ]
+
+
+def describe_switches(model: Any) -> str:
+    """What tells one state of a model with the same weights from another: its adapters, and autocast."""
+    switches: list[Any] = []
+    for name, module in model.named_modules():
+        adapters = [str(getattr(module, what, None)) for what in ("active_adapters", "disable_adapters", "merged")]
+        scaling = getattr(module, "scaling", None)
+        if adapters != ["None"] * 3 or isinstance(scaling, dict):
+            switches.append((name, adapters, scaling))
+    device = model.get_input_embeddings().weight.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        switches.append(torch.get_autocast_dtype(device))
+    return str(switches)
+
+
 def fingerprint_model(model: Any) -> str:
     """
     What tells everything in a [`VisualChatModel`] that an image depends on from anything else: configuration, weights
-    and their dtype and device, and which adapters and hooks are on. Weights enter by sums, not bit by bit.
+    with their dtype and device, adapters and autocast. Weights enter by sums, not bit by bit.
 
     Raises:
         `ValueError`: weights that are not here, as with sharded parameters.
     """
-    digest = hashlib.blake2b(digest_size=DIGEST_SIZE)
-    configuration = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
-    digest.update(configuration.encode())
+    digest = hashlib.blake2b(FORMAT, digest_size=DIGEST_SIZE)
+    digest.update(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode())
     digest.update(str(getattr(model.config.vision_config, "_attn_implementation", None)).encode())
+    digest.update(describe_switches(model).encode())
     unread = set(map(id, model.get_input_embeddings().parameters()))  # images come as embeddings
     for name, module in model.named_modules():
-        adapters = [str(getattr(module, what, None)) for what in ("active_adapters", "disable_adapters", "merged")]
-        scaling = getattr(module, "scaling", None)
-        hooks = [id(hook) for hook in hooks_of(module)]
-        if hooks or adapters != ["None"] * 3 or isinstance(scaling, dict):
-            digest.update(str((name, adapters, scaling, hooks)).encode())
         if name.endswith("rotary_emb"):
             continue  # keys are kept before rotation
         for part, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
@@ -244,15 +288,17 @@ def fingerprint_model(model: Any) -> str:
 
 
 def _column_sums(tensor: torch.Tensor) -> bytes:
-    """The bits of a tensor summed up as integers in `COLUMNS` columns, at the speed of memory."""
+    """The bits of a tensor summed up as integers, in columns of two widths, at the speed of memory."""
     tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     flat = tensor.detach().contiguous().flatten().view(torch.uint8)
     if flat.data_ptr() % 8 or flat.storage_offset() % 8 or len(flat) % 8:
         flat = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).clone()
     words = flat.view(torch.int64)
-    whole = len(words) // COLUMNS * COLUMNS
-    sums = words[:whole].view(-1, COLUMNS).sum(dim=0)
-    return torch.cat([sums, words[whole:]]).cpu().numpy().tobytes()
+    sums = []
+    for width in COLUMNS:
+        whole = len(words) // width * width
+        sums += [words[:whole].view(-1, width).sum(dim=0), words[whole:]]
+    return torch.cat(sums).cpu().numpy().tobytes()
 
 
 def _checksum(entry: dict[str, torch.Tensor]) -> str:

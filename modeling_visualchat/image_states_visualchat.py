@@ -129,10 +129,12 @@ class ImageReader:
         self.last_layer = last_layer
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
+        self.num_calls = 0
 
     def attend(self, module: nn.Module, query, key, value, scaling: float | None, dropout: float) -> torch.Tensor:
         """An image token's output is its own value: (N, H, length, D) to (N, length, H, D)."""
         layer: Any = module.layer_idx
+        self.num_calls += 1
         # With gradient checkpointing a layer comes by again in the backward pass.
         self.keys.setdefault(layer, key)
         self.values.setdefault(layer, value)
@@ -230,7 +232,7 @@ class KeyRotation:
         Args:
             decoder (`nn.Module`): The decoder.
             decode (`Callable`): Runs it, given `inputs_embeds`, `position_ids` and `mmca_plan`.
-            like (`torch.Tensor` of shape `(…, hidden)`): An embedding, for its dtype, device and size.
+            like (`torch.Tensor`): An embedding, for its dtype and device.
 
         Returns:
             `None` if the keys of some layer cannot be had that way.
@@ -238,14 +240,15 @@ class KeyRotation:
         if not hasattr(decoder, "rotary_emb") or not hasattr(sys.modules[type(decoder).__module__], _APPLY):
             return None
         generator = torch.Generator().manual_seed(0)
-        token = torch.randn(1, 2, like.shape[-1], generator=generator).to(like.device, like.dtype)
+        token = torch.randn(1, 2, decoder.config.hidden_size, generator=generator).to(like.device, like.dtype)
         positions = torch.tensor([[3, 17]], device=like.device)
         readers = [ImageReader(), ImageReader()]
         with _all_in_evaluation(decoder):
             for reader, position_ids in zip(readers, (torch.zeros_like(positions), positions)):
                 decode(token, position_ids, reader)
-        if sorted(readers[0].keys) != list(range(decoder.config.num_hidden_layers)):
-            return None
+        num_layers = decoder.config.num_hidden_layers
+        if sorted(readers[0].keys) != list(range(num_layers)) or readers[0].num_calls != num_layers:
+            return None  # some layer attends by other means, or more than once
         kinds = sorted(set(getattr(decoder.config, "layer_types", None) or ())) if _knows_kinds(decoder) else [None]
         rotation = cls(decoder, [])
         origin = rotation.tables(torch.zeros_like(positions), token)

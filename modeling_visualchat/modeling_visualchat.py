@@ -195,7 +195,8 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
         strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
         kwargs.pop("return_dict", None)
         layers = [layer] if isinstance(layer, int) else layer
-        number = list(range(len(pixel_values))) if has_dropout(self.vision_tower) else same_images(pixel_values)
+        differs = has_dropout(self.vision_tower) or pixel_values.requires_grad
+        number = list(range(len(pixel_values))) if differs else same_images(pixel_values)
         first = [number.index(image) for image in range(max(number, default=-1) + 1)]
         if len(first) < len(pixel_values):
             pixel_values = pixel_values[torch.tensor(first, device=pixel_values.device)]

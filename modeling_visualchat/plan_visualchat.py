@@ -141,7 +141,8 @@ def plan_mmca(
     image_mask = None
     if num_text == 1 and any(row != runs[0] for row in runs):
         num_keys = torch.tensor([row[0][2] if row else 0 for row in runs])
-        image_mask = (torch.arange(int(num_keys.max())) < num_keys[:, None])[:, None, None].to(device)
+        num_images = int((torch.tensor(num_past_images) + (kinds == IMAGE).sum(dim=1)).max())
+        image_mask = (torch.arange(num_images) < num_keys[:, None])[:, None, None].to(device)
     return MMCAPlan(kinds, places, order.to(device), runs, num_past, text_mask, image_mask, images)
 
 

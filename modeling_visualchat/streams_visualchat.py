@@ -2,7 +2,8 @@
 Two streams through one decoder: images first, each on its own, and then the text, which reads what they leave behind.
 
 This is the form of MMCA that [`VisualChatModel`] takes by itself wherever it can: no work for image queries, nothing
-masked, an image that occurs twice computed once, and nothing of the last layer but keys and values for images.
+masked, an image that occurs twice computed once, and nothing of the last layer but keys and values for images. The
+layers of the decoder are called twice in a forward pass, and so are hooks on them.
 """
 
 import contextlib
@@ -47,6 +48,7 @@ class TwoStreamMixin:
             and text_config._attn_implementation == MMCA_PREFIX + "sdpa"
             and getattr(text_config, "sliding_window", None) is None
             and _is_fresh_and_plain(DynamicCache(config=text_config))
+            and self._try_plans(self.get_input_embeddings().weight)
         )
 
     def read_images(self, pixel_values: torch.Tensor) -> ImageStates:
@@ -64,13 +66,14 @@ class TwoStreamMixin:
         self._choose_attention(self.language_model.config)
         implementation = self.config.text_config._attn_implementation
         embedding = self.get_input_embeddings().weight
+        like = images.features if embedding.is_meta else embedding
         if implementation != MMCA_PREFIX + "sdpa" or not self._try_plans(embedding):
             raise ValueError(
                 "Images can be read apart from a conversation only with multi-modal causal attention on the sdpa "
                 f"kernel, in a decoder whose keys can be rotated alone; this is {type(self.language_model).__name__} "
                 f"with {implementation!r}."
             )
-        return self._read_images(images, embedding, needs_outputs=False)
+        return self._read_images(images, like, needs_outputs=False)
 
     def _can_plan(self, embeds, kwargs, attention_mask, position_ids, past_key_values) -> bool:
         """Whether these inputs can go through the decoder apart."""
@@ -83,6 +86,7 @@ class TwoStreamMixin:
             and (window is None or embeds.shape[1] < window)
             and not any(kwargs.get(name, getattr(text_config, name, False)) for name in RECORDED_OUTPUTS)
             and (position_ids is None or attention_mask is not None or not _is_packed(position_ids))
+            and _turns_alike(text_config, embeds, position_ids, past_key_values)
             and self._serves(past_key_values, kwargs)
             and not (self.training and _checkpoints_reentrantly(self.language_model))
             and self._try_plans(embeds)
@@ -93,15 +97,17 @@ class TwoStreamMixin:
         if cache is None and not kwargs.get("use_cache", text_config.use_cache):
             return True
         if keeps_apart(cache):
-            return not cache.is_interleaved
+            return not cache.is_interleaved and self.keeps_apart()
         return _is_fresh_and_plain(DynamicCache(config=text_config) if cache is None else cache)
 
     def _try_plans(self, embeds: torch.Tensor) -> bool:
         """Whether the decoder passes plans on and keys can be rotated alone; tried out once."""
         is_tried = self._key_rotation is not None and self._key_rotation.decoder is self.language_model
         if self._takes_plans and not is_tried:
+            self._choose_attention(self.language_model.config)
+            like = torch.empty(0, dtype=embeds.dtype) if embeds.is_meta else embeds
             with contextlib.suppress(PlanNotDeliveredError):
-                self._key_rotation = KeyRotation.find(self.language_model, self._decode, embeds)
+                self._key_rotation = KeyRotation.find(self.language_model, self._decode, like)
             self._takes_plans = self._key_rotation is not None
         return self._takes_plans
 
@@ -147,6 +153,11 @@ class TwoStreamMixin:
         is_image = mm_token_type_ids.cpu().bool()
         if images is None and bool(is_image.any()):
             images = ImageStates(embeds[is_image.to(embeds.device)][None], [0])
+        if images is not None and len(images.token_index()) != int(is_image.sum()):
+            raise ValueError(
+                f"mm_token_type_ids marks {int(is_image.sum())} of the current tokens as images; the images take "
+                f"{len(images.token_index())}."
+            )
         if images is not None and (not images.keys or (images.outputs is None and not skip_image_outputs)):
             # An image that occurs once is rotated where it is computed.
             positions = None if images.has_repeats() else position_ids[is_image.to(position_ids.device)]
@@ -209,6 +220,20 @@ class TwoStreamMixin:
 
 def _is_packed(position_ids: torch.Tensor) -> bool:
     return bool((position_ids.diff(dim=-1) != 1).any())
+
+
+def _turns_alike(text_config, embeds: torch.Tensor, position_ids: torch.Tensor | None, cache: Cache | None) -> bool:
+    """Whether the two streams see the same rotary frequencies, which some embeddings choose by the length they see."""
+    parameters = getattr(text_config, "rope_parameters", None) or {}
+    kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    kinds = [kind for kind in kinds if kind.get("rope_type") in ("dynamic", "longrope")]
+    if not kinds:
+        return True
+    default = getattr(text_config, "original_max_position_embeddings", None) or text_config.max_position_embeddings
+    length = (0 if cache is None else cache.get_seq_length()) + embeds.shape[1]
+    if position_ids is not None:
+        length = int(position_ids.max()) + 1
+    return all(length < (kind.get("original_max_position_embeddings") or default) for kind in kinds)
 
 
 def _is_fresh_and_plain(cache: Cache) -> bool:

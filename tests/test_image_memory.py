@@ -1,6 +1,9 @@
 """Images that are computed once: exact in any conversation, bounded, and never used where they would be wrong."""
 
 import gc
+import os
+import resource
+import shutil
 import subprocess
 import sys
 import warnings
@@ -13,7 +16,7 @@ from test_finetune import environment
 from transformers import LlamaConfig
 
 from modeling_visualchat import ConversationCache, ImageMemory
-from modeling_visualchat.image_memory_visualchat import fingerprint_model
+from modeling_visualchat.image_memory_visualchat import _column_sums, fingerprint_image, fingerprint_model
 from modeling_visualchat.image_states_visualchat import KeyRotation, same_images
 
 
@@ -39,12 +42,21 @@ def logits(model, rows, images, **kwargs):
 def counted(monkeypatch, model):
     """The numbers of images that go through the vision tower."""
     calls = []
-    tower = model.model.vision_tower
-    forward = tower.forward
+    run = model.model._run_vision_tower
     monkeypatch.setattr(
-        tower, "forward", lambda images, **kwargs: calls.append(len(images)) or forward(images, **kwargs)
+        model.model, "_run_vision_tower", lambda images, **kwargs: calls.append(len(images)) or run(images, **kwargs)
     )
     return calls
+
+
+def widths_of(model):
+    """The numbers of tokens of a row that go through the decoder, a list that grows with every pass."""
+    widths = []
+    decode = model.model._decode
+    model.model._decode = lambda embeds, *args, **kwargs: (
+        widths.append(embeds.shape[1]) or decode(embeds, *args, **kwargs)
+    )
+    return widths
 
 
 @pytest.mark.parametrize("where", ["memory", "disk", "too small for anything"])
@@ -62,21 +74,24 @@ def test_logits_with_a_memory_are_those_without(decoder, where, tmp_path):
     assert (memory.hits, memory.misses) == ((17, 3) if where != "too small for anything" else (0, 20))
 
 
-@pytest.mark.parametrize("rope", ["linear", "yarn", "dynamic", "llama3"])
+@pytest.mark.parametrize("rope", ["linear", "yarn", "dynamic", "longrope", "llama3"])
 def test_scaled_rotary_embeddings_are_exact_too(monkeypatch, rope):
     options = {
         "linear": {"factor": 2.0},
         "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
         "dynamic": {"factor": 2.0},
+        "longrope": {
+            "factor": 4.0, "original_max_position_embeddings": 20, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4,
+        },
         "llama3": {
             "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
         },
     }[rope]  # fmt: skip
     parameters = {"rope_type": rope, "rope_theta": 10000.0, **options}
     make = TEXT_CONFIGS["llama"]
-    monkeypatch.setitem(
-        TEXT_CONFIGS, "llama", lambda: LlamaConfig(**{**make().to_dict(), "rope_parameters": parameters})
-    )
+    length = 20 if rope == "dynamic" else 1024  # some of the conversations are longer, and some shorter
+    changes = {"rope_parameters": parameters, "max_position_embeddings": length}
+    monkeypatch.setitem(TEXT_CONFIGS, "llama", lambda: LlamaConfig(**{**make().to_dict(), **changes}))
     model, masked, memory = make_model(), make_model(), ImageMemory()
     masked.model._takes_plans = False
     for rows, images in 2 * list(CONVERSATIONS.values()):
@@ -159,6 +174,66 @@ def test_adapters_switched_on_off_and_merged_miss():
     assert memory.misses == 6
 
 
+def test_autocast_hooks_and_other_forwards_are_seen():
+    model, memory = make_model(), ImageMemory()
+    rows, images = CONVERSATIONS["order"]
+    with torch.autocast("cpu", torch.bfloat16):
+        logits(model, rows, images, image_memory=memory)
+    plain = logits(model, rows, images, image_memory=memory)
+    torch.testing.assert_close(plain, logits(make_model(), rows, images), rtol=0, atol=1e-5)
+    assert memory.misses == 4
+    projector = model.model.multi_modal_projector
+    for strength in (1.0, 2.0):
+        handle = projector.register_forward_hook(lambda module, args, output, strength=strength: output * strength)
+        expected = logits(model, rows, images)
+        with pytest.warns(UserWarning, match="memory is not used: multi_modal_projector has hooks"):
+            assert torch.equal(logits(model, rows, images, image_memory=memory), expected)
+        handle.remove()
+    forward = projector.forward
+    projector.forward = lambda features: forward(features) * 3
+    with pytest.warns(UserWarning, match="or a forward of its own"):
+        assert not torch.allclose(logits(model, rows, images, image_memory=memory), plain, atol=1e-2)
+    assert len(memory) == 4
+
+
+def test_the_checksum_sees_small_and_symmetric_changes():
+    weight = torch.randn(4096, 64).to(torch.bfloat16)
+    seen = {_column_sums(weight)}
+    for change in range(6):
+        changed = weight.clone()
+        match change:
+            case 0:
+                changed[[5, 1026]] = changed[[1026, 5]]
+            case 1:
+                changed[3, 3], changed[3 + 1021, 3] = -changed[3, 3], -changed[3 + 1021, 3]
+            case 2:
+                changed = -changed
+            case 3:
+                changed[-1, -1] += 0.1
+            case 4:
+                changed = changed.flip(1)
+            case 5:
+                changed = changed[:, :-1]
+        seen.add(_column_sums(changed))
+    assert len(seen) == 7
+    assert len({_column_sums(torch.tensor(value)) for value in (0.0, 1.0, True)}) == 3
+
+
+def test_images_given_with_embeddings_are_read_too():
+    model, memory = make_model(), ImageMemory()
+    ids, images = tokens(3, "I", 2, "I", 1), pixels(0, 1)
+    embeds = model.get_input_embeddings()(ids)
+    passed = {"inputs_embeds": embeds, "mm_token_type_ids": (ids == 2).long(), **OPTIONS}
+    expected = model.generate(pixel_values=images, **passed).logits
+    actual = model.generate(pixel_values=images, image_memory=memory, **passed).logits
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="vision_feature_layer cannot be chosen for one call with an image memory"):
+        model.generate(ids, pixel_values=images, vision_feature_layer=-2, image_memory=memory)
+    with pytest.raises(ValueError, match="There are no images to read"):
+        memory.read(model, images[:0])
+    assert memory.read(model, images).index == [0, 1] and memory.hits == 2  # the whole model will do
+
+
 def test_a_memory_is_refused_where_it_would_be_wrong():
     rows, images = CONVERSATIONS["order"]
     random = make_model()
@@ -219,6 +294,11 @@ def test_a_corrupt_file_is_a_miss_with_a_warning(tmp_path):
         with pytest.warns(UserWarning, match="image memory's file .* cannot be used and is computed anew"):
             memory.read(model, pixels(0))
         assert memory.misses == 1 and path.read_bytes() == whole
+    other = fingerprint_image(pixels(1)[0])
+    path.rename(tmp_path / f"{path.name[:40]}-{other}.safetensors")
+    with pytest.warns(UserWarning, match="does not hold what was written under its name"):
+        ImageMemory(folder=tmp_path).read(model, pixels(1))
+    ImageMemory(folder=tmp_path).read(model, pixels(0))
     memory = ImageMemory(folder=tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -237,6 +317,34 @@ def test_the_folder_is_bounded_and_the_latest_stay(tmp_path):
     for seed in (2, 0, 3):
         memory.read(model, pixels(seed))
     assert memory.hits == 4
+    (tmp_path / "model.safetensors").write_bytes(b"not ours" * size)
+    abandoned = next(tmp_path.glob("*-*.safetensors")).with_suffix(".77-88.part")
+    abandoned.write_bytes(b"half")
+    os.utime(abandoned, (0, 0))
+    memory.read(model, pixels(9))
+    assert (tmp_path / "model.safetensors").exists() and not abandoned.exists()
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_disk_that_cannot_be_written_costs_no_answer(tmp_path):
+    model = make_model().model
+    memory = ImageMemory(folder=tmp_path / "memory")
+    (tmp_path / "memory").rmdir()
+    memory.read(model, pixels(0))
+    assert len(list((tmp_path / "memory").iterdir())) == 1
+    shutil.rmtree(tmp_path / "memory")
+    (tmp_path / "memory").write_text("a file where the folder was")
+    with pytest.warns(UserWarning, match="The image memory cannot write to"):
+        states = memory.read(model, pixels(1))
+    assert len(states.keys) == 2 and len(memory) == 2
+    memory = ImageMemory(folder=tmp_path / "full")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    try:
+        with pytest.warns(UserWarning, match="The image memory cannot write to"):
+            memory.read(model, pixels(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert not list((tmp_path / "full").iterdir())
 
 
 SHARER = """
@@ -342,12 +450,7 @@ def test_cached_turns_equal_uncached_ones(monkeypatch):
 def conversation():
     """A cache that holds a conversation of three images, and how to go on with another one."""
     model, memory, cache = make_model(), ImageMemory(), ConversationCache()
-    texts = []
-    forward = model.model.language_model.forward
-
-    def count(*args, inputs_embeds, **kwargs):
-        texts.append(inputs_embeds.shape[1])
-        return forward(*args, inputs_embeds=inputs_embeds, **kwargs)
+    texts = widths_of(model)
 
     def ask(ids, images):
         texts.clear()
@@ -358,7 +461,6 @@ def conversation():
         return output.sequences, computed
 
     ids = tokens(6, "I", 4, "I", 5, "I", 3)
-    model.model.language_model.forward = count
     ask(ids, pixels(0, 1, 2))
     return ask, ids, memory
 
@@ -400,6 +502,53 @@ def test_an_answer_is_asked_for_again_and_gone_on_from(conversation):
     assert ask(following[:, : LAST_IMAGE + IMAGE_SEQ_LENGTH], pixels(0, 1, 2))[1] == [IMAGE_SEQ_LENGTH, 1]
 
 
+def test_new_images_alone_keep_what_is_known():
+    """A turn that passes its new image alone, and then one that changes what was before."""
+    model, cache = make_model(), ConversationCache()
+    first, images = tokens(3, "I", 2), pixels(0)
+    answered = model.generate(first, pixel_values=images, past_key_values=cache, **OPTIONS).sequences
+    second = torch.cat([answered, tokens("I", 2, seed=2)], dim=1)
+    model.generate(second, pixel_values=pixels(1), past_key_values=cache, **OPTIONS)
+    changed = second.clone()
+    changed[0, 1] += 1
+    with pytest.raises(ValueError, match="has changed before the end of its cache: pass all its images"):
+        model.generate(torch.cat([changed, first], dim=1), pixel_values=images, past_key_values=cache, **OPTIONS)
+    for ids, new in ((changed, pixels(0, 1)), (changed, pixels(2, 1))):
+        output = model.generate(ids, pixel_values=new, past_key_values=cache, **OPTIONS)
+        torch.testing.assert_close(torch.stack(output.logits, 1), logits(model, [ids], new), rtol=0, atol=1e-5)
+
+
+def test_a_cache_of_something_else_is_not_used():
+    ids, images, cache = tokens(3, "I", 4), pixels(0), ConversationCache()
+    model, other = make_model(), make_model(seed=1)
+    adapted, inner = lora(make_model())
+
+    def ask(model, ids, images, **kwargs):
+        output = model.generate(ids, pixel_values=images, past_key_values=cache, **OPTIONS, **kwargs)
+        expected = model.generate(ids, pixel_values=images, **OPTIONS, **kwargs)
+        torch.testing.assert_close(torch.stack(output.logits, 1), torch.stack(expected.logits, 1), rtol=0, atol=1e-5)
+
+    ask(model, ids, images)
+    ask(other, ids, images)
+    ask(inner, ids, images)
+    with adapted.disable_adapter():
+        ask(inner, ids, images)
+    ask(inner, ids, images, vision_feature_layer=-2)
+    with torch.no_grad():
+        inner.model.language_model.norm.weight.mul_(1.5)
+    ask(inner, ids, images)
+    ask(inner, ids.repeat(2, 1), images.repeat(2, 1, 1, 1))  # two rows where there was one
+    torch.manual_seed(0)
+    inner.generate(ids, pixel_values=images, past_key_values=cache, num_return_sequences=2, do_sample=True,
+                   max_new_tokens=3)  # fmt: skip
+    ask(inner, ids, images)
+    mask = torch.ones(1, ids.shape[1] + 6, dtype=torch.long)
+    with pytest.raises(ValueError, match="filled by another model, by another state of this one"):
+        model.generate(tokens(2), attention_mask=mask, mm_token_type_ids=mask * 0, past_key_values=cache)
+    with pytest.raises(ValueError, match="use_cache=False does not go with past_key_values"):
+        ask(inner, ids, images, use_cache=False)
+
+
 def test_a_run_that_breaks_off_leaves_the_cache_usable(monkeypatch):
     model, cache = make_model(), ConversationCache()
     ids, images = tokens(3, "I", 4), pixels(0)
@@ -426,11 +575,7 @@ def test_the_cost_grows_with_the_number_of_known_images_alone():
     """Counted in tokens that go through the decoder: text, however many images are known."""
     model, memory = make_model(), ImageMemory()
     memory.read(model.model, pixels(*range(6)))
-    widths = []
-    forward = model.model.language_model.forward
-    model.model.language_model.forward = lambda *args, inputs_embeds, **kwargs: (
-        widths.append(inputs_embeds.shape[1]) or forward(*args, inputs_embeds=inputs_embeds, **kwargs)
-    )
+    widths = widths_of(model)
     for count in (1, 3, 6):
         widths.clear()
         logits(model, [tokens(*["I"] * count, 7)], pixels(*range(count)), image_memory=memory)

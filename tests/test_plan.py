@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import IMAGE_TOKEN_ID, TEXT_CONFIGS, make_model, pad_left, pixels, tokens
+from conftest import IMAGE_TOKEN_ID, SHAPE, TEXT_CONFIGS, make_model, pad_left, pixels, tokens
 from peft import LoraConfig, get_peft_model
 from test_attention import PATTERNS, assert_errs_no_more_than_rounding, draw, outputs_and_gradients
-from transformers import DynamicCache
+from transformers import DiffLlamaConfig, DynamicCache
 
 import modeling_visualchat.plan_visualchat
 from modeling_visualchat import ConversationCache, mmca_attention_reference
@@ -294,3 +294,56 @@ def test_queries_of_images_are_not_projected():
         left_out, kept = projection(states), decoder.layers[0].self_attn.k_proj(states)
     assert left_out.shape == projection(states).shape and left_out.stride() == (0, 0, 0)
     torch.testing.assert_close(kept, decoder.layers[0].self_attn.k_proj(states))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ([tokens(1, "I", "I"), tokens("I", 1)], pixels(0, 1, 2)),
+        ([tokens(1, "I"), tokens("I")], pixels(0, 1)),
+        ([tokens(1, "I"), tokens("I", "I")], pixels(0, 1, 2)),
+        ([tokens("I"), tokens("I")], pixels(0, 1)),
+    ],
+    ids=["text at either end", "no text in a row", "more images without text", "no text at all"],
+)
+def test_rows_with_hardly_any_text(rows, planned_calls):
+    rows, images = rows
+    batch = pad_left(rows)
+    kept = batch["attention_mask"].bool()
+    actual = make_model()(**batch, pixel_values=images).logits[kept]
+    assert len(planned_calls) == 2
+    torch.testing.assert_close(actual, by_masks(make_model())(**batch, pixel_values=images).logits[kept])
+
+
+def test_a_layer_that_attends_twice_is_left_to_masks(monkeypatch):
+    """DiffLlama: two attentions a layer, over the same keys and other values."""
+    shape = {key: value for key, value in SHAPE.items() if key != "bos_token_id"}
+    monkeypatch.setitem(TEXT_CONFIGS, "diffllama", lambda: DiffLlamaConfig(**shape))
+    model, masked = make_model("diffllama"), by_masks(make_model("diffllama"))
+    ids, images = tokens(3, "I", 4), pixels(0)
+    torch.testing.assert_close(model(ids, images).logits, masked(ids, images).logits)
+    assert not model.model.keeps_apart()
+
+
+def test_a_window_that_comes_within_reach_is_kept():
+    """A first prompt shorter than the window, and an answer longer than it, on a cache without windows."""
+    model = make_model("mistral")
+    options = {"pixel_values": pixels(0), "max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(tokens(3, "I", 2), **options)
+    assert torch.equal(model.generate(tokens(3, "I", 2), past_key_values=ConversationCache(), **options), expected)
+
+
+def test_modalities_that_do_not_fit_the_images_are_named():
+    ids, images = tokens(3, "I", 2, "I", 1), pixels(0, 1)
+    marked = (ids == IMAGE_TOKEN_ID).long()
+    marked[0, 10:] = 0
+    with pytest.raises(ValueError, match="marks 5 of the current tokens as images; the images take 10"):
+        make_model()(ids, images, mm_token_type_ids=marked)
+
+
+def test_equal_images_have_gradients_of_their_own():
+    images = pixels(0, 0).requires_grad_()
+    ids = tokens("I", 2, "I", 2)
+    make_model()(ids, images, labels=ids.masked_fill(ids == IMAGE_TOKEN_ID, -100)).loss.backward()
+    first, second = images.grad.abs().sum(dim=(1, 2, 3))
+    assert first > 0 and second > 0 and not torch.isclose(first, second)
