@@ -139,11 +139,7 @@ class VisualChatGenerationMixin(GenerationMixin):
         Raises:
             `ValueError`: a cache of another model, state of it or number of rows, and not all tokens and images.
         """
-        state = (
-            id(self.model),
-            describe_switches(self.model),
-            sum(0 if p.is_inference() else p._version for p in self.model.parameters()),
-        )
+        state = self._describe_state()
         if cache.get_seq_length() > 0:
             config = kwargs.get("generation_config") or self.generation_config
             sizes = [kwargs.get(name) or getattr(config, name, None) for name in ("num_beams", "num_return_sequences")]
@@ -160,6 +156,11 @@ class VisualChatGenerationMixin(GenerationMixin):
                 cache.crop(min(0, _num_shared(cache.tokens, tokens) - cache.get_seq_length()))
         cache.tokens, cache.made_by = tokens, state
 
+    def _describe_state(self) -> tuple:
+        """What tells this model, and the state that it is in, from another."""
+        versions = sum(0 if weight.is_inference() else weight._version for weight in self.model.parameters())
+        return id(self.model), describe_switches(self.model), versions
+
     def _note_generated(self, outputs, cache: Any, tokens: list[list] | None) -> None:
         """Completes what a cache knows of its tokens by those that were generated."""
         sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences
@@ -170,6 +171,7 @@ class VisualChatGenerationMixin(GenerationMixin):
         if tokens is None or len(sequences) != len(tokens) or cache.num_rows != len(tokens):
             cache.tokens = None
             return
+        cache.made_by = self._describe_state()
         start, end = len(tokens[0]), cache.get_seq_length()
         cache.tokens = [row + new for row, new in zip(tokens, sequences[:, start:end].tolist())]
 
