@@ -9,14 +9,18 @@ from .conversation_visualchat import validate_conversation
 from .data_collator import DataCollatorForVisualChat
 from .image_loading_visualchat import load_image
 from .processing_visualchat import VisualChatProcessor
+from .sources import SOURCES, SourceReport, load_source
 
 
 AutoProcessor.register(VisualChatConfig, VisualChatProcessor, exist_ok=True)
 
 __all__ = [
+    "SOURCES",
     "DataCollatorForVisualChat",
+    "SourceReport",
     "VisualChatProcessor",
     "load_conversations",
     "load_image",
+    "load_source",
     "validate_conversation",
 ]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from transformers import BatchFeature
 
+from .image_archives import resolve_archived
 from .processing_visualchat import VisualChatProcessor
 
 
@@ -34,8 +35,8 @@ class DataCollatorForVisualChat:
             `pixel_values` (images, channels, height, width) if any conversation has an image.
         """
         conversations = [
-            json.loads(example["messages"]) if isinstance(example["messages"], str) else example["messages"]
-            for example in examples
+            resolve_archived(json.loads(messages) if isinstance(messages, str) else messages)
+            for messages in (example["messages"] for example in examples)
         ]
         batch: BatchFeature = self.processor.apply_chat_template(
             conversations,

@@ -1,0 +1,303 @@
+"""The thirteen published sources: what becomes of every record, written out by hand."""
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_processor
+from published_data import BOOKS, CGD, DETAIL, DIALOGUES, REASONING, SPARKLES_CC, aokvqa, write_published_data
+
+from processing_visualchat import SOURCES, DataCollatorForVisualChat, load_source, validate_conversation
+from processing_visualchat.source_converters import Conversation, Dropped, blend, convert_llava, group_mimicit
+from processing_visualchat.sources import read_source
+
+
+COCO = "coco/train2017/{:012d}.jpg".format
+CAPTION_THIS = "Please describe the image in one sentence."
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_published_data(tmp_path_factory.mktemp("data"))
+
+
+EXPECTED = {
+    "llava": (
+        [
+            [([COCO(1)], "What is shown?", "A bus.")],
+            [([COCO(2)], "Describe\nit.", "A dog.")],
+            [([COCO(3)], "No tag here?", "None.")],
+            [([COCO(1)], "Why?", "Because.")],
+        ],
+        {
+            "an image is not there": 1, "image path outside of its folder": 1, "no image or no conversations": 1,
+            "no question with an answer": 1,
+        },
+        {"image tag repeated or missing": 2},
+    ),
+    "llava_dial": (
+        [
+            [([COCO(1)], "First?", "One."), ([], "Second?", "Two.")],
+            [([COCO(2)], "What?", "That.")],
+        ],
+        {"a turn without a known speaker or without text": 1},
+        {"a question without an answer left out": 1, "an answer without a question left out": 1},
+    ),
+    "otter_mimicit_cgd": (
+        [
+            [
+                ([COCO(1), COCO(2)], "What changed? (CGD_1)", "The bus left."),
+                ([], "What changed? (CGD_2)", "A dog came."),
+            ],
+            [([COCO(3), COCO(4)], "What changed? (CGD_3)", "Other images.")],
+        ],
+        {"an image is not there": 1, "image id of an unknown form": 1},
+        {},
+    ),
+    "otter_mimicit_sd": (
+        [
+            [(["MIMIC-IT/SD.json#SD_IMG_1_1", "MIMIC-IT/SD.json#SD_IMG_1_2"], "What changed?", "The car left.")],
+            [([], "Say so.", "It is text alone.")],
+        ],
+        {"no question with an answer": 1},
+        {"image tag in the instruction": 1},
+    ),
+    "otter_mimicit_sn": (
+        [
+            [
+                (
+                    [f"MIMIC-IT/SN.json#SN_IMG_scene0000_00_color_{frame}" for frame in ("000000", "000100")],
+                    "What changed? (SN_1)",
+                    "A room.",
+                )
+            ]
+        ],
+        {},
+        {},
+    ),
+    "otter_mimicit_tvc": (
+        [[(["MIMIC-IT/TVC.json#TVC_IMG_castle_s01e01_seg01_clip_00_00001"], "What changed? (TVC_1)", "A talk.")]],
+        {},
+        {},
+    ),
+    "otter_mimicit_vst": (
+        [[([f"MIMIC-IT/VST.json#VST_IMG_{number}" for number in (1, 2, 3)], "What changed? (VST_1)", "A story.")]],
+        {"an image is not there": 1},
+        {},
+    ),
+    "sparkles_dialogue": (
+        [
+            [
+                (
+                    ["SparklesDialogueCC/images/14.jpg", "SparklesDialogueCC/images/1417.jpg"],
+                    "Compare image 1 and image 2.",
+                    "Image 1 is darker. Image 2 is not.",
+                ),
+                (["SparklesDialogueCC/images/15.jpg"], "And image 3, beside image 2?", "It is as dark as image 1."),
+            ],
+            [(["SparklesDialogueVG/images/7.jpg"], "What is image 1?", "Image 1 is a cat.")],
+        ],
+        {
+            "an image is named that is not shown": 1, "user and assistant do not take turns": 1,
+            "an image is not there": 1, "no dialogue": 1,
+        },
+        {"a question without an answer left out": 1},
+    ),
+    "aokvqa": (
+        [
+            [
+                (
+                    [COCO(1)],
+                    "What is he awaiting? Choose from bus, cab, train, dog, and give the reason.",
+                    "Cab. He stands at a curb with luggage. A cab comes.",
+                )
+            ]
+        ],
+        {"split test": 1, "no image, question or correct choice": 1, "no rationale": 1},
+        {},
+    ),
+    "coco_caption": (
+        [
+            [(["coco/2014/train2014/COCO_train2014_000000000001.jpg"], CAPTION_THIS, "A dog runs.")],
+            [(["coco/2014/val2014/COCO_val2014_000000000002.jpg"], CAPTION_THIS, "A cat.")],
+        ],
+        {"split val": 1, "split test": 1, "no caption": 1},
+        {},
+    ),
+    "ocr_vqa": (
+        [[(["OCR_VQA/images/0001.jpg"], "Who wrote this?", "A. Author")]],
+        {"split 2": 1, "split 3": 1, "an image is not there": 1, "image path outside of its folder": 1},
+        {"questions and answers of different number": 1, "a round without question or answer left out": 1},
+    ),
+    "minigpt4": (
+        [[(["cc_sbu_align/image/2.jpg"], "Please describe the image in detail.", "A quiet lake.")]],
+        {"no caption": 1, "an image without an id": 1},
+        {},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_every_record_is_accounted_for(name, root):
+    conversations, dropped, repaired = EXPECTED[name]
+    outcomes = [reading.outcome for reading in read_source(SOURCES[name], root)]
+    assert [outcome.rounds for outcome in outcomes if isinstance(outcome, Conversation)] == conversations
+    dataset, report = load_source(name, root)
+    assert (report.dropped, report.repaired) == (dropped, repaired)
+    assert report.read == report.used + sum(report.dropped.values())
+    assert report.conversations == len(conversations) == len(dataset)
+    for row, rounds in zip(dataset, conversations):
+        messages = json.loads(row["messages"])
+        validate_conversation(messages)
+        assert row["images"] == [image for images, _, _ in rounds for image in images]
+        paths = [block["path"] for message in messages for block in message["content"]
+                 if message["role"] == "user" and block["type"] == "image"]  # fmt: skip
+        assert paths == [str(root / image) for image in row["images"]]
+    for reason, where in report.examples.items():
+        assert where.startswith(SOURCES[name].annotations) and (not reason or reason in str(report))
+
+
+def test_there_are_thirteen():
+    assert len(SOURCES) == 13 and set(SOURCES) - set(EXPECTED) == {"llava_otter_blend"}
+
+
+def test_the_blend_shows_each_image_once_and_uses_no_record_twice(root):
+    dataset, report = load_source("llava_otter_blend", root)
+    assert (
+        report.read
+        == len(DETAIL) + len(REASONING) + len(DIALOGUES) + len(CGD)
+        == report.used + sum(report.dropped.values())
+    )
+    assert report.dropped["an image is not there"] == 2 and report.dropped["image id of an unknown form"] == 1
+    said = Counter()
+    for row in dataset:
+        messages = json.loads(row["messages"])
+        validate_conversation(messages)
+        assert len(set(row["images"])) == len(row["images"])
+        answers = [message["content"] for message in messages if message["role"] == "assistant"]
+        said.update(answers)
+        for pair in ("The bus left.", "Other images."):
+            if pair in answers:
+                assert answers.index(pair) > 0  # first a conversation about the first image
+    assert said["The bus left."] == said["A dog came."] == 1 and said["Other images."] == 1 and max(said.values()) == 1
+    first = next(row for row in dataset if "The bus left." in row["messages"])
+    assert first["images"] == [COCO(1), COCO(2)]
+    assert dataset["messages"] == load_source("llava_otter_blend", root)[0]["messages"]
+
+
+def test_rounds_of_related_records_are_used_once():
+    assert group_mimicit(CGD) == [["CGD_1", "CGD_2"], ["CGD_3"], ["CGD_4"], ["CGD_5"]]
+
+
+def test_whole_ids_are_matched():
+    """IMAGE#14 is not the beginning of IMAGE#1417."""
+    rounds = EXPECTED["sparkles_dialogue"][0][0]
+    assert "17" not in rounds[0][1] + rounds[0][2] and "IMAGE" not in str(rounds)
+    assert "IMAGE#1417" in SPARKLES_CC[0]["dialogue"][0]["content"]
+
+
+def test_nothing_is_written_beside_the_raw_data(root):
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    for name in SOURCES:
+        load_source(name, root)
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
+
+
+def test_a_changed_file_is_read_anew(tmp_path):
+    root = write_published_data(tmp_path)
+    assert load_source("aokvqa", root)[1].read == 4
+    (root / "aokvqa/annotations/aokvqa_v1p0_train.json").write_text(json.dumps([aokvqa(), aokvqa()]))
+    assert load_source("aokvqa", root)[1].read == 2
+
+
+@pytest.mark.parametrize("name", ["otter_mimicit_sd", "ocr_vqa", "llava_otter_blend"])
+def test_a_collated_batch_has_the_images(name, root):
+    """From files and from base64, of either alphabet."""
+    dataset, _ = load_source(name, root)
+    batch = DataCollatorForVisualChat(make_processor())(list(dataset))
+    assert len(batch["pixel_values"]) == sum(map(len, dataset["images"]))
+    assert (batch["labels"] != -100).any(dim=1).all() and torch.isfinite(batch["pixel_values"]).all()
+
+
+def test_an_archive_may_be_parquet(tmp_path):
+    from datasets import Dataset
+
+    root = write_published_data(tmp_path)
+    archive = root / "MIMIC-IT/VST.json"
+    images = json.loads(archive.read_text())
+    Dataset.from_dict({"id": list(images), "base64": list(images.values())}).to_parquet(
+        archive.with_suffix(".parquet")
+    )
+    archive.unlink()
+    dataset, report = load_source("otter_mimicit_vst", root)
+    assert report.used == 1 and len(DataCollatorForVisualChat(make_processor())(list(dataset))["pixel_values"]) == 3
+
+
+def test_what_is_missing_or_broken_is_named(tmp_path):
+    root = write_published_data(tmp_path)
+    with pytest.raises(ValueError, match=r"There is no source 'lava_dial'. Did you mean llava_dial"):
+        load_source("lava_dial", root)
+    with pytest.raises(ValueError, match=r"There is no source 'zzz'. There are llava, "):
+        load_source("zzz", root)
+    with pytest.raises(FileNotFoundError, match="No data root at"):
+        load_source("llava", root / "nowhere")
+    file = root / "llava/detail_23k.json"
+    whole = file.read_text()
+    file.write_text(whole[:-30])
+    with pytest.raises(ValueError, match=r"detail_23k.json is not whole JSON: .* at line 1, column"):
+        load_source("llava", root)
+    file.write_text('{"a": 1}')
+    with pytest.raises(ValueError, match=r"detail_23k.json has another schema: at its top it should have a list"):
+        load_source("llava", root)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"The source llava reads llava/detail_23k.json; .* See https://"):
+        load_source("llava", root)
+    (root / "MIMIC-IT/TVC.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has its images in MIMIC-IT/TVC.json; .* nor as parquet beside it"):
+        load_source("otter_mimicit_tvc", root)
+    (root / "OCR_VQA/dataset.json").write_text(json.dumps({"0004": BOOKS["0004"]}))
+    with pytest.raises(ValueError, match=r"Nothing is left of the source ocr_vqa(.|\n)*an image is not there"):
+        load_source("ocr_vqa", root)
+
+
+ODD_RECORDS = [None, 7, "text", [], {}, {"image": 3}, {"image": "x.jpg", "conversations": [None]}]
+
+
+@pytest.mark.parametrize("record", ODD_RECORDS, ids=str)
+def test_a_record_of_any_type_is_dropped_and_not_a_crash(record):
+    wrapped = {"images": [record], "annotations": [record], "data": {"x": record}}
+    schemas = {"coco_caption": wrapped, "minigpt4": wrapped, "ocr_vqa": {"x": record}}
+    for name, source in SOURCES.items():
+        contents = {
+            file: schemas.get(name, wrapped if file.startswith("MIMIC-IT") else [record])
+            for file in source.annotations
+        }
+        readings = list(source.read(contents, source.images, lambda images: True))
+        assert len(readings) == len(contents) and all(isinstance(reading.outcome, Dropped) for reading in readings)
+
+
+def test_a_blend_takes_what_is_about_its_images():
+    pair = Conversation([(["a", "b"], "Compare.", "Same.")])
+
+    def about(*images):
+        return {image: [Conversation([([image], f"{image}{n}?", "Yes.")]) for n in range(3)] for image in images}
+
+    assert blend(pair, about("b"), random.Random(0)) == Dropped("no LLaVA conversation about an image")
+    for seed in range(20):
+        waiting = about("a", "b")
+        blended = blend(pair, waiting, random.Random(seed))
+        asked = [question for _, question, _ in blended.rounds]
+        num_first = 3 - len(waiting["a"])
+        assert num_first >= 1 and asked[:num_first] == [f"a{n}?" for n in range(num_first)]
+        assert asked[num_first:] == [f"b{n}?" for n in range(3 - len(waiting["b"]))] + ["Compare."]
+        assert blended.images == ["a", "b"] and blended.rounds[0][0] == ["a"]
+
+
+def test_paths_stay_under_their_folder():
+    for image in ("/etc/passwd", "../x.jpg", "a/../../x.jpg"):
+        record = {"image": image, "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]}
+        assert convert_llava(record, "coco") == Dropped("image path outside of its folder")
+    assert Path(COCO(1)).name == "000000000001.jpg"
