@@ -8,6 +8,7 @@ from .conversation_files import load_conversations
 from .conversation_visualchat import validate_conversation
 from .data_collator import DataCollatorForVisualChat
 from .image_loading_visualchat import load_image
+from .mixture import Mixture, Recipe, load_mixture, read_recipe
 from .processing_visualchat import VisualChatProcessor
 from .sources import SOURCES, SourceReport, load_source
 
@@ -17,10 +18,14 @@ AutoProcessor.register(VisualChatConfig, VisualChatProcessor, exist_ok=True)
 __all__ = [
     "SOURCES",
     "DataCollatorForVisualChat",
+    "Mixture",
+    "Recipe",
     "SourceReport",
     "VisualChatProcessor",
     "load_conversations",
     "load_image",
+    "load_mixture",
     "load_source",
+    "read_recipe",
     "validate_conversation",
 ]

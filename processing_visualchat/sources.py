@@ -124,7 +124,7 @@ def load_source(name: str, data_root: str | Path, check_files: bool = True) -> t
 
     Returns:
         A `datasets.Dataset` with the columns `messages` (JSON text, image paths absolute), `images` (their names under
-        the data root) and `where`; and the [`SourceReport`].
+        the data root), `where` and `num_records` (raw records that it stands for); and the [`SourceReport`].
 
     Raises:
         `ValueError`: an unknown name, a file that is not JSON or of another schema, or a source of which nothing is
@@ -159,13 +159,13 @@ def load_source(name: str, data_root: str | Path, check_files: bool = True) -> t
     used = rows.filter(lambda text: text != "", input_columns="messages")
     if len(used) == 0:
         raise ValueError(f"Nothing is left of the source {name}.\n{report}")
-    return used.select_columns(["messages", "images", "where"]), report
+    return used.select_columns(["messages", "images", "where", "num_records"]), report
 
 
 def get_source(name: str) -> Source:
     """A source by its name; a `ValueError` names the nearest ones."""
     if name not in SOURCES:
-        nearest = difflib.get_close_matches(name, SOURCES, n=3, cutoff=0.4)
+        nearest = difflib.get_close_matches(str(name), SOURCES, n=3, cutoff=0.4)
         hint = f"Did you mean {' or '.join(nearest)}?" if nearest else f"There are {', '.join(SOURCES)}."
         raise ValueError(f"There is no source {name!r}. {hint}")
     return SOURCES[name]
