@@ -10,6 +10,11 @@ Your own conversations (JSON lines, see README) on a checkpoint, which `examples
     accelerate launch examples/finetune.py --config examples/configs/finetune.yaml \\
         --model CHECKPOINT --train_file train.jsonl --eval_file eval.jsonl --output_dir OUTPUT
 
+A mixture of published data sets, see examples/configs/paper_set1.yaml:
+
+    accelerate launch examples/finetune.py --config examples/configs/finetune.yaml \\
+        --model CHECKPOINT --mixture examples/configs/paper_set1.yaml --data_root DATA --output_dir OUTPUT
+
 Every field of TrainingArguments is a flag and a key of the configuration file; a flag wins. With DeepSpeed:
 
     accelerate launch --use_deepspeed --num_processes 2 examples/finetune.py --deepspeed examples/configs/zero3.json
@@ -28,7 +33,7 @@ from digits_report import report
 from transformers import AutoProcessor, HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from modeling_visualchat import VisualChatForConditionalGeneration
-from processing_visualchat import DataCollatorForVisualChat, load_conversations
+from processing_visualchat import OVERLONG, DataCollatorForVisualChat, load_conversations, load_mixture
 
 
 DIGITS_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
@@ -43,6 +48,14 @@ class FinetuneArguments:
     )
     train_file: str | None = field(
         default=None, metadata={"help": "JSON lines of conversations; without, the digits."}
+    )
+    mixture: str | None = field(
+        default=None, metadata={"help": "YAML file of a mixture of published data sets, instead of a train_file."}
+    )
+    data_root: str | None = field(default=None, metadata={"help": "The folder under which the data sets lie."})
+    overlong: str = field(
+        default="error",
+        metadata={"help": "What becomes of a conversation of more than max_length tokens.", "choices": list(OVERLONG)},
     )
     eval_file: str | None = field(default=None, metadata={"help": "JSON lines of conversations to evaluate on."})
     attention_type: str | None = field(
@@ -86,7 +99,9 @@ def parse_arguments(argv: list[str]) -> tuple[FinetuneArguments, TrainingArgumen
         description=__doc__,
         formatter_class=HelpFormatter,
     )
-    is_default = known.config is None and not any(flag.split("=")[0] in ("--model", "--train_file") for flag in flags)
+    is_default = known.config is None and not any(
+        flag.split("=")[0] in ("--model", "--train_file", "--mixture") for flag in flags
+    )
     config_path = DIGITS_CONFIG if is_default else known.config
     defaults = {} if torch.accelerator.is_available() else {"use_cpu": True}
     if config_path is not None:
@@ -104,8 +119,12 @@ def parse_arguments(argv: list[str]) -> tuple[FinetuneArguments, TrainingArgumen
             "label_smoothing_factor is not supported: for models of this kind, Trainer's label smoothing compares "
             "each token with itself instead of the next one; leave it at 0"
         )
-    if (arguments.model is None) != (arguments.train_file is None):
-        parser.error("--model and --train_file go together; without both, the digits are trained on")
+    if arguments.mixture is not None and (arguments.train_file or arguments.eval_file):
+        parser.error("--mixture has data to train and to evaluate on; leave out --train_file and --eval_file")
+    if (arguments.mixture is None) != (arguments.data_root is None):
+        parser.error("--mixture and --data_root go together")
+    if (arguments.model is None) != (arguments.train_file is None and arguments.mixture is None):
+        parser.error("--model and --train_file (or --mixture) go together; without both, the digits are trained on")
     if arguments.model is None and arguments.eval_file is not None:
         parser.error("--eval_file goes with --model and --train_file; the digits have an evaluation of their own")
     if arguments.model is None and arguments.trainable is not None:
@@ -149,6 +168,23 @@ def find_checkpoint(training_arguments: TrainingArguments) -> str | None:
     return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2])))
 
 
+def load_data(arguments: FinetuneArguments, processor) -> tuple:
+    """The data to train on, and to evaluate on if there is any."""
+    if arguments.mixture is not None:
+        mixture = load_mixture(arguments.mixture, arguments.data_root)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(mixture)
+        return mixture.train, mixture.evaluation if len(mixture.evaluation) else None
+    return tuple(
+        load_conversations(
+            path, processor, arguments.max_length, arguments.check_images, check_length=arguments.overlong == "error"
+        )
+        if path
+        else None
+        for path in (arguments.train_file, arguments.eval_file)
+    )
+
+
 def main() -> None:
     arguments, training_arguments = parse_arguments(sys.argv[1:])
     checkpoint = find_checkpoint(training_arguments)
@@ -163,7 +199,7 @@ def main() -> None:
         torch.set_num_threads(arguments.cpu_threads or max(1, cores // world_size))
     set_seed(training_arguments.seed)
 
-    if arguments.train_file is None:
+    if arguments.model is None:
         model, processor = build_model(arguments.attention_type or "mmca", arguments.projector_type or "linear")
         train_scans, test_scans = load_scans()
         batch_size = training_arguments.train_batch_size * training_arguments.gradient_accumulation_steps * world_size
@@ -174,17 +210,14 @@ def main() -> None:
         model = VisualChatForConditionalGeneration.from_pretrained(arguments.model, dtype=torch.float32)
         model.set_trainable(*arguments.trainable or ())
         processor = AutoProcessor.from_pretrained(arguments.model)
-        train_dataset, eval_dataset = (
-            load_conversations(path, processor, arguments.max_length, arguments.check_images) if path else None
-            for path in (arguments.train_file, arguments.eval_file)
-        )
+        train_dataset, eval_dataset = load_data(arguments, processor)
 
     trainer = Trainer(
         model=model,
         args=training_arguments,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        data_collator=DataCollatorForVisualChat(processor, arguments.max_length),
+        data_collator=DataCollatorForVisualChat(processor, arguments.max_length, arguments.overlong),
         processing_class=processor,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -192,7 +225,7 @@ def main() -> None:
     trainer.save_state()
     if eval_dataset is not None:
         trainer.log_metrics("eval", trainer.evaluate())
-    if arguments.train_file is None and trainer.is_world_process_zero():
+    if arguments.model is None and trainer.is_world_process_zero():
         report(training_arguments.output_dir, train_scans, test_scans, trainer.state.log_history)
     # The threads of the process group end here, together, and not in an interpreter that is being torn down.
     trainer.accelerator.wait_for_everyone()

@@ -6,7 +6,7 @@ from configuration_visualchat import VisualChatConfig
 
 from .conversation_files import load_conversations
 from .conversation_visualchat import validate_conversation
-from .data_collator import DataCollatorForVisualChat
+from .data_collator import OVERLONG, DataCollatorForVisualChat
 from .image_loading_visualchat import load_image
 from .mixture import Mixture, Recipe, load_mixture, read_recipe
 from .processing_visualchat import VisualChatProcessor
@@ -16,6 +16,7 @@ from .sources import SOURCES, SourceReport, load_source
 AutoProcessor.register(VisualChatConfig, VisualChatProcessor, exist_ok=True)
 
 __all__ = [
+    "OVERLONG",
     "SOURCES",
     "DataCollatorForVisualChat",
     "Mixture",

@@ -13,7 +13,11 @@ from .processing_visualchat import VisualChatProcessor
 
 
 def load_conversations(
-    path: str | Path, processor: VisualChatProcessor, max_length: int | None = None, check_images: bool = True
+    path: str | Path,
+    processor: VisualChatProcessor,
+    max_length: int | None = None,
+    check_images: bool = True,
+    check_length: bool = True,
 ) -> Dataset:
     r"""
     Reads and checks a file of conversations, so that what is wrong with one is found before training starts.
@@ -23,6 +27,8 @@ def load_conversations(
         processor (`VisualChatProcessor`): That of the model, by which the lengths are measured.
         max_length (`int`, *optional*): The most tokens that a conversation may have; by default what the model reads.
         check_images (`bool`, *optional*, defaults to `True`): Opens every image once; if not, a file has to be there.
+        check_length (`bool`, *optional*, defaults to `True`): Refuses what is too long; if not, the collator has to
+            shorten it.
 
     Returns:
         `datasets.Dataset` with a column `messages`, each a JSON text (messages have no common schema); image paths
@@ -55,7 +61,8 @@ def load_conversations(
                 if source not in checked:
                     _check_image(source, where)
                     checked.add(source)
-            _check_length(messages, len(sources), processor, max_length, where)
+            if check_length:
+                _check_length(messages, processor, max_length, where)
             conversations.append(json.dumps(messages))
     if not conversations:
         raise ValueError(f"{path} holds no conversation; write one on every line.")
@@ -105,10 +112,16 @@ def _check_image(source: str, where: str) -> None:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _check_length(messages: list[dict], num_images: int, processor: VisualChatProcessor, max_length: int, where: str):
+def count_tokens(messages: list[dict], processor: VisualChatProcessor) -> int:
+    """The tokens of a conversation, those of its images included; no image is opened."""
     text = processor.apply_chat_template(messages)
-    num_tokens = len(processor.tokenizer(text, verbose=False)["input_ids"])
-    num_tokens += num_images * (processor.image_seq_length - 1)
+    return len(processor.tokenizer(text, verbose=False)["input_ids"]) + text.count(processor.image_token) * (
+        processor.image_seq_length - 1
+    )
+
+
+def _check_length(messages: list[dict], processor: VisualChatProcessor, max_length: int, where: str):
+    num_tokens = count_tokens(messages, processor)
     if num_tokens > max_length:
         raise ValueError(
             f"{where} has {num_tokens} tokens, {processor.image_seq_length} for an image; at most {max_length} are "

@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 from conftest import draw_picture, make_model, make_processor
+from published_data import write_published_data
 from test_remote_code import REPOSITORY
 from transformers import AutoProcessor, LlamaConfig
 
@@ -211,6 +212,25 @@ def test_own_data_trains_only_what_is_trainable_and_resumes(tmp_path, data):
         assert torch.equal(resumed[name], after[name]), name
 
 
+@pytest.mark.slow
+def test_a_mixture_trains_on_two_processes(tmp_path, data):
+    """Long conversations are shortened by whole rounds, and images come from files and from base64."""
+    root = write_published_data(tmp_path / "published")
+    (tmp_path / "mixture.yaml").write_text(
+        "eval_share: 0.4\nsources:\n"
+        + "".join(f"  - {{name: {name}, concatenate: 2}}\n" for name in ("llava_dial", "otter_mimicit_sd", "aokvqa"))
+    )
+    flags, launcher = deepspeed(2)
+    completed = finetune(
+        "--config", EXAMPLES / "configs" / "finetune.yaml", "--model", data / "checkpoint",
+        "--mixture", tmp_path / "mixture.yaml", "--data_root", root, "--overlong", "drop_first_rounds",
+        "--max_length", "300", "--num_train_epochs", "1", "--gradient_accumulation_steps", "1",
+        "--save_strategy", "no", "--logging_steps", "1", "--output_dir", tmp_path / "out", *flags, launcher=launcher,
+    )  # fmt: skip
+    assert completed.stdout.count("otter_mimicit_sd") == 1 and "eval_loss" in completed.stdout
+    assert losses(tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -218,9 +238,13 @@ def test_own_data_trains_only_what_is_trainable_and_resumes(tmp_path, data):
         (["--attention_type", "cross"], "invalid choice: 'cross'"),
         (["--projector_type", "conv"], "invalid choice: 'conv'"),
         (["--config", "nowhere.yaml"], "no configuration file at nowhere.yaml"),
-        (["--train_file", "x.jsonl"], "--model and --train_file go together"),
+        (["--train_file", "x.jsonl"], r"--model and --train_file \(or --mixture\) go together"),
         (["--learning_rat", "1", "--nonsense", "2"], "nonsense"),
         (["--resume_from_checkpoint", "true"], "holds no complete checkpoint"),
+        (["--mixture", "x.yaml"], "--mixture and --data_root go together"),
+        (["--mixture", "x.yaml", "--data_root", "x"], r"--model and --train_file \(or --mixture\) go together"),
+        (["--mixture", "x.yaml", "--train_file", "x"], "leave out --train_file and --eval_file"),
+        (["--overlong", "cut"], "invalid choice: 'cut'"),
         (["--trainable", "lm_head"], "--trainable is of a checkpoint"),
         (["--eval_file", "x.jsonl"], "--eval_file goes with --model and --train_file"),
     ],
