@@ -20,6 +20,7 @@ from .attention_visualchat import create_mmca_masks
 from .cache_visualchat import ConversationCache, keeps_apart
 from .image_memory_visualchat import ImageMemory, describe_switches, fingerprint_image
 from .image_states_visualchat import ImageStates
+from .streams_visualchat import rotary_limit
 
 
 # Arguments that choose what the projector reads, instead of the configuration.
@@ -39,7 +40,8 @@ class VisualChatGenerationMixin(GenerationMixin):
 
         With a [`ConversationCache`], all tokens and all images, the conversation need not go on where it stopped: what
         has changed since `generate` filled it, a message or an image of any round, the model or its adapters, is
-        found, and computed anew from there. What came from embeddings, features or `position_ids` is trusted instead.
+        found, and computed anew from there; so is all that `generate` does not know of a cache that it filled. What
+        `forward` has cached is trusted, and a weight written through `.data` is not seen: take a new cache then.
 
         Args:
             inputs (`torch.Tensor` of shape `(B, Q)`, *optional*): Token ids; also `input_ids`.
@@ -102,26 +104,31 @@ class VisualChatGenerationMixin(GenerationMixin):
         others = ("inputs_embeds", "mm_encoder_outputs", "image_states", "position_ids")
         if input_ids is None or any(kwargs.get(name) is not None for name in others):
             return None
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            return None
         is_image, length = input_ids == self.config.image_token_id, self.config.image_seq_length
         known: list[list] = [[] for _ in input_ids]
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            # New tokens alone, after those that the cache knows.
+            num_past = attention_mask.shape[1] - input_ids.shape[1]
+            known = (cache.tokens if keeps_apart(cache) else None) or []
+            if [len(row) for row in known] != len(input_ids) * [num_past]:
+                return None
+            input_ids = nn.functional.pad(input_ids, (num_past, 0))
         num_tokens = 0 if pixel_values is None else len(pixel_values) * length
         if int(is_image.sum()) != num_tokens:
-            num_past = cache.get_seq_length() if keeps_apart(cache) and cache.tokens is not None else 0
+            num_past = len(cache.tokens[0]) if keeps_apart(cache) and cache.tokens else 0
+            num_past = min(num_past, int(cache.get_seq_length())) if num_past else 0
             if num_past == 0 or len(cache.tokens) != len(input_ids) or int(is_image[:, num_past:].sum()) != num_tokens:
                 return None
             known = [row[:num_past] for row in cache.tokens]
-            for row, ids in zip(known, input_ids.tolist()):
-                image = self.config.image_token_id
-                if any(
-                    token != (image if isinstance(old, tuple) else token if old is None else old)
-                    for old, token in zip(row, ids)
-                ):
-                    raise ValueError(
-                        "The conversation has changed before the end of its cache: pass all its images, not the new "
-                        "ones alone."
-                    )
+            kept = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            for row, ids, mask in zip(known, input_ids.tolist(), kept.tolist()):
+                for old, token, is_kept in zip(row, ids, mask):
+                    expected = self.config.image_token_id if isinstance(old, tuple) else old
+                    if (expected is None) == bool(is_kept) or (is_kept and token != expected):
+                        raise ValueError(
+                            "The conversation has changed before the end of its cache: pass all its images, not the "
+                            "new ones alone."
+                        )
         options = [kwargs.get(name) for name in VISION_OPTIONS]
         names = [(fingerprint_image(image), str(options)) for image in pixel_values] if num_tokens else []
         images = iter([(name, place) for name in names for place in range(length)])
@@ -145,6 +152,8 @@ class VisualChatGenerationMixin(GenerationMixin):
             sizes = [kwargs.get(name) or getattr(config, name, None) for name in ("num_beams", "num_return_sequences")]
             num_rows = len(inputs) * max(1, *(size or 1 for size in sizes))
             is_other = cache.made_by not in (None, state) or cache.num_rows not in (len(inputs), num_rows)
+            # Filled by `generate`, but with rows or inputs of which it is not known what they hold.
+            is_other = is_other or (tokens is not None and cache.tokens is None and cache.made_by is not None)
             if is_other and tokens is None:
                 raise ValueError(
                     "The cache was filled by another model, by another state of this one or for another number of "
@@ -153,13 +162,21 @@ class VisualChatGenerationMixin(GenerationMixin):
             if is_other:
                 cache.reset()
             elif tokens is not None and cache.tokens is not None:
-                cache.crop(min(0, _num_shared(cache.tokens, tokens) - cache.get_seq_length()))
+                num_shared, limit = _num_shared(cache.tokens, tokens), rotary_limit(self.config.text_config)
+                if num_shared < cache.get_seq_length() and limit is not None and cache.get_seq_length() >= limit:
+                    num_shared = 0  # those keys were rotated for a longer text
+                cache.crop(min(0, num_shared - cache.get_seq_length()))
+            if cache.get_seq_length() > 0 and cache.num_rows == len(inputs) < num_rows:
+                cache.batch_repeat_interleave(num_rows // len(inputs))
         cache.tokens, cache.made_by = tokens, state
 
     def _describe_state(self) -> tuple:
         """What tells this model, and the state that it is in, from another."""
-        versions = sum(0 if weight.is_inference() else weight._version for weight in self.model.parameters())
-        return id(self.model), describe_switches(self.model), versions
+        weights = [
+            (id(weight), weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+            for weight in self.model.parameters()
+        ]
+        return id(self.model), describe_switches(self.model), hash(tuple(weights)), hash(self.config.to_json_string())
 
     def _note_generated(self, outputs, cache: Any, tokens: list[list] | None) -> None:
         """Completes what a cache knows of its tokens by those that were generated."""
@@ -169,7 +186,7 @@ class VisualChatGenerationMixin(GenerationMixin):
         if not keeps_apart(cache):
             return
         if tokens is None or len(sequences) != len(tokens) or cache.num_rows != len(tokens):
-            cache.tokens = None
+            cache.tokens, cache.made_by = None, self._describe_state()
             return
         cache.made_by = self._describe_state()
         start, end = len(tokens[0]), cache.get_seq_length()

@@ -210,17 +210,23 @@ class _Prefixes(torch.autograd.Function):
     """The first n keys, for several n; their gradients are summed in one buffer instead of one for each n."""
 
     @staticmethod
-    def forward(ctx, states: torch.Tensor, *lengths: int) -> tuple[torch.Tensor, ...]:
-        ctx.shape, ctx.lengths = states.shape, lengths
+    def forward(states: torch.Tensor, *lengths: int) -> tuple[torch.Tensor, ...]:
         return tuple(states[:, :, :length] for length in lengths)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx, inputs: tuple, output: tuple) -> None:
+        ctx.shape, ctx.lengths = inputs[0].shape, inputs[1:]
+
+    @staticmethod
     def backward(ctx, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        nothing = [None] * len(ctx.lengths)
+        if torch.is_grad_enabled():  # a gradient of the gradient is wanted
+            padded = [nn.functional.pad(part, (0, 0, 0, ctx.shape[2] - part.shape[2])) for part in gradients]
+            return torch.stack(padded).sum(dim=0), *nothing
         total = gradients[0].new_zeros(ctx.shape)
         for length, gradient in zip(ctx.lengths, gradients):
             total[:, :, :length] += gradient
-        return total, *[None] * len(ctx.lengths)
+        return total, *nothing
 
 
 def take(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -224,16 +224,22 @@ def _is_packed(position_ids: torch.Tensor) -> bool:
 
 def _turns_alike(text_config, embeds: torch.Tensor, position_ids: torch.Tensor | None, cache: Cache | None) -> bool:
     """Whether the two streams see the same rotary frequencies, which some embeddings choose by the length they see."""
-    parameters = getattr(text_config, "rope_parameters", None) or {}
-    kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
-    kinds = [kind for kind in kinds if kind.get("rope_type") in ("dynamic", "longrope")]
-    if not kinds:
+    limit = rotary_limit(text_config)
+    if limit is None:
         return True
-    default = getattr(text_config, "original_max_position_embeddings", None) or text_config.max_position_embeddings
     length = (0 if cache is None else cache.get_seq_length()) + embeds.shape[1]
     if position_ids is not None:
         length = int(position_ids.max()) + 1
-    return all(length < (kind.get("original_max_position_embeddings") or default) for kind in kinds)
+    return length < limit
+
+
+def rotary_limit(text_config) -> int | None:
+    """The length from which on a rotary embedding changes its frequencies, if it is of a kind that does."""
+    parameters = getattr(text_config, "rope_parameters", None) or {}
+    kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    kinds = [kind for kind in kinds if kind.get("rope_type") in ("dynamic", "longrope")]
+    default = getattr(text_config, "original_max_position_embeddings", None) or text_config.max_position_embeddings
+    return min((kind.get("original_max_position_embeddings") or default for kind in kinds), default=None)
 
 
 def _is_fresh_and_plain(cache: Cache) -> bool:

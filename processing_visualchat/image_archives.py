@@ -1,17 +1,23 @@
 """
 Images that a data set keeps as base64 in one file, `{"id": "base64", …}` as JSON or as parquet with a column `base64`.
 
-An image in such a file is named `archive.json#id`. The file is read once, into Arrow, which is memory-mapped; then one
-image at a time.
+An image in such a file is named `archive.json#id`. The file is read once, into Arrow, which is memory-mapped, and
+every image is tried; then one image at a time. What is not an image, or has a single pixel, is not in the archive.
 """
 
+import base64
 import json
 import re
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Features, Value
+from datasets.exceptions import DatasetGenerationError
+from pyarrow import parquet
+
+from .image_loading_visualchat import load_image
 
 
 class ImageArchive:
@@ -30,21 +36,31 @@ class ImageArchive:
         file = find_archive(Path(path))
         if file is None:
             raise FileNotFoundError(f"No image archive at {path}, nor as parquet beside it.")
-        self.rows = _read_parquet(file) if file.suffix == ".parquet" else _read_json(file)
-        self.places = {name: place for place, name in enumerate(self.rows["id"])}
+        status = file.stat()
+        options = {"path": str(file.resolve()), "key": f"{status.st_size}-{status.st_mtime_ns}"}
+        try:
+            self.rows = Dataset.from_generator(_generate_images, features=ROWS, gen_kwargs=options)
+        except DatasetGenerationError as error:
+            raise (error.__cause__ or error) from None
+        names = zip(self.rows["id"], self.rows["is_image"])
+        self.places = {name: place for place, (name, is_image) in enumerate(names) if is_image}
 
     def __contains__(self, name: str) -> bool:
         return name in self.places
 
-    def __getitem__(self, name: str) -> str:
-        """The image as base64, in the usual alphabet whichever the file has."""
-        text = "".join(self.rows[self.places[name]]["base64"].split()).translate(str.maketrans("-_", "+/"))
-        return text + "=" * (-len(text) % 4)
+    def __getitem__(self, name: str) -> bytes:
+        """The encoded image."""
+        return self.rows[self.places[name]]["data"]
+
+
+def open_archive(path: str) -> ImageArchive:
+    """An archive, opened once as long as its file stays as it is."""
+    file = find_archive(Path(path))
+    return _open_archive(path, None if file is None else (file.stat().st_size, file.stat().st_mtime_ns))
 
 
 @lru_cache(maxsize=16)
-def open_archive(path: str) -> ImageArchive:
-    """An archive, opened once."""
+def _open_archive(path: str, stamp: tuple[int, int] | None) -> ImageArchive:
     return ImageArchive(path)
 
 
@@ -55,18 +71,18 @@ def find_archive(path: Path) -> Path | None:
 
 def split_archived(path: str) -> tuple[str, str] | None:
     """`archive.json#id` to the archive and the id; nothing for the path of an image file."""
-    match = re.fullmatch(r"(.+\.(?:json|parquet))#(.+)", path)
+    match = re.fullmatch(r"(.+?\.(?:json|parquet))#(.+)", path)
     return (match[1], match[2]) if match else None
 
 
 def resolve_archived(messages: list[dict]) -> list[dict]:
-    """Messages in which images in archives have become base64."""
+    """Messages in which images in archives have become images."""
 
     def resolve(block):
         found = split_archived(str(block.get("path", ""))) if isinstance(block, dict) else None
         if found is None:
             return block
-        return {"type": "image", "base64": open_archive(found[0])[found[1]]}
+        return {"type": "image", "image": load_image(open_archive(found[0])[found[1]])}
 
     return [
         {**message, "content": [resolve(block) for block in message["content"]]}
@@ -76,28 +92,51 @@ def resolve_archived(messages: list[dict]) -> list[dict]:
     ]
 
 
-def _read_json(file: Path) -> Dataset:
-    status = file.stat()
-    return Dataset.from_generator(
-        _generate_images,
-        gen_kwargs={"path": str(file.resolve()), "key": f"{status.st_size}-{status.st_mtime_ns}"},
-    )
+ROWS = Features({"id": Value("string"), "data": Value("large_binary"), "is_image": Value("bool")})
 
 
 def _generate_images(path: str, key: str) -> Iterator[dict]:
+    yield {"id": "", "data": b"", "is_image": False}  # `datasets` reads no file that has no row
+    for name, text in _read_parquet(path) if path.endswith(".parquet") else _read_json(path):
+        data = _decode(text)
+        yield {"id": name.encode("utf-8", "replace").decode(), "data": data, "is_image": _is_image(data)}
+
+
+def _read_json(path: str) -> Iterator[tuple[str, Any]]:
     try:
         images = json.loads(Path(path).read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is not whole JSON: {error}. Was it fetched to its end?") from error
     if not isinstance(images, dict):
         raise ValueError(f"{path} has another schema: at its top it should have a dict of base64 by image id.")
-    for name, text in images.items():
-        yield {"id": name, "base64": text if isinstance(text, str) else ""}
+    yield from images.items()
 
 
-def _read_parquet(file: Path) -> Dataset:
-    rows = Dataset.from_parquet(str(file))
-    names = [name for name in ("id", "__index_level_0__") if name in rows.column_names]
-    if not names or "base64" not in rows.column_names:
-        raise ValueError(f"{file} has the columns {', '.join(rows.column_names)}; it should have id and base64.")
-    return rows.rename_column(names[0], "id") if names[0] != "id" else rows
+def _read_parquet(path: str) -> Iterator[tuple[str, Any]]:
+    file = parquet.ParquetFile(path)
+    names = [name for name in ("id", "__index_level_0__") if name in file.schema_arrow.names]
+    if not names or "base64" not in file.schema_arrow.names:
+        raise ValueError(f"{path} has the columns {', '.join(file.schema_arrow.names)}; it should have id and base64.")
+    for batch in file.iter_batches(batch_size=64, columns=[names[0], "base64"]):
+        for row in batch.to_pylist():
+            yield str(row[names[0]]), row["base64"]
+
+
+def _decode(text: Any) -> bytes:
+    """Base64 of either alphabet, with or without padding, to bytes; nothing if it is not that."""
+    if isinstance(text, bytes):
+        text = text.decode("ascii", "replace")
+    if not isinstance(text, str):
+        return b""
+    text = "".join(text.split()).rstrip("=").translate(str.maketrans("-_", "+/"))
+    try:
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except ValueError:
+        return b""
+
+
+def _is_image(data: bytes) -> bool:
+    try:
+        return min(load_image(data).size) > 1
+    except (ValueError, OSError):
+        return False

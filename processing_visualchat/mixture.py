@@ -311,5 +311,5 @@ def _generate_fingerprints(root: str, names: list[str], key: str) -> Iterator[di
         if archived is None:
             data = (Path(root) / name).read_bytes()
         else:
-            data = open_archive(str(Path(root) / archived[0]))[archived[1]].encode()
+            data = open_archive(f"{root}/{archived[0]}")[archived[1]]
         yield {"name": name, "content": hashlib.blake2b(data, digest_size=16).hexdigest()}

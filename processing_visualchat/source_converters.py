@@ -111,19 +111,20 @@ def convert_mimicit(records: Sequence[Any], archive: str) -> Conversation | Drop
             # Some copies of the instructions leave out what the image file has.
             whole = re.sub(r"^(SN_IMG_scene\d+_\d+)_(\d+)$", r"\1_color_\2", image_id)
             images.append(f"{archive}#{whole}")
-        elif match := re.fullmatch(r"CGD_IMG_0*(\d+)", image_id):
+        elif match := re.fullmatch(r"CGD_IMG_0*(\d{1,12})", image_id):
             images.append(f"{archive}/{int(match[1]):012d}.jpg")
         else:
             return Dropped("image id of an unknown form")
+    images = list(dict.fromkeys(images))
     rounds: list[Round] = []
     for record in records:
         question, answer = _get(record, "instruction", str), _get(record, "answer", str)
-        if question is None or answer is None or not answer.strip():
+        if question is None or answer is None or not _without_tag(answer) or not _without_tag(question):
             repairs.append("a round without question or answer left out")
             continue
         if IMAGE_TAG in question:
             repairs.append("image tag in the instruction")
-        rounds.append(([] if rounds else images, _without_tag(question), answer.strip()))
+        rounds.append(([] if rounds else images, _without_tag(question), _without_tag(answer)))
     if not rounds:
         return Dropped("no question with an answer")
     return Conversation(rounds, tuple(dict.fromkeys(repairs)))
@@ -148,7 +149,7 @@ def convert_sparkles(record: Any, folder: str) -> Conversation | Dropped:
             return Dropped("user and assistant do not take turns")
         new = []
         for image in _get(turn, "images", list) or ():
-            image_id = str(image.get("image_id", "")) if isinstance(image, dict) else ""
+            image_id = _name(image)
             if not re.fullmatch(r"\w+", image_id):
                 return Dropped("an image without an id")
             if image_id not in numbers:
@@ -156,9 +157,11 @@ def convert_sparkles(record: Any, folder: str) -> Conversation | Dropped:
                 new.append(f"{folder}/{image_id}.jpg")
         if role == "assistant" and new:
             return Dropped("the assistant shows an image")
-        named = _name_images(text, numbers)
+        named = _name_images(_without_tag(text), numbers)
         if named is None:
             return Dropped("an image is named that is not shown")
+        if not named:
+            return Dropped("user and assistant do not take turns")
         if question is None:
             question = (new, named)
         else:
@@ -181,10 +184,11 @@ def convert_aokvqa(record: Any, folder: str) -> Conversation | Dropped:
     if image_id is None or not question or not choices or correct is None or not 0 <= correct < len(choices):
         return Dropped("no image, question or correct choice")
     rationales = _get(record, "rationales", list) or []
-    rationales = [text.strip() for text in rationales if isinstance(text, str) and text.strip()]
+    rationales = [_without_tag(text) for text in rationales if isinstance(text, str) and _without_tag(text)]
     if not rationales:
         return Dropped("no rationale")
-    asked = f"{question.strip()} Choose from {', '.join(map(str, choices))}, and give the reason."
+    choices = [_without_tag(str(choice)) for choice in choices]
+    asked = f"{_without_tag(question)} Choose from {', '.join(map(str, choices))}, and give the reason."
     answer = " ".join([f"{_capitalised(str(choices[correct]))}.", *map(_sentence, rationales)])
     return Conversation([([f"{folder}/{image_id:012d}.jpg"], asked, answer)])
 
@@ -196,7 +200,7 @@ def convert_coco_caption(record: Any, folder: str) -> Conversation | Dropped:
         return Dropped(f"split {split}")
     filepath, filename = _get(record, "filepath", str), _get(record, "filename", str)
     captions = [_get(sentence, "raw", str) for sentence in _get(record, "sentences", list) or ()]
-    captions = [caption.strip() for caption in captions if caption and caption.strip()]
+    captions = [_without_tag(caption) for caption in captions if caption and _without_tag(caption)]
     if not captions:
         return Dropped("no caption")
     path = _safe_path(folder, f"{filepath}/{filename}") if filepath and filename else None
@@ -217,10 +221,11 @@ def convert_ocr_vqa(image_id: str, record: Any, folder: str) -> Conversation | D
     repairs = ["questions and answers of different number"] if len(questions) != len(answers) else []
     rounds: list[Round] = []
     for question, answer in zip(questions, answers):
-        if not isinstance(question, str) or not question.strip() or not str(answer or "").strip():
+        answer = str(answer) if isinstance(answer, (str, int, float)) else ""
+        if not isinstance(question, str) or not _without_tag(question) or not _without_tag(answer):
             repairs.append("a round without question or answer left out")
             continue
-        rounds.append(([] if rounds else [path], question.strip(), str(answer).strip()))
+        rounds.append(([] if rounds else [path], _without_tag(question), _without_tag(answer)))
     if not rounds:
         return Dropped("no question with an answer")
     return Conversation(rounds, tuple(dict.fromkeys(repairs)))
@@ -228,13 +233,14 @@ def convert_ocr_vqa(image_id: str, record: Any, folder: str) -> Conversation | D
 
 def convert_minigpt4(record: Any, folder: str) -> Conversation | Dropped:
     """cc_sbu_align: `{"image_id", "caption"}`."""
-    image_id = str(record.get("image_id", "")) if isinstance(record, dict) else ""
-    caption = _get(record, "caption", str)
+    image_id, caption = _name(record), _get(record, "caption", str)
     if not re.fullmatch(r"\w+", image_id):
         return Dropped("an image without an id")
     if not caption or not caption.strip():
         return Dropped("no caption")
-    return Conversation([([f"{folder}/{image_id}.jpg"], "Please describe the image in detail.", caption.strip())])
+    return Conversation(
+        [([f"{folder}/{image_id}.jpg"], "Please describe the image in detail.", _without_tag(caption))]
+    )
 
 
 def blend(pair: Conversation, about: dict[str, list[Conversation]], rng: random.Random) -> Conversation | Dropped:
@@ -250,7 +256,9 @@ def blend(pair: Conversation, about: dict[str, list[Conversation]], rng: random.
         rng (`random.Random`): Chooses how many.
     """
     *first, last = pair.images or [""]
-    if not first or any(not about.get(image) for image in first):
+    if not first:
+        return Dropped("no pair of images")
+    if any(not about.get(image) for image in first):
         return Dropped("no LLaVA conversation about an image")
     rounds: list[Round] = []
     repairs = list(pair.repairs)
@@ -269,6 +277,8 @@ def blend(pair: Conversation, about: dict[str, list[Conversation]], rng: random.
 
 
 IMAGE_TAG = "<image>"
+# The whole id: `IMAGE#14` is not the beginning of `IMAGE#1417`.
+SHOWN_IMAGE = r"IMAGE#(\w+)(?:\s*<Img>\s*<ImageHere>\s*</Img>)?"
 
 
 def _get(record: Any, key: str, kind: type) -> Any:
@@ -289,7 +299,9 @@ def _pair(turns: list[tuple[str, str]], repairs: list[str]) -> list[tuple[str, s
         if role == "user":
             if question is not None:
                 repairs.append("a question without an answer left out")
-            question = text
+            question = text if text or not pairs else None
+            if question is None:
+                repairs.append("a round without a question left out")
         elif question is None:
             repairs.append("an answer without a question left out")
         elif not text:
@@ -312,21 +324,28 @@ def _image_ids(record: Any) -> list[str] | None:
 
 def _name_images(text: str, numbers: dict[str, int]) -> str | None:
     """`IMAGE#14<Img><ImageHere></Img>` to `image 1`; nothing if an image is named that was not shown."""
-    text = text.replace("<Img><ImageHere></Img>", "")
-    if any(image_id not in numbers for image_id in re.findall(r"IMAGE#(\w+)", text)):
+    if any(image_id not in numbers for image_id in re.findall(SHOWN_IMAGE, text)):
         return None
 
     def name(match: re.Match) -> str:
         starts = re.search(r"(^|[.!?]\s+)$", text[: match.start()]) is not None
-        return f"{'Image' if starts else 'image'} {numbers[match[1]]}"
+        gap = " " if re.match(r"\w", text[match.end() :]) else ""
+        return f"{'Image' if starts else 'image'} {numbers[match[1]]}{gap}"
 
-    return re.sub(r"IMAGE#(\w+)", name, text).strip()
+    return re.sub(SHOWN_IMAGE, name, text).strip()
+
+
+def _name(record: Any) -> str:
+    """The id of an image, which some copies give as a number."""
+    image_id = record.get("image_id") if isinstance(record, dict) else None
+    return str(image_id) if isinstance(image_id, (str, int)) and not isinstance(image_id, bool) else ""
 
 
 def _safe_path(folder: str, name: str) -> str | None:
     """A path below its folder, or nothing."""
     path = PurePosixPath(name)
-    return None if path.is_absolute() or ".." in path.parts or not name else f"{folder}/{path}"
+    is_odd = path.is_absolute() or ".." in path.parts or not path.name or re.search(r"\.(json|parquet)#", name)
+    return None if is_odd else f"{folder}/{path}"
 
 
 def _capitalised(text: str) -> str:

@@ -24,10 +24,10 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 from datasets.exceptions import DatasetGenerationError
 
-from . import source_converters
+from .conversation_visualchat import validate_conversation
 from .image_archives import find_archive, open_archive, split_archived
 from .source_converters import (
     Conversation,
@@ -152,7 +152,7 @@ def load_source(name: str, data_root: str | Path, check_files: bool = True) -> t
         )
     options = {"name": name, "root": str(root.resolve()), "check_files": check_files, "key": _key(source, root)}
     try:
-        rows = Dataset.from_generator(_generate_rows, gen_kwargs=options)
+        rows = Dataset.from_generator(_generate_rows, features=ROWS, gen_kwargs=options)
     except DatasetGenerationError as error:
         raise (error.__cause__ or error) from None
     report = _report(name, rows)
@@ -179,7 +179,21 @@ def read_source(source: Source, data_root: Path, check_files: bool = True) -> It
     yield from source.read(contents, source.images, are_there)
 
 
+ROWS = Features(
+    {
+        "messages": Value("large_string"),
+        "images": List(Value("string")),
+        "where": Value("string"),
+        "num_records": Value("int64"),
+        "dropped": Value("string"),
+        "repairs": List(Value("string")),
+    }
+)
+NOTHING = {"messages": "", "images": [], "where": "", "num_records": 0, "dropped": "", "repairs": []}
+
+
 def _generate_rows(name: str, root: str, check_files: bool, key: str) -> Iterator[dict]:
+    yield NOTHING  # `datasets` reads no file that has no row
     for reading in read_source(SOURCES[name], Path(root), check_files):
         outcome = reading.outcome
         is_used = isinstance(outcome, Conversation)
@@ -187,11 +201,11 @@ def _generate_rows(name: str, root: str, check_files: bool, key: str) -> Iterato
         for message in messages:
             for block in message["content"] if message["role"] == "user" else ():
                 if block["type"] == "image":
-                    block["path"] = str(Path(root) / block["path"])
+                    block["path"] = f"{root}/{block['path']}"
         yield {
             "messages": json.dumps(messages) if is_used else "",
             "images": outcome.images if isinstance(outcome, Conversation) else [],
-            "where": reading.where,
+            "where": reading.where.encode("utf-8", "replace").decode(),
             "num_records": reading.num_records,
             "dropped": outcome.reason if isinstance(outcome, Dropped) else "",
             "repairs": list(outcome.repairs) if isinstance(outcome, Conversation) else [],
@@ -205,6 +219,8 @@ def _report(name: str, rows: Dataset) -> SourceReport:
     columns = ["where", "num_records", "dropped", "repairs"]
     for batch in rows.select_columns(columns).iter(10_000):
         for where, count, reason, repairs in zip(*(batch[column] for column in columns)):
+            if count == 0:
+                continue
             report.read += count
             if reason:
                 dropped[reason] += count
@@ -221,12 +237,23 @@ def _report(name: str, rows: Dataset) -> SourceReport:
 def _key(source: Source, root: Path) -> str:
     """What tells these files, read by this code, from others."""
     digest = hashlib.blake2b(digest_size=16)
-    for path in (Path(__file__), Path(source_converters.__file__)):
-        digest.update(path.read_bytes())
-    for file in (*source.annotations, source.images):
-        status = (root / file).stat() if (root / file).exists() else None
-        digest.update(str((file, status and (status.st_size, status.st_mtime_ns))).encode())
+    for name in ("sources.py", "source_converters.py", "image_archives.py", "conversation_visualchat.py"):
+        digest.update((Path(__file__).parent / name).read_bytes())
+    folders = {root / source.images, *((root / file).parent.parent / "images" for file in source.annotations)}
+    folders |= {part for folder in folders if folder.is_dir() for part in folder.iterdir() if part.is_dir()}
+    archives = {find_archive(folder) or folder for folder in folders if folder.suffix == ".json"}
+    for path in sorted({*(root / file for file in source.annotations), *folders, *archives}):
+        digest.update(str((str(path), _stamp(path))).encode())
     return digest.hexdigest()
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """What tells one state of a file or a folder from another."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 def _load_json(path: Path) -> Any:
@@ -242,7 +269,17 @@ def _load_json(path: Path) -> Any:
 
 
 def _check(reading: Reading, are_there: Check) -> Reading:
-    if isinstance(reading.outcome, Dropped) or are_there(reading.outcome.images):
+    if isinstance(reading.outcome, Dropped):
+        return reading
+    try:
+        messages = reading.outcome.messages()
+        validate_conversation(messages)
+        json.dumps(messages, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return replace(reading, outcome=Dropped("text that is not Unicode"))
+    except ValueError:
+        return replace(reading, outcome=Dropped("a round without text, or with a literal <image>"))
+    if are_there(reading.outcome.images):
         return reading
     return replace(reading, outcome=Dropped("an image is not there"))
 
@@ -251,16 +288,16 @@ def _are_there(images: list[str], root: Path) -> bool:
     for image in images:
         archived = split_archived(image)
         if archived is not None:
-            if archived[1] not in open_archive(str(root / archived[0])):
+            if find_archive(root / archived[0]) is None or archived[1] not in open_archive(f"{root}/{archived[0]}"):
                 return False
-        elif Path(image).name not in _names_in_folder(str((root / image).parent)):
+        elif Path(image).name not in _names_in_folder((root / image).parent, _stamp((root / image).parent)):
             return False
     return True
 
 
 @lru_cache(maxsize=64)
-def _names_in_folder(folder: str) -> frozenset[str]:
-    return frozenset(os.listdir(folder)) if os.path.isdir(folder) else frozenset()
+def _names_in_folder(folder: Path, stamp: tuple[int, int] | None) -> frozenset[str]:
+    return frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
 
 
 def _expect(contents: Any, kind: type, file: str, key: str | None = None) -> Any:

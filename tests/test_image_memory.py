@@ -580,3 +580,54 @@ def test_the_cost_grows_with_the_number_of_known_images_alone():
         widths.clear()
         logits(model, [tokens(*["I"] * count, 7)], pixels(*range(count)), image_memory=memory)
         assert widths == [7, 1, 1, 1]
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}], ids=str)
+def test_a_cache_of_beams_or_returns_serves_nothing_else(options):
+    model = make_model()
+    first, other = tokens(3, "I", 4), tokens(4, "I", 3, seed=5)
+    greedy = {"max_new_tokens": 3, "do_sample": False}
+    for rows in (other, torch.cat([other, first])):
+        cache = ConversationCache()
+        model.generate(first, pixel_values=pixels(0), past_key_values=cache, **{**greedy, **options})
+        images = pixels(1, 2)[: len(rows)]
+        actual = model.generate(rows, pixel_values=images, past_key_values=cache, **greedy)
+        assert torch.equal(actual, model.generate(rows, pixel_values=images, **greedy))
+    cache = ConversationCache()
+    answered = model.generate(first, pixel_values=pixels(0), past_key_values=cache, **greedy)
+    longer = torch.cat([answered, tokens(2, seed=3)], dim=1)
+    torch.manual_seed(0)
+    actual = model.generate(longer, pixel_values=pixels(0), past_key_values=cache, **{**greedy, **options})
+    torch.manual_seed(0)
+    assert torch.equal(actual, model.generate(longer, pixel_values=pixels(0), **{**greedy, **options}))
+
+
+def test_new_tokens_alone_keep_what_is_known():
+    model, cache = make_model(), ConversationCache()
+    first = tokens(3, "I", 2)
+    model.generate(first, pixel_values=pixels(0), past_key_values=cache, **OPTIONS)
+    cache.crop(first.shape[1] - cache.get_seq_length())
+    new = tokens(3, seed=4)
+    mask = torch.ones(1, first.shape[1] + 3, dtype=torch.long)
+    types = torch.nn.functional.pad((first == 2).long(), (0, 3))
+    model.generate(new, attention_mask=mask, mm_token_type_ids=types, past_key_values=cache, **OPTIONS)
+    edited = torch.cat([first, new], dim=1)
+    edited[0, 1] += 1
+    output = model.generate(edited, pixel_values=pixels(0), past_key_values=cache, **OPTIONS)
+    expected = logits(model, [edited], pixels(0))
+    torch.testing.assert_close(torch.stack(output.logits, dim=1), expected, rtol=0, atol=1e-5)
+
+
+def test_a_cache_beyond_a_rotary_limit_does_not_serve_below_it(monkeypatch):
+    parameters = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 20,
+        "short_factor": [1.0] * 4, "long_factor": [3.0] * 4,
+    }  # fmt: skip
+    config = {**TEXT_CONFIGS["llama"]().to_dict(), "rope_parameters": parameters}
+    monkeypatch.setitem(TEXT_CONFIGS, "llama", lambda: LlamaConfig(**config))
+    model, cache = make_model(), ConversationCache()
+    longer, shorter = tokens(5, "I", 16), tokens(5, "I", 3)
+    for ids in (longer, shorter):
+        output = model.generate(ids, pixel_values=pixels(0), past_key_values=cache, **OPTIONS)
+        expected = logits(model, [ids], pixels(0))
+        torch.testing.assert_close(torch.stack(output.logits, dim=1), expected, rtol=0, atol=1e-5)

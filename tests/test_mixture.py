@@ -30,11 +30,7 @@ def contents(mixed, root):
     for example in mixed:
         for image in example["images"]:
             archived = split_archived(image)
-            data = (
-                open_archive(str(root / archived[0]))[archived[1]].encode()
-                if archived
-                else (root / image).read_bytes()
-            )
+            data = open_archive(str(root / archived[0]))[archived[1]] if archived else (root / image).read_bytes()
             digests.add(hashlib.sha256(data).hexdigest())
     return digests
 

@@ -347,3 +347,11 @@ def test_equal_images_have_gradients_of_their_own():
     make_model()(ids, images, labels=ids.masked_fill(ids == IMAGE_TOKEN_ID, -100)).loss.backward()
     first, second = images.grad.abs().sum(dim=(1, 2, 3))
     assert first > 0 and second > 0 and not torch.isclose(first, second)
+
+
+def test_a_gradient_of_the_gradient_is_there():
+    plan = plan_mmca(torch.tensor([[1, 1, 0, 0, 1, 0]]))
+    text = [torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    images = [torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert torch.autograd.gradgradcheck(lambda *inputs: planned_attention(*inputs, plan), (*text, *images))

@@ -1,5 +1,7 @@
 """The thirteen published sources: what becomes of every record, written out by hand."""
 
+import base64
+import io
 import json
 import random
 from collections import Counter
@@ -8,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_processor
-from published_data import BOOKS, CGD, DETAIL, DIALOGUES, REASONING, SPARKLES_CC, aokvqa, write_published_data
+from PIL import Image
+from published_data import BOOKS, CGD, DETAIL, DIALOGUES, REASONING, SPARKLES_CC, aokvqa, encoded, write_published_data
 
 from processing_visualchat import SOURCES, DataCollatorForVisualChat, load_source, validate_conversation
 from processing_visualchat.source_converters import Conversation, Dropped, blend, convert_llava, group_mimicit
@@ -301,3 +304,104 @@ def test_paths_stay_under_their_folder():
         record = {"image": image, "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]}
         assert convert_llava(record, "coco") == Dropped("image path outside of its folder")
     assert Path(COCO(1)).name == "000000000001.jpg"
+
+
+def write(root, file, contents):
+    (root / file).parent.mkdir(parents=True, exist_ok=True)
+    (root / file).write_text(json.dumps(contents))
+
+
+def test_odd_texts_never_reach_a_batch(tmp_path):
+    """Literal tags, rounds without text and text that is not Unicode, in every schema that has them."""
+    root = write_published_data(tmp_path)
+    turns = [("human", "<image>What?"), ("gpt", "A <image> b."), ("human", "<image>"), ("gpt", "Yes.")]
+    record = {"image": "000000000001.jpg", "conversations": [{"from": who, "value": text} for who, text in turns]}
+    write(root, "llava/conversation_58k.json", [record])
+    write(root, "aokvqa/annotations/aokvqa_v1p0_train.json", [aokvqa(choices=["<image>a", "<image>b"])])
+    book = {"questions": ["Who<image>?", "<image>"], "answers": ["<image>A", "B"], "split": 1}
+    write(root, "OCR_VQA/dataset.json", {"0001": book, "\ud800": book})
+    images = [{"image_id": "14"}]
+    dialogue = [
+        {"role": "user", "content": "IMAGE#14<Img> <ImageHere></Img>17 years?", "images": images},
+        {"role": "assistant", "content": "IMAGE#14<Img><ImageHere></Img>and no <image>."},
+    ]
+    write(root, "SparklesDialogueCC/annotations/SparklesDialogueCC.json", [{"dialogue": dialogue}])
+    expected = {
+        "llava_dial": [([COCO(1)], "What?", "A\nb.")],
+        "aokvqa": None,
+        "ocr_vqa": [(["OCR_VQA/images/0001.jpg"], "Who\n?", "A")],
+        "sparkles_dialogue": [(["SparklesDialogueCC/images/14.jpg"], "Image 1 17 years?", "Image 1 and no\n.")],
+    }
+    for name, rounds in expected.items():
+        dataset, report = load_source(name, root)
+        first = next(iter(read_source(SOURCES[name], root))).outcome
+        assert rounds is None or first.rounds == rounds
+        assert "<image>" not in "".join(dataset["messages"]) and report.used >= 1
+        DataCollatorForVisualChat(make_processor())(list(dataset))
+
+
+def test_a_fault_after_a_thousand_clean_records_is_counted(tmp_path):
+    root = write_published_data(tmp_path)
+    answer = {"from": "gpt", "value": "!"}
+    clean = {"image": "000000000001.jpg", "conversations": [{"from": "human", "value": "<image>?"}, answer]}
+    faulty = {**clean, "conversations": [{"from": "human", "value": "?"}, answer]}
+    write(root, "llava/conversation_58k.json", [clean] * 1500 + [faulty])
+    report = load_source("llava_dial", root)[1]
+    assert (report.read, report.used, report.repaired) == (1501, 1501, {"image tag repeated or missing": 1})
+    write(root, "llava/conversation_58k.json", [])
+    with pytest.raises(ValueError, match="Nothing is left of the source llava_dial"):
+        load_source("llava_dial", root)
+
+
+def test_broken_archived_images_are_not_there(tmp_path):
+    """Not base64, cut off, one pixel, null, and words that would be a path or an address."""
+    root = write_published_data(tmp_path)
+    good, picture = encoded(0), io.BytesIO()
+    Image.new("RGB", (1, 1)).save(picture, "GIF")
+    values = {
+        "good": good, "null": None, "cut": good[: len(good) // 2], "words": "!!!!", "empty": "",
+        "pixel": base64.b64encode(picture.getvalue()).decode(),
+        "path": str(root / "coco/train2017/000000000001.jpg"), "address": "http://127.0.0.1:9/a.png",
+    }  # fmt: skip
+    write(root, "MIMIC-IT/VST.json", values)
+    record = {"instruction": "?", "answer": "!", "rel_ins_ids": []}
+    data = {name: {**record, "image_ids": [name]} for name in values}
+    write(root, "MIMIC-IT/VST_instructions.json", {"data": data})
+    dataset, report = load_source("otter_mimicit_vst", root)
+    assert dataset["images"][:] == [["MIMIC-IT/VST.json#good"]] and report.dropped == {"an image is not there": 7}
+
+
+def test_images_that_come_or_go_are_noticed(tmp_path):
+    root = write_published_data(tmp_path)
+    picture = (root / "coco/train2017/000000000001.jpg").read_bytes()
+    for name, file in {
+        "llava": "coco/train2017/000000000099.jpg",
+        "sparkles_dialogue": "SparklesDialogueVG/images/8.jpg",
+        "ocr_vqa": "OCR_VQA/images/0004.jpg",
+    }.items():
+        before = load_source(name, root)[1].used
+        (root / file).write_bytes(picture)
+        assert load_source(name, root)[1].used == before + 1
+    used = load_source("coco_caption", root)[1].used
+    (root / "coco/2014/val2014/COCO_val2014_000000000002.jpg").unlink()
+    assert load_source("coco_caption", root)[1].used == used - 1
+    used = load_source("otter_mimicit_vst", root)[1].used
+    write(root, "MIMIC-IT/VST.json", {f"VST_IMG_{number}": encoded(0) for number in (1, 2, 3, 77)})
+    assert load_source("otter_mimicit_vst", root)[1].used == used + 1
+
+
+def test_odd_names_of_images(tmp_path):
+    root = write_published_data(tmp_path)
+    turns = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "!"}]
+    names = ["a.json#b", ".", "", "000000000001.jpg"]
+    write(root, "llava/conversation_58k.json", [{"image": name, "conversations": turns} for name in names])
+    assert load_source("llava_dial", root)[1].dropped == {"image path outside of its folder": 3}
+    ids = [[f"CGD_IMG_{1:012d}"] * 2, ["CGD_IMG_" + "1" * 5000]]
+    data = {str(place): {"instruction": "?", "answer": "!", "image_ids": row} for place, row in enumerate(ids)}
+    write(root, "MIMIC-IT/CGD_instructions.json", {"data": data})
+    report = load_source("otter_mimicit_cgd", root)[1]
+    assert (report.used, report.dropped) == (1, {"image id of an unknown form": 1})
+    (root / "llava/conversation_58k.json").write_text(json.dumps(DIALOGUES))
+    readings = list(read_source(SOURCES["llava_otter_blend"], root))
+    assert sum(reading.num_records for reading in readings) == len(DETAIL) + len(REASONING) + len(DIALOGUES) + 2
+    assert Dropped("no pair of images") in [reading.outcome for reading in readings]
