@@ -89,7 +89,7 @@ class VisualChatGenerationMixin(GenerationMixin):
             pixel_values = kwargs.pop("pixel_values").to(self.device)
             kwargs["image_states"] = image_memory.read(self.model, pixel_values)
         outputs = super().generate(inputs, **kwargs)
-        self._note_generated(outputs, cache, tokens)
+        self._note_generated(outputs, cache, tokens, 0 if ids is None else ids.shape[1])
         return outputs
 
     def _tell_apart(self, input_ids, pixel_values, cache: Any, kwargs: dict) -> list[list] | None:
@@ -147,6 +147,12 @@ class VisualChatGenerationMixin(GenerationMixin):
             `ValueError`: a cache of another model, state of it or number of rows, and not all tokens and images.
         """
         state = self._describe_state()
+        num_images = len(kwargs["pixel_values"]) if kwargs.get("pixel_values") is not None else 0
+        is_whole = tokens is not None and (
+            inputs.shape[1] == len(tokens[0])
+            and num_images * self.config.image_seq_length
+            == sum(isinstance(token, tuple) for row in tokens for token in row)
+        )
         if cache.get_seq_length() > 0:
             config = kwargs.get("generation_config") or self.generation_config
             sizes = [kwargs.get(name) or getattr(config, name, None) for name in ("num_beams", "num_return_sequences")]
@@ -154,7 +160,7 @@ class VisualChatGenerationMixin(GenerationMixin):
             is_other = cache.made_by not in (None, state) or cache.num_rows not in (len(inputs), num_rows)
             # Filled by `generate`, but with rows or inputs of which it is not known what they hold.
             is_other = is_other or (tokens is not None and cache.tokens is None and cache.made_by is not None)
-            if is_other and tokens is None:
+            if is_other and not is_whole:
                 raise ValueError(
                     "The cache was filled by another model, by another state of this one or for another number of "
                     "rows. Pass all tokens and all images, or an empty cache."
@@ -178,7 +184,7 @@ class VisualChatGenerationMixin(GenerationMixin):
         ]
         return id(self.model), describe_switches(self.model), hash(tuple(weights)), hash(self.config.to_json_string())
 
-    def _note_generated(self, outputs, cache: Any, tokens: list[list] | None) -> None:
+    def _note_generated(self, outputs, cache: Any, tokens: list[list] | None, num_passed: int) -> None:
         """Completes what a cache knows of its tokens by those that were generated."""
         sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences
         if not isinstance(outputs, torch.Tensor):
@@ -189,8 +195,8 @@ class VisualChatGenerationMixin(GenerationMixin):
             cache.tokens, cache.made_by = None, self._describe_state()
             return
         cache.made_by = self._describe_state()
-        start, end = len(tokens[0]), cache.get_seq_length()
-        cache.tokens = [row + new for row, new in zip(tokens, sequences[:, start:end].tolist())]
+        end = num_passed + cache.get_seq_length() - len(tokens[0])
+        cache.tokens = [row + new for row, new in zip(tokens, sequences[:, num_passed:end].tolist())]
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
         """By default a cache that keeps text and images apart, where the model can use one."""

@@ -611,6 +611,12 @@ def test_new_tokens_alone_keep_what_is_known():
     mask = torch.ones(1, first.shape[1] + 3, dtype=torch.long)
     types = torch.nn.functional.pad((first == 2).long(), (0, 3))
     model.generate(new, attention_mask=mask, mm_token_type_ids=types, past_key_values=cache, **OPTIONS)
+    assert [len(row) for row in cache.tokens] == [cache.get_seq_length()]
+    with pytest.raises(ValueError, match="filled by another model"):
+        whole = torch.nn.functional.pad(mask, (0, cache.get_seq_length() + 1 - mask.shape[1]), value=1)
+        make_model(seed=1).generate(
+            new[:, :1], attention_mask=whole, mm_token_type_ids=torch.zeros_like(whole), past_key_values=cache
+        )
     edited = torch.cat([first, new], dim=1)
     edited[0, 1] += 1
     output = model.generate(edited, pixel_values=pixels(0), past_key_values=cache, **OPTIONS)
