@@ -63,7 +63,9 @@ class VisualChatGenerationMixin(GenerationMixin):
                 f"{' and '.join(named)} cannot be chosen for one call with an image memory; set it in the "
                 "configuration."
             )
-        tokens = self._tell_apart(ids, pixel_values, cache, kwargs)
+        config = kwargs.get("generation_config") or self.generation_config
+        is_kept = keeps_apart(cache) or kwargs.get("return_dict_in_generate", config.return_dict_in_generate)
+        tokens = self._tell_apart(ids, pixel_values, cache, kwargs) if is_kept else None
         if keeps_apart(cache):
             self._crop_to_shared(cache, tokens, ids if embeds is None else embeds, kwargs)
         num_past = 0 if cache is None else int(cache.get_seq_length())

@@ -21,7 +21,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers.utils import output_capturing
 
-from .plan_visualchat import take
+from .plan_visualchat import IMAGE, take
 
 
 @dataclass(frozen=True, eq=False)
@@ -377,7 +377,7 @@ def place_images(
         rotation (`KeyRotation`): Of the decoder.
     """
     numbers = (is_image.flatten().cumsum(0) - 1).view(is_image.shape).clamp(min=0)
-    columns = [(row == 2).nonzero()[:, 0] for row in kinds]
+    columns = [(row == IMAGE).nonzero()[:, 0] for row in kinds]
     order = nn.utils.rnn.pad_sequence(columns, batch_first=True)
     order_of_tokens = images.token_index()[take(numbers, order)]
     num_tokens, shape = images.features.shape[:2].numel(), (order.shape[0], order.shape[1])

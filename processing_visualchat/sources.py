@@ -240,7 +240,9 @@ def _key(source: Source, root: Path) -> str:
     for name in ("sources.py", "source_converters.py", "image_archives.py", "conversation_visualchat.py"):
         digest.update((Path(__file__).parent / name).read_bytes())
     folders = {root / source.images, *((root / file).parent.parent / "images" for file in source.annotations)}
-    folders |= {part for folder in folders if folder.is_dir() for part in folder.iterdir() if part.is_dir()}
+    folders |= {
+        Path(entry.path) for folder in folders if folder.is_dir() for entry in os.scandir(folder) if entry.is_dir()
+    }
     archives = {find_archive(folder) or folder for folder in folders if folder.suffix == ".json"}
     for path in sorted({*(root / file for file in source.annotations), *folders, *archives}):
         digest.update(str((str(path), _stamp(path))).encode())
