@@ -12,7 +12,8 @@ queries that are computed, t = text on text, i = text on image):
 
 Text on text is plain causal attention, and each run of text between two images reads a prefix of the image keys, so
 nothing is masked. Rows of a batch are padded at the ends of the two blocks, where neither causality nor a prefix
-reaches; only text that goes on after such padding, on a kept cache, needs a mask.
+reaches; only text that goes on after such padding, on a kept cache, needs a mask. Of a row that packs several
+conversations each has a plan of its own, over its part of the two blocks.
 
 Dimensions: B rows, Q current positions, T text places and I image places (the most that a row has), H query heads, K
 key/value heads, D head size.
@@ -49,6 +50,8 @@ class MMCAPlan:
         image_mask (`torch.Tensor` of shape `(B, 1, 1, I)`, *optional*): `True` where a row's single text token reads
             images, if rows differ in that.
         images (`Callable`, *optional*): From the index of a layer to the image keys and values, each (B, K, I, D).
+        packed (`list` of B lists of [`MMCAPlan`], *optional*): Of rows that pack several sequences, the plan of each
+            sequence, in place of `runs`.
     """
 
     kinds: torch.Tensor
@@ -59,6 +62,7 @@ class MMCAPlan:
     text_mask: torch.Tensor | None = None
     image_mask: torch.Tensor | None = None
     images: Callable[[int], tuple[torch.Tensor, torch.Tensor]] | None = field(default=None, repr=False)
+    packed: "list[list[MMCAPlan]] | None" = field(default=None, repr=False)
 
     def take_text(self, states: torch.Tensor) -> torch.Tensor:
         """(B, Q, …) of all positions to (B, T, …) of the text."""
@@ -95,6 +99,7 @@ def plan_mmca(
     past_places: torch.Tensor | None = None,
     past_kinds: torch.Tensor | None = None,
     images: Callable[[int], tuple[torch.Tensor, torch.Tensor]] | None = None,
+    sequence_ids: torch.Tensor | None = None,
 ) -> MMCAPlan:
     """
     Args:
@@ -103,6 +108,8 @@ def plan_mmca(
         past_places (`torch.Tensor` of shape `(B, past)`, *optional*): Places of the cached positions.
         past_kinds (`torch.Tensor` of shape `(B, past)`, *optional*): Kinds of the cached positions.
         images (`Callable`, *optional*): See [`MMCAPlan`].
+        sequence_ids (`torch.Tensor` of shape `(B, Q)`, *optional*): Of packed rows, which sequence a position is in;
+            without padding and without a cache.
     """
     is_image = mm_token_type_ids.cpu().bool()
     is_kept = torch.ones_like(is_image) if attention_mask is None else attention_mask.cpu().bool()
@@ -143,7 +150,14 @@ def plan_mmca(
         num_keys = torch.tensor([row[0][2] if row else 0 for row in runs])
         num_images = int((torch.tensor(num_past_images) + (kinds == IMAGE).sum(dim=1)).max())
         image_mask = (torch.arange(num_images) < num_keys[:, None])[:, None, None].to(device)
-    return MMCAPlan(kinds, places, order.to(device), runs, num_past, text_mask, image_mask, images)
+    packed = None if sequence_ids is None else [_plan_packed(*row) for row in zip(is_image, sequence_ids.cpu())]
+    return MMCAPlan(kinds, places, order.to(device), runs, num_past, text_mask, image_mask, images, packed)
+
+
+def _plan_packed(is_image: torch.Tensor, sequence_ids: torch.Tensor) -> list[MMCAPlan]:
+    """The plans of the sequences of one row, each (Q,)."""
+    lengths = sequence_ids.unique_consecutive(return_counts=True)[1].tolist()
+    return [plan_mmca(sequence[None]) for sequence in is_image.split(lengths)]
 
 
 def count_places(places: torch.Tensor, kinds: torch.Tensor, kind: int) -> int:
@@ -176,6 +190,8 @@ def planned_attention(
     Returns:
         `torch.Tensor` of shape `(B, T, H, D)`.
     """
+    if plan.packed is not None:
+        return _packed_attention(query, key, value, image_key, image_value, plan.packed, scaling, dropout)
     options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
     attend = nn.functional.scaled_dot_product_attention
     is_causal = plan.text_mask is None and plan.num_past == 0
@@ -204,6 +220,32 @@ def planned_attention(
         return read_images(query, image_key, image_value, plan.runs[0]).add_(output.transpose(1, 2))
     rows = zip(query.split(1), image_key.split(1), image_value.split(1), plan.runs)
     return torch.cat([read_images(*row) for row in rows]).add_(output.transpose(1, 2))
+
+
+def _packed_attention(query, key, value, image_key, image_value, packed, scaling, dropout) -> torch.Tensor:
+    """Row by row and sequence by sequence, each on its own part of the text and of the images."""
+    rows = []
+    for row, plans in enumerate(packed):
+        num_texts = [int((plan.kinds == TEXT).sum()) for plan in plans]
+        num_images = [int((plan.kinds == IMAGE).sum()) for plan in plans]
+        texts = [_split(states[row : row + 1], num_texts) for states in (query, key, value)]
+        images: list[list] = [[None] * len(plans)] * 2
+        if image_key is not None and image_value is not None:
+            images = [_split(states[row : row + 1], num_images) for states in (image_key, image_value)]
+        parts = [
+            planned_attention(*text, *(image if num_image else (None, None)), plan, scaling, dropout)
+            for plan, num_text, num_image, text, image in zip(plans, num_texts, num_images, zip(*texts), zip(*images))
+            if num_text
+        ]
+        padding = query.shape[2] - sum(num_texts)
+        parts += [query.new_zeros(1, padding, query.shape[1], value.shape[3])] if padding else []
+        rows.append(torch.cat(parts, dim=1))
+    return torch.cat(rows)
+
+
+def _split(states: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]:
+    """(1, heads, L, D) in parts of these lengths; what is left over belongs to none."""
+    return list(states.split([*lengths, states.shape[2] - sum(lengths)], dim=2))[: len(lengths)]
 
 
 class _Prefixes(torch.autograd.Function):

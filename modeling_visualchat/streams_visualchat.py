@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .attention_visualchat import MMCA_PREFIX, PlanNotDeliveredError
@@ -79,13 +80,14 @@ class TwoStreamMixin:
         """Whether these inputs can go through the decoder apart."""
         text_config = self.config.text_config
         window = getattr(text_config, "sliding_window", None)
+        sequence_ids = _find_packed(embeds, attention_mask, position_ids)
         return (
             self._takes_plans
             and text_config._attn_implementation == MMCA_PREFIX + "sdpa"
             and not torch.compiler.is_compiling()
-            and (window is None or embeds.shape[1] < window)
+            and (window is None or _longest(embeds, sequence_ids) < window)
             and not any(kwargs.get(name, getattr(text_config, name, False)) for name in RECORDED_OUTPUTS)
-            and (position_ids is None or attention_mask is not None or not _is_packed(position_ids))
+            and (sequence_ids is None or past_key_values is None)
             and _turns_alike(text_config, embeds, position_ids, past_key_values)
             and self._serves(past_key_values, kwargs)
             and not (self.training and _checkpoints_reentrantly(self.language_model))
@@ -137,6 +139,9 @@ class TwoStreamMixin:
             past_key_values (`Cache`, *optional*): A cache that [`_serves`].
         """
         assert self._key_rotation is not None
+        sequence_ids = _find_packed(embeds, attention_mask, position_ids)
+        if sequence_ids is not None:
+            kwargs["use_cache"] = False  # there is no one conversation to go on with
         if past_key_values is None and kwargs.get("use_cache", self.config.text_config.use_cache):
             past_key_values = ConversationCache()
         cache: Any = past_key_values
@@ -171,7 +176,7 @@ class TwoStreamMixin:
         if cache is not None:
             cache.prepare(embeds.shape[0])
             past = (cache.places, cache.kinds)
-        plan = plan_mmca(mm_token_type_ids, attention_mask, *past)
+        plan = plan_mmca(mm_token_type_ids, attention_mask, *past, sequence_ids=sequence_ids)
         if images is not None:
             plan = replace(plan, images=place_images(images, plan.kinds, is_image, position_ids, self._key_rotation))
         if cache is not None:
@@ -218,8 +223,18 @@ class TwoStreamMixin:
         return read_images(self._decode, images, self._key_rotation, is_watched, needs_outputs, positions)
 
 
-def _is_packed(position_ids: torch.Tensor) -> bool:
-    return bool((position_ids.diff(dim=-1) != 1).any())
+def _find_packed(embeds, attention_mask, position_ids) -> torch.Tensor | None:
+    """Of rows that pack several sequences, which one each position is in (B, Q): told by positions that start anew."""
+    if position_ids is None or attention_mask is not None:
+        return None
+    return find_packed_sequence_indices(position_ids.expand(embeds.shape[:2]))
+
+
+def _longest(embeds: torch.Tensor, sequence_ids: torch.Tensor | None) -> int:
+    """The length of the longest sequence."""
+    if sequence_ids is None:
+        return embeds.shape[1]
+    return max(int(row.unique_consecutive(return_counts=True)[1].max()) for row in sequence_ids)
 
 
 def _turns_alike(text_config, embeds: torch.Tensor, position_ids: torch.Tensor | None, cache: Cache | None) -> bool:
