@@ -65,7 +65,7 @@ class VisualChatCausalLMOutputWithPast(ModelOutput):
 
     Args:
         loss (`torch.Tensor` of shape `()`, *optional*):
-            Next-token cross-entropy over the labels that are not -100.
+            Next-token cross-entropy over the labels that are not -100; zero if all are.
         logits (`torch.Tensor` of shape `(B, Q, vocabulary)`, *optional*):
             Scores before the softmax, at the positions that `logits_to_keep` asks for; none with `skip_logits`.
         past_key_values (`Cache`, *optional*):
@@ -581,7 +581,9 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, VisualChatGe
             hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         logits = self._scale_logits(self.lm_head(hidden_states))
         loss = None
-        if targets is not None:
+        if labels is not None and not torch.compiler.is_compiling() and not bool((labels[:, 1:] != -100).any()):
+            loss = 0.0 * logits.sum()  # there is nothing to learn, as in a batch of which nothing could be used
+        elif targets is not None:
             loss = self.loss_function(
                 logits=logits,
                 labels=None,

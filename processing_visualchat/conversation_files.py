@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from .conversation_visualchat import drop_nulls, validate_conversation
+from .conversation_visualchat import drop_nulls, image_source, is_image, validate_conversation
 from .image_loading_visualchat import load_image
 from .processing_visualchat import VisualChatProcessor
 
@@ -86,10 +86,9 @@ def _resolve_image_sources(messages: list[dict], folder: Path, where: str) -> li
     sources = []
     for message in messages:
         for block in message["content"] if not isinstance(message["content"], str) else ():
-            if block["type"] == "text":
+            if not is_image(block):
                 continue
-            source = block.get("path") or block.get("url") or block.get("base64") or block.get("image_url")
-            source = source.get("url") if isinstance(source, dict) else source
+            source = image_source(block)
             if not isinstance(source, str):
                 raise ValueError(f"{where} has an image without a path, url or base64 text: {block!r:.80}.")
             if "base64" not in block and not source.startswith(("http://", "https://", "data:")):

@@ -7,6 +7,9 @@ The one form of a conversation, and what is wrong with one that is not of that f
      {"role": "assistant", "content": "A cat."}, ...]                             # user and assistant take turns
 """
 
+from typing import Any
+
+
 ROLES = ("system", "user", "assistant")
 IMAGE_SOURCES = ("image", "path", "url", "base64")
 
@@ -48,6 +51,21 @@ def validate_conversation(messages: list[dict], image_token: str = "<image>", na
                     else "user and assistant take turns; join the two messages."
                 )
             )
+
+
+def is_image(block) -> bool:
+    """Whether a block of a message is an image."""
+    return isinstance(block, dict) and block.get("type") in ("image", "image_url")
+
+
+def image_source(block: dict) -> Any:
+    """What an image block is to be read from, as [`load_image`] takes it; nothing if it does not say."""
+    address = block.get("image_url")
+    sources = (
+        *(block.get(name) for name in IMAGE_SOURCES),
+        address.get("url") if isinstance(address, dict) else address,
+    )
+    return next((source for source in sources if source is not None), None)
 
 
 def drop_nulls(messages: list[dict]) -> list[dict]:

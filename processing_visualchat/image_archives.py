@@ -15,6 +15,7 @@ from typing import Any
 
 from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError
+from PIL import Image
 from pyarrow import parquet
 
 from .image_loading_visualchat import load_image
@@ -75,21 +76,25 @@ def split_archived(path: str) -> tuple[str, str] | None:
     return (match[1], match[2]) if match else None
 
 
-def resolve_archived(messages: list[dict]) -> list[dict]:
-    """Messages in which images in archives have become images."""
+def open_training_image(source: Any) -> Image.Image:
+    """
+    One image to learn from, out of an archive or of whatever [`load_image`] takes.
 
-    def resolve(block):
-        found = split_archived(str(block.get("path", ""))) if isinstance(block, dict) else None
-        if found is None:
-            return block
-        return {"type": "image", "image": load_image(open_archive(found[0])[found[1]])}
-
-    return [
-        {**message, "content": [resolve(block) for block in message["content"]]}
-        if isinstance(message, dict) and isinstance(message.get("content"), (list, tuple))
-        else message
-        for message in messages
-    ]
+    Raises:
+        `FileNotFoundError`: it is not there.
+        `ValueError`: it cannot be read, or is one pixel high or wide, as what stands for a lost image often is.
+    """
+    archived = split_archived(source) if isinstance(source, str) else None
+    if archived is not None:
+        archive, name = open_archive(archived[0]), archived[1]
+        if name not in archive:
+            raise ValueError(f"{archived[0]} holds no image {name}, or a broken one.")
+        source = archive[name]
+    image = load_image(source)
+    if min(image.size) < 2:
+        name = source if isinstance(source, str) else "in memory"
+        raise ValueError(f"The image {name:.200} has {image.width} x {image.height} pixels; it shows nothing.")
+    return image
 
 
 ROWS = Features({"id": Value("string"), "data": Value("large_binary"), "is_image": Value("bool")})
@@ -137,6 +142,7 @@ def _decode(text: Any) -> bytes:
 
 def _is_image(data: bytes) -> bool:
     try:
-        return min(load_image(data).size) > 1
+        open_training_image(data)
     except (ValueError, OSError):
         return False
+    return True

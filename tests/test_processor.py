@@ -205,32 +205,6 @@ def half_transparent():
 
 
 @pytest.mark.parametrize(
-    ("overlong", "expected"), [("drop_first_rounds", "What's the difference"), ("drop_last_rounds", "It's a circle.")]
-)
-def test_long_conversations_lose_whole_rounds(processor, chat, overlong, expected):
-    whole = DataCollatorForVisualChat(processor)([{"messages": chat}])
-    limit = whole["input_ids"].shape[1] - 1
-    collator = DataCollatorForVisualChat(processor, limit, overlong)
-    batch = collator(
-        [
-            {"messages": chat},
-            {"messages": [{"role": "system", "content": "Be short, and say what you see in the pictures."}, *chat]},
-        ]
-    )
-    assert batch["input_ids"].shape[1] <= limit and collator.num_shortened == 2
-    texts = processor.batch_decode(batch["input_ids"], skip_special_tokens=True)
-    assert all(text.count("### Question") == 1 and expected in text for text in texts)
-    assert "Be short, and" in texts[1] and (batch["labels"] != -100).any(dim=1).all()
-    assert len(batch["pixel_values"]) == (4 if overlong == "drop_first_rounds" else 2)
-    unshortened = DataCollatorForVisualChat(processor, limit + 1, overlong)
-    assert unshortened([{"messages": chat}])["input_ids"].shape[1] == limit + 1 and unshortened.num_shortened == 0
-    with pytest.raises(ValueError, match="more than max_length=20"):
-        DataCollatorForVisualChat(processor, 20, overlong)([{"messages": chat}])
-    with pytest.raises(ValueError, match="overlong is 'cut'; choose one of error, drop_first_rounds"):
-        DataCollatorForVisualChat(processor, 20, "cut")
-
-
-@pytest.mark.parametrize(
     ("image", "expected"),
     [
         (solid("L", 77), (77, 77, 77)),
