@@ -81,7 +81,7 @@ class DataCollatorForVisualChat:
             has an image.
         """
         conversations = []
-        for example in (part for example in examples for part in example.get("pack", [example])):
+        for example in (part for entry in examples for part in entry.get("pack", [entry])):
             messages = example["messages"]
             messages = self._fit(json.loads(messages) if isinstance(messages, str) else messages)
             if messages is not None and (opened := self._open_images(messages)) is not None:

@@ -1,11 +1,13 @@
 """
-Images that a data set keeps as base64 in one file, `{"id": "base64", …}` as JSON or as parquet with a column `base64`.
+Images that a data set keeps in one file: as base64, `{"id": "base64", …}` as JSON or as parquet with a column
+`base64`; or encoded in the column `images` (or `image`) of the parquet file of its records.
 
-An image in such a file is named `archive.json#id`. The file is read once, into Arrow, which is memory-mapped, and
-every image is tried; then one image at a time. What is not an image, or has a single pixel, is not in the archive.
+An image in such a file is named `archive.json#id`, in rows of records `records.parquet#row.number`. The file is read
+once, into Arrow, which is memory-mapped, and every image is tried; then one image at a time. What is not an image, or
+has a single pixel, is not in the archive.
 """
 
-import base64
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ from datasets.exceptions import DatasetGenerationError
 from PIL import Image
 from pyarrow import parquet
 
-from .image_loading_visualchat import load_image
+from .image_loading_visualchat import decode_base64, load_image
 
 
 class ImageArchive:
@@ -97,47 +99,56 @@ def open_training_image(source: Any) -> Image.Image:
     return image
 
 
+def digest_of(data: bytes) -> str:
+    """What tells the content of an encoded image from another's."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+ROW_IMAGES = ("images", "image")  # columns in which rows of parquet files keep images
 ROWS = Features({"id": Value("string"), "data": Value("large_binary"), "is_image": Value("bool")})
 
 
 def _generate_images(path: str, key: str) -> Iterator[dict]:
     yield {"id": "", "data": b"", "is_image": False}  # `datasets` reads no file that has no row
-    for name, text in _read_parquet(path) if path.endswith(".parquet") else _read_json(path):
-        data = _decode(text)
+    for name, data in _read_parquet(path) if path.endswith(".parquet") else _read_json(path):
         yield {"id": name.encode("utf-8", "replace").decode(), "data": data, "is_image": _is_image(data)}
 
 
-def _read_json(path: str) -> Iterator[tuple[str, Any]]:
+def _read_json(path: str) -> Iterator[tuple[str, bytes]]:
     try:
         images = json.loads(Path(path).read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is not whole JSON: {error}. Was it fetched to its end?") from error
     if not isinstance(images, dict):
         raise ValueError(f"{path} has another schema: at its top it should have a dict of base64 by image id.")
-    yield from images.items()
+    yield from ((name, _decode(text)) for name, text in images.items())
 
 
-def _read_parquet(path: str) -> Iterator[tuple[str, Any]]:
+def _read_parquet(path: str) -> Iterator[tuple[str, bytes]]:
     file = parquet.ParquetFile(path)
-    names = [name for name in ("id", "__index_level_0__") if name in file.schema_arrow.names]
-    if not names or "base64" not in file.schema_arrow.names:
-        raise ValueError(f"{path} has the columns {', '.join(file.schema_arrow.names)}; it should have id and base64.")
-    for batch in file.iter_batches(batch_size=64, columns=[names[0], "base64"]):
-        for row in batch.to_pylist():
-            yield str(row[names[0]]), row["base64"]
+    columns = file.schema_arrow.names
+    row_images = [name for name in ROW_IMAGES if name in columns]
+    names = [name for name in ("id", "__index_level_0__") if name in columns]
+    if names and "base64" in columns:
+        for batch in file.iter_batches(batch_size=64, columns=[names[0], "base64"]):
+            yield from ((str(row[names[0]]), _decode(row["base64"])) for row in batch.to_pylist())
+        return
+    if not row_images:
+        raise ValueError(f"{path} has the columns {', '.join(columns)}; it should have id and base64, or images.")
+    rows = (row for batch in file.iter_batches(batch_size=64, columns=row_images) for row in batch.to_pylist())
+    for number, row in enumerate(rows):
+        values = next((row[name] for name in row_images if row[name]), [])
+        for index, value in enumerate(values if isinstance(values, list) else [values]):
+            data = value.get("bytes") if isinstance(value, dict) else value
+            if isinstance(data, bytes):
+                yield f"{number}.{index}", data
 
 
 def _decode(text: Any) -> bytes:
-    """Base64 of either alphabet, with or without padding, to bytes; nothing if it is not that."""
+    """Base64 of either alphabet to bytes; nothing if it is not that."""
     if isinstance(text, bytes):
         text = text.decode("ascii", "replace")
-    if not isinstance(text, str):
-        return b""
-    text = "".join(text.split()).rstrip("=").translate(str.maketrans("-_", "+/"))
-    try:
-        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
-    except ValueError:
-        return b""
+    return (decode_base64(text) if isinstance(text, str) else None) or b""
 
 
 def _is_image(data: bytes) -> bool:

@@ -79,9 +79,15 @@ def _from_base64(text: str) -> bytes | None:
     text = "".join((text.partition(",")[2] if text.startswith("data:") else text).split())
     if len(text) < SHORTEST_BASE64:
         return None
+    return decode_base64(text)
+
+
+def decode_base64(text: str) -> bytes | None:
+    """Base64 of either alphabet, with or without padding and line breaks, to bytes; nothing if it is not that."""
+    text = "".join(text.split()).rstrip("=").translate(str.maketrans("-_", "+/"))
     try:
-        return base64.b64decode(text, validate=True)
-    except binascii.Error:
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except (binascii.Error, ValueError):
         return None
 
 

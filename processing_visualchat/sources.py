@@ -13,22 +13,28 @@ this code, so a second start is instant.
 """
 
 import difflib
-import hashlib
-import json
-import os
 import random
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, List, Value
-from datasets.exceptions import DatasetGenerationError
+from datasets import Dataset
 
-from .conversation_visualchat import validate_conversation
-from .image_archives import find_archive, open_archive, split_archived
+from .image_archives import find_archive
+from .readings import (
+    Check,
+    Reading,
+    SourceReport,
+    check_reading,
+    images_are_there,
+    keep_readings,
+    load_json,
+    reading_key,
+    rows_of_readings,
+    with_subfolders,
+)
 from .source_converters import (
     Conversation,
     Dropped,
@@ -44,25 +50,6 @@ from .source_converters import (
 )
 
 
-Check = Callable[[list[str]], bool]
-
-
-@dataclass(frozen=True)
-class Reading:
-    """
-    What became of one raw record, or of the records that form one conversation.
-
-    Args:
-        where (`str`): The file and the record.
-        num_records (`int`): How many raw records it stands for.
-        outcome (`Conversation` or `Dropped`): What became of them.
-    """
-
-    where: str
-    num_records: int
-    outcome: Conversation | Dropped
-
-
 @dataclass(frozen=True)
 class Source:
     """
@@ -74,7 +61,9 @@ class Source:
         images (`str`): The folder of its images, or the file that holds them as base64.
         read (`Callable`): From the contents of its files by name, `images`, and what tells whether images are there,
             to [`Reading`]s.
-        homepage (`str`): Where to get it, and its terms.
+        homepage (`str`): Where to get it.
+        attribution (`str`): Whom to cite.
+        licence (`str`): The terms of its records and images, as their authors state them; no legal advice.
     """
 
     name: str
@@ -82,35 +71,8 @@ class Source:
     images: str
     read: Callable[[dict[str, Any], str, Check], Iterator[Reading]]
     homepage: str
-
-
-@dataclass
-class SourceReport:
-    """
-    How the records of a source fared; `read` is always `used` plus what was dropped.
-
-    Args:
-        name (`str`): The source.
-        read, used (`int`): Raw records.
-        conversations (`int`): What they became.
-        dropped, repaired (`dict`): Numbers of records by reason.
-        examples (`dict`): For every reason one record that it holds for.
-    """
-
-    name: str
-    read: int = 0
-    used: int = 0
-    conversations: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    repaired: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        lines = [f"{self.name}: {self.read} records read, {self.used} used in {self.conversations} conversations"]
-        for title, reasons in (("dropped", self.dropped), ("repaired", self.repaired)):
-            for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
-                lines.append(f"  {count:>8} {title}: {reason} (as in {self.examples[reason]})")
-        return "\n".join(lines)
+    attribution: str
+    licence: str
 
 
 def load_source(name: str, data_root: str | Path, check_files: bool = True) -> tuple[Dataset, SourceReport]:
@@ -151,15 +113,7 @@ def load_source(name: str, data_root: str | Path, check_files: bool = True) -> t
             f"{source.homepage}."
         )
     options = {"name": name, "root": str(root.resolve()), "check_files": check_files, "key": _key(source, root)}
-    try:
-        rows = Dataset.from_generator(_generate_rows, features=ROWS, gen_kwargs=options)
-    except DatasetGenerationError as error:
-        raise (error.__cause__ or error) from None
-    report = _report(name, rows)
-    used = rows.filter(lambda text: text != "", input_columns="messages")
-    if len(used) == 0:
-        raise ValueError(f"Nothing is left of the source {name}.\n{report}")
-    return used.select_columns(["messages", "images", "where", "num_records"]), report
+    return keep_readings(name, _generate_rows, options)
 
 
 def get_source(name: str) -> Source:
@@ -174,132 +128,21 @@ def get_source(name: str) -> Source:
 def read_source(source: Source, data_root: Path, check_files: bool = True) -> Iterator[Reading]:
     """What became of every record of a source, file after file."""
     root = data_root.resolve()
-    contents = {file: _load_json(root / file) for file in source.annotations}
-    are_there = partial(_are_there, root=root) if check_files else lambda images: True
+    contents = {file: load_json(root / file) for file in source.annotations}
+    are_there = partial(images_are_there, root=root) if check_files else lambda images: True
     yield from source.read(contents, source.images, are_there)
 
 
-ROWS = Features(
-    {
-        "messages": Value("large_string"),
-        "images": List(Value("string")),
-        "where": Value("string"),
-        "num_records": Value("int64"),
-        "dropped": Value("string"),
-        "repairs": List(Value("string")),
-    }
-)
-NOTHING = {"messages": "", "images": [], "where": "", "num_records": 0, "dropped": "", "repairs": []}
-
-
 def _generate_rows(name: str, root: str, check_files: bool, key: str) -> Iterator[dict]:
-    yield NOTHING  # `datasets` reads no file that has no row
-    for reading in read_source(SOURCES[name], Path(root), check_files):
-        outcome = reading.outcome
-        is_used = isinstance(outcome, Conversation)
-        messages = outcome.messages() if isinstance(outcome, Conversation) else []
-        for message in messages:
-            for block in message["content"] if message["role"] == "user" else ():
-                if block["type"] == "image":
-                    block["path"] = f"{root}/{block['path']}"
-        yield {
-            "messages": json.dumps(messages) if is_used else "",
-            "images": outcome.images if isinstance(outcome, Conversation) else [],
-            "where": reading.where.encode("utf-8", "replace").decode(),
-            "num_records": reading.num_records,
-            "dropped": outcome.reason if isinstance(outcome, Dropped) else "",
-            "repairs": list(outcome.repairs) if isinstance(outcome, Conversation) else [],
-        }
-
-
-def _report(name: str, rows: Dataset) -> SourceReport:
-    report = SourceReport(name)
-    dropped: Counter[str] = Counter()
-    repaired: Counter[str] = Counter()
-    columns = ["where", "num_records", "dropped", "repairs"]
-    for batch in rows.select_columns(columns).iter(10_000):
-        for where, count, reason, repairs in zip(*(batch[column] for column in columns)):
-            if count == 0:
-                continue
-            report.read += count
-            if reason:
-                dropped[reason] += count
-            else:
-                report.used += count
-                report.conversations += 1
-            repaired.update(dict.fromkeys(repairs, count))
-            for noted in (reason, *repairs):
-                report.examples.setdefault(noted, where)
-    report.dropped, report.repaired = dict(dropped), dict(repaired)
-    return report
+    yield from rows_of_readings(read_source(SOURCES[name], Path(root), check_files), root)
 
 
 def _key(source: Source, root: Path) -> str:
     """What tells these files, read by this code, from others."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name in ("sources.py", "source_converters.py", "image_archives.py", "conversation_visualchat.py"):
-        digest.update((Path(__file__).parent / name).read_bytes())
     folders = {root / source.images, *((root / file).parent.parent / "images" for file in source.annotations)}
-    folders |= {
-        Path(entry.path) for folder in folders if folder.is_dir() for entry in os.scandir(folder) if entry.is_dir()
-    }
     archives = {find_archive(folder) or folder for folder in folders if folder.suffix == ".json"}
-    for path in sorted({*(root / file for file in source.annotations), *folders, *archives}):
-        digest.update(str((str(path), _stamp(path))).encode())
-    return digest.hexdigest()
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
-    """What tells one state of a file or a folder from another."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns
-
-
-def _load_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path} is not whole JSON: {error.msg} at line {error.lineno}, column {error.colno}. Was it fetched to "
-            "its end?"
-        ) from error
-
-
-def _check(reading: Reading, are_there: Check) -> Reading:
-    if isinstance(reading.outcome, Dropped):
-        return reading
-    try:
-        messages = reading.outcome.messages()
-        validate_conversation(messages)
-        json.dumps(messages, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return replace(reading, outcome=Dropped("text that is not Unicode"))
-    except ValueError:
-        return replace(reading, outcome=Dropped("a round without text, or with a literal <image>"))
-    if are_there(reading.outcome.images):
-        return reading
-    return replace(reading, outcome=Dropped("an image is not there"))
-
-
-def _are_there(images: list[str], root: Path) -> bool:
-    for image in images:
-        archived = split_archived(image)
-        if archived is not None:
-            if find_archive(root / archived[0]) is None or archived[1] not in open_archive(f"{root}/{archived[0]}"):
-                return False
-        elif Path(image).name not in _names_in_folder((root / image).parent, _stamp((root / image).parent)):
-            return False
-    return True
-
-
-@lru_cache(maxsize=64)
-def _names_in_folder(folder: Path, stamp: tuple[int, int] | None) -> frozenset[str]:
-    return frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
+    files = [*(root / file for file in source.annotations), *with_subfolders(folders), *sorted(archives)]
+    return reading_key(files, "sources.py", "source_converters.py")
 
 
 def _expect(contents: Any, kind: type, file: str, key: str | None = None) -> Any:
@@ -316,7 +159,7 @@ def _read_list(convert: Callable[[Any, str], Conversation | Dropped], key: str |
     def read(files: dict[str, Any], images: str, are_there: Check) -> Iterator[Reading]:
         for file, contents in files.items():
             for index, record in enumerate(_expect(contents, list, file, key)):
-                yield _check(Reading(f"{file}, record {index}", 1, convert(record, images)), are_there)
+                yield check_reading(Reading(f"{file}, record {index}", 1, convert(record, images)), are_there)
 
     return read
 
@@ -332,13 +175,15 @@ def _read_mimicit(files: dict[str, Any], images: str, are_there: Check) -> Itera
         instructions = _expect(contents, dict, file, "data")
         for group in group_mimicit(instructions):
             outcome = convert_mimicit([instructions[name] for name in group], images)
-            yield _check(Reading(f"{file}, {group[0]}", len(group), outcome), are_there)
+            yield check_reading(Reading(f"{file}, {group[0]}", len(group), outcome), are_there)
 
 
 def _read_ocr_vqa(files: dict[str, Any], images: str, are_there: Check) -> Iterator[Reading]:
     for file, contents in files.items():
         for image_id, record in _expect(contents, dict, file).items():
-            yield _check(Reading(f"{file}, {image_id}", 1, convert_ocr_vqa(image_id, record, images)), are_there)
+            yield check_reading(
+                Reading(f"{file}, {image_id}", 1, convert_ocr_vqa(image_id, record, images)), are_there
+            )
 
 
 def _read_blend(files: dict[str, Any], images: str, are_there: Check) -> Iterator[Reading]:
@@ -366,36 +211,54 @@ def _read_blend(files: dict[str, Any], images: str, are_there: Check) -> Iterato
 
 BLEND_SEED = 0
 COCO = "coco/train2017"
+COCO_IMAGES = "images (COCO): Flickr terms of use"
 LLAVA_FILES = ("llava/detail_23k.json", "llava/complex_reasoning_77k.json", "llava/conversation_58k.json")
-LLAVA = "https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K"
-MIMICIT = "https://huggingface.co/datasets/pufanyi/MIMICIT"
+LLAVA = (
+    "https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K",
+    "Liu et al., Visual Instruction Tuning, arXiv 2304.08485",
+    f"CC BY 4.0 and the terms of OpenAI (until 2024 CC BY-NC 4.0); {COCO_IMAGES}",
+)
+MIMICIT = (
+    "https://huggingface.co/datasets/pufanyi/MIMICIT",
+    "Li et al., MIMIC-IT: Multi-Modal In-Context Instruction Tuning, arXiv 2306.05425",
+    "MIT, with an agreement to research use alone; images: terms of",
+)
 
 
-def _mimicit(name: str, images: str) -> Source:
-    file = f"MIMIC-IT/{name.upper()}_instructions.json"
-    return Source(f"otter_mimicit_{name}", (file,), images, _read_mimicit, MIMICIT)
+def _mimicit(name: str, images: str, origin: str) -> Source:
+    file, (homepage, attribution, licence) = f"MIMIC-IT/{name.upper()}_instructions.json", MIMICIT
+    return Source(
+        f"otter_mimicit_{name}", (file,), images, _read_mimicit, homepage, attribution, f"{licence} {origin}"
+    )
 
 
 SOURCES = {
     source.name: source
     for source in (
-        Source("llava", LLAVA_FILES[:2], COCO, _read_list(convert_llava), LLAVA),
-        Source("llava_dial", LLAVA_FILES[2:], COCO, _read_list(convert_llava), LLAVA),
-        _mimicit("cgd", COCO),
+        Source("llava", LLAVA_FILES[:2], COCO, _read_list(convert_llava), *LLAVA),
+        Source("llava_dial", LLAVA_FILES[2:], COCO, _read_list(convert_llava), *LLAVA),
+        _mimicit("cgd", COCO, "COCO (Flickr)"),
         Source(
             "llava_otter_blend",
             (*LLAVA_FILES, "MIMIC-IT/CGD_instructions.json"),
             COCO,
             _read_blend,
-            f"{LLAVA} and {MIMICIT}",
+            f"{LLAVA[0]} and {MIMICIT[0]}",
+            f"{LLAVA[1]}; {MIMICIT[1]}",
+            f"{LLAVA[2]}; MIMIC-IT: MIT, with an agreement to research use alone",
         ),
-        *(_mimicit(name, f"MIMIC-IT/{name.upper()}.json") for name in ("sd", "sn", "tvc", "vst")),
+        _mimicit("sd", "MIMIC-IT/SD.json", "Spot-the-Diff"),
+        _mimicit("sn", "MIMIC-IT/SN.json", "ScanNet, not commercial"),
+        _mimicit("tvc", "MIMIC-IT/TVC.json", "TVQA"),
+        _mimicit("vst", "MIMIC-IT/VST.json", "VIST"),
         Source(
             "sparkles_dialogue",
             tuple(f"SparklesDialogue{part}/annotations/SparklesDialogue{part}.json" for part in ("CC", "VG")),
             "SparklesDialogueCC/images",
             _read_sparkles,
             "https://github.com/HYPJUDY/Sparkles",
+            "Huang et al., Sparkles: Unlocking Chats Across Multiple Images, arXiv 2308.16463",
+            "terms of OpenAI; images: Conceptual Captions, and Visual Genome (CC BY 4.0)",
         ),
         Source(
             "aokvqa",
@@ -403,6 +266,8 @@ SOURCES = {
             COCO,
             _read_list(convert_aokvqa),
             "https://allenai.org/project/a-okvqa",
+            "Schwenk et al., A-OKVQA, arXiv 2206.01718",
+            f"CC BY 4.0; {COCO_IMAGES}",
         ),
         Source(
             "coco_caption",
@@ -410,14 +275,26 @@ SOURCES = {
             "coco/2014",
             _read_list(convert_coco_caption, "images"),
             "https://cs.stanford.edu/people/karpathy/deepimagesent/",
+            "Chen et al., Microsoft COCO Captions, arXiv 1504.00325; split: Karpathy and Fei-Fei, arXiv 1412.2306",
+            f"CC BY 4.0, of the split not stated; {COCO_IMAGES}",
         ),
-        Source("ocr_vqa", ("OCR_VQA/dataset.json",), "OCR_VQA/images", _read_ocr_vqa, "https://ocr-vqa.github.io"),
+        Source(
+            "ocr_vqa",
+            ("OCR_VQA/dataset.json",),
+            "OCR_VQA/images",
+            _read_ocr_vqa,
+            "https://ocr-vqa.github.io",
+            "Mishra et al., OCR-VQA: Visual Question Answering by Reading Text in Images, ICDAR 2019",
+            "not stated; images: book covers",
+        ),
         Source(
             "minigpt4",
             ("cc_sbu_align/filter_cap.json",),
             "cc_sbu_align/image",
             _read_list(convert_minigpt4, "annotations"),
             "https://huggingface.co/datasets/Vision-CAIR/cc_sbu_align",
+            "Zhu et al., MiniGPT-4, arXiv 2304.10592",
+            "BSD 3-Clause; images: Conceptual Captions and SBU",
         ),
     )
-}  # fmt: skip
+}
