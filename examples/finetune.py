@@ -33,9 +33,19 @@ from digits_report import report
 from transformers import AutoProcessor, HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from modeling_visualchat import VisualChatForConditionalGeneration
-from processing_visualchat import OVERLONG, DataCollatorForVisualChat, load_conversations, load_mixture
+from processing_visualchat import (
+    OVERLONG,
+    DataCollatorForVisualChat,
+    OwnSource,
+    load_conversations,
+    load_mixture,
+    load_own_source,
+    measure_lengths,
+    pack_conversations,
+)
 
 
+BY_LENGTH = ("group_by_length", "batch_rebalance")  # of TrainingArguments.train_sampling_strategy
 DIGITS_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 
 
@@ -47,17 +57,27 @@ class FinetuneArguments:
         default=None, metadata={"help": "Checkpoint to train; without one, the tiny digits model."}
     )
     train_file: str | None = field(
-        default=None, metadata={"help": "JSON lines of conversations; without, the digits."}
+        default=None, metadata={"help": "Conversations: .jsonl, .json, .parquet or a folder; without, the digits."}
     )
     mixture: str | None = field(
         default=None, metadata={"help": "YAML file of a mixture of published data sets, instead of a train_file."}
     )
-    data_root: str | None = field(default=None, metadata={"help": "The folder under which the data sets lie."})
+    data_root: str | None = field(
+        default=None, metadata={"help": "The folder under which its data sets lie; by default as the mixture says."}
+    )
     overlong: str = field(
         default="error",
         metadata={"help": "What becomes of a conversation of more than max_length tokens.", "choices": list(OVERLONG)},
     )
-    eval_file: str | None = field(default=None, metadata={"help": "JSON lines of conversations to evaluate on."})
+    packing: bool = field(
+        default=False,
+        metadata={"help": "Pack conversations into rows of max_length tokens; a batch then counts packs."},
+    )
+    max_broken: int = field(
+        default=100,
+        metadata={"help": "How many conversations with broken images are left out, by each rank, before an error."},
+    )
+    eval_file: str | None = field(default=None, metadata={"help": "Conversations to evaluate on, as train_file."})
     attention_type: str | None = field(
         default=None, metadata={"help": "Of the digits model; mmca by default.", "choices": ["mmca", "causal"]}
     )
@@ -121,12 +141,14 @@ def parse_arguments(argv: list[str]) -> tuple[FinetuneArguments, TrainingArgumen
         )
     if arguments.mixture is not None and (arguments.train_file or arguments.eval_file):
         parser.error("--mixture has data to train and to evaluate on; leave out --train_file and --eval_file")
-    if (arguments.mixture is None) != (arguments.data_root is None):
-        parser.error("--mixture and --data_root go together")
+    if arguments.mixture is None and arguments.data_root is not None:
+        parser.error("--data_root goes with --mixture")
     if (arguments.model is None) != (arguments.train_file is None and arguments.mixture is None):
         parser.error("--model and --train_file (or --mixture) go together; without both, the digits are trained on")
     if arguments.model is None and arguments.eval_file is not None:
         parser.error("--eval_file goes with --model and --train_file; the digits have an evaluation of their own")
+    if arguments.model is None and arguments.packing:
+        parser.error("--packing is of a checkpoint (--model); the digits are all of one length")
     if arguments.model is None and arguments.trainable is not None:
         parser.error("--trainable is of a checkpoint (--model); of the digits model everything learns")
     if arguments.model is not None and not {arguments.attention_type, arguments.projector_type} <= {None}:
@@ -176,13 +198,34 @@ def load_data(arguments: FinetuneArguments, processor) -> tuple:
             print(mixture)
         return mixture.train, mixture.evaluation if len(mixture.evaluation) else None
     return tuple(
-        load_conversations(
-            path, processor, arguments.max_length, arguments.check_images, check_length=arguments.overlong == "error"
-        )
-        if path
-        else None
+        load_file(Path(path), arguments, processor) if path else None
         for path in (arguments.train_file, arguments.eval_file)
     )
+
+
+def load_file(path: Path, arguments: FinetuneArguments, processor):
+    """Conversations of one file or folder: of JSON lines every fault is an error, of others it is counted."""
+    if path.suffix == ".jsonl" or not path.exists():
+        check_length = arguments.overlong == "error"
+        return load_conversations(path, processor, arguments.max_length, arguments.check_images, check_length)
+    dataset, report = load_own_source(OwnSource(path.name, path.name), path.resolve().parent, arguments.check_images)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(report)
+    return dataset
+
+
+def arrange(dataset, arguments: FinetuneArguments, training_arguments: TrainingArguments, collator):
+    """Packs conversations, or measures them where batches are made by length."""
+    if not arguments.packing and training_arguments.train_sampling_strategy not in BY_LENGTH:
+        return dataset
+    dataset = measure_lengths(dataset, collator.processor)
+    if not arguments.packing:
+        return dataset
+    seed = training_arguments.seed if training_arguments.data_seed is None else training_arguments.data_seed
+    packs = pack_conversations(dataset, collator.limit, seed=seed)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{len(dataset)} conversations in {len(packs)} packs of up to {collator.limit} tokens")
+    return packs
 
 
 def main() -> None:
@@ -211,13 +254,18 @@ def main() -> None:
         model.set_trainable(*arguments.trainable or ())
         processor = AutoProcessor.from_pretrained(arguments.model)
         train_dataset, eval_dataset = load_data(arguments, processor)
+    collator = DataCollatorForVisualChat(
+        processor, arguments.max_length, arguments.overlong, arguments.packing, arguments.max_broken
+    )
+    if arguments.model is not None:
+        train_dataset = arrange(train_dataset, arguments, training_arguments, collator)
 
     trainer = Trainer(
         model=model,
         args=training_arguments,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        data_collator=DataCollatorForVisualChat(processor, arguments.max_length, arguments.overlong),
+        data_collator=collator,
         processing_class=processor,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -227,6 +275,8 @@ def main() -> None:
         trainer.log_metrics("eval", trainer.evaluate())
     if arguments.model is None and trainer.is_world_process_zero():
         report(training_arguments.output_dir, train_scans, test_scans, trainer.state.log_history)
+    if any(collator.counts.values()):
+        print(f"Conversations of rank {trainer.args.process_index}: {collator.counts}")
     # The threads of the process group end here, together, and not in an interpreter that is being torn down.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()

@@ -228,15 +228,17 @@ def _packed_attention(query, key, value, image_key, image_value, packed, scaling
     for row, plans in enumerate(packed):
         num_texts = [int((plan.kinds == TEXT).sum()) for plan in plans]
         num_images = [int((plan.kinds == IMAGE).sum()) for plan in plans]
-        texts = [_split(states[row : row + 1], num_texts) for states in (query, key, value)]
-        images: list[list] = [[None] * len(plans)] * 2
-        if image_key is not None and image_value is not None:
-            images = [_split(states[row : row + 1], num_images) for states in (image_key, image_value)]
-        parts = [
-            planned_attention(*text, *(image if num_image else (None, None)), plan, scaling, dropout)
-            for plan, num_text, num_image, text, image in zip(plans, num_texts, num_images, zip(*texts), zip(*images))
-            if num_text
-        ]
+        texts = zip(*(_split(states[row : row + 1], num_texts) for states in (query, key, value)))
+        images: Any = [(None, None)] * len(plans)
+        if image_key is not None:
+            images = zip(*(_split(states[row : row + 1], num_images) for states in (image_key, image_value)))
+        parts = []
+        for plan, (text_query, *text), (part_key, part_value) in zip(plans, texts, images):
+            if text_query.shape[2] == 0:
+                continue
+            if part_key is not None and part_key.shape[2] == 0:
+                part_key = part_value = None
+            parts.append(planned_attention(text_query, *text, part_key, part_value, plan, scaling, dropout))
         padding = query.shape[2] - sum(num_texts)
         parts += [query.new_zeros(1, padding, query.shape[1], value.shape[3])] if padding else []
         rows.append(torch.cat(parts, dim=1))

@@ -10,6 +10,8 @@ from tqdm.auto import tqdm
 from .conversation_visualchat import drop_nulls, image_source, is_image, validate_conversation
 from .image_loading_visualchat import load_image
 from .processing_visualchat import VisualChatProcessor
+from .record_shapes import convert_record
+from .source_converters import Dropped
 
 
 def load_conversations(
@@ -23,7 +25,8 @@ def load_conversations(
     Reads and checks a file of conversations, so that what is wrong with one is found before training starts.
 
     Args:
-        path (`str` or `Path`): JSON lines, each `{"messages": [{"role": …, "content": …}, …]}`, or the bare list.
+        path (`str` or `Path`): JSON lines, each `{"messages": [{"role": …, "content": …}, …]}`, the bare list, or
+            another of the shapes in `record_shapes.py`.
         processor (`VisualChatProcessor`): That of the model, by which the lengths are measured.
         max_length (`int`, *optional*): The most tokens that a conversation may have; by default what the model reads.
         check_images (`bool`, *optional*, defaults to `True`): Opens every image once; if not, a file has to be there.
@@ -76,6 +79,11 @@ def _parse(line: bytes, where: str) -> list[dict]:
         raise ValueError(f"{where} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from error
+    if isinstance(record, dict) and (record.keys() & {"conversations", "images", "image"}):
+        outcome = convert_record(record)
+        if isinstance(outcome, Dropped):
+            raise ValueError(f"{where} cannot be used: {outcome.reason}.")
+        return outcome.messages()
     if isinstance(record, dict) and "messages" not in record:
         raise ValueError(f"{where} has no messages; it has the keys {', '.join(record) or 'of an empty record'}.")
     return drop_nulls(record["messages"] if isinstance(record, dict) else record)

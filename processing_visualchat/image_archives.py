@@ -137,7 +137,7 @@ def _read_parquet(path: str) -> Iterator[tuple[str, bytes]]:
         raise ValueError(f"{path} has the columns {', '.join(columns)}; it should have id and base64, or images.")
     rows = (row for batch in file.iter_batches(batch_size=64, columns=row_images) for row in batch.to_pylist())
     for number, row in enumerate(rows):
-        values = next((row[name] for name in row_images if row[name]), [])
+        values: Any = next((row[name] for name in row_images if row[name]), [])
         for index, value in enumerate(values if isinstance(values, list) else [values]):
             data = value.get("bytes") if isinstance(value, dict) else value
             if isinstance(data, bytes):

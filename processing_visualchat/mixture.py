@@ -3,6 +3,7 @@ A training mixture: several sources, split by image, cut down to what is wanted,
 
 A mixture is one YAML file:
 
+    data_root: data              # the folder that everything is relative to
     seed: 0                      # the same seed gives the same mixture, on any number of processes
     max_images: 8                # conversations with more are dropped, and groups never have more
     eval_share: 0.1              # of the images; no image is on both sides
@@ -10,55 +11,76 @@ A mixture is one YAML file:
       - name: llava              # one of `SOURCES`
         samples: all             # or a number, or a share like 0.5
         concatenate: 3           # groups of 1 to 3 conversations, each used once
+        weight: 1.0              # how often an epoch goes through them; 2 is twice, 0.5 half of them
+      - name: mine               # conversations of your own, of a shape in record_shapes.py
+        path: mine/train.jsonl   # a file (.jsonl, .json, .parquet), a folder, or a pattern like mine/*.parquet
+        images: pictures         # the folder of its images; by default that of the file
+      - name: theirs
+        hub: user/data-set       # the same from the Hub; also `revision`, and `split` (train)
 
 Data flows one way: sources → split by image → samples → groups. Images are told apart by their content, so one that
 lies in two places, or has two names, is one.
 """
 
-import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from datasets import Dataset, concatenate_datasets
-from tqdm.auto import tqdm
+from datasets import Dataset, Features, List, Value, concatenate_datasets
 
-from .image_archives import open_archive, split_archived
-from .sources import SourceReport, get_source, load_source
+from .image_contents import ImageContent, read_image_contents
+from .own_sources import OwnSource, load_own_source
+from .readings import SourceReport
+from .sources import SOURCES, get_source, load_source
 
 
 @dataclass(frozen=True)
-class Ingredient:
+class Ingredient(OwnSource):
     """
     What a mixture takes of a source.
 
     Args:
-        name (`str`): The source.
+        name, path, hub, revision, split, images: See [`OwnSource`]; without path and hub, one of [`SOURCES`].
         samples (`str`, `int` or `float`, *optional*, defaults to `"all"`): How many of its conversations, or which
             share of them.
         concatenate (`int`, *optional*, defaults to 1): The most conversations in a group.
+        weight (`float`, *optional*, defaults to 1.0): How often an epoch of training goes through them.
     """
 
-    name: str
     samples: str | int | float = "all"
     concatenate: int = 1
+    weight: float = 1.0
+
+    @property
+    def is_published(self) -> bool:
+        """Whether it is one of [`SOURCES`]."""
+        return self.path is None and self.hub is None
 
     def __post_init__(self):
-        get_source(self.name)
+        if self.is_published:
+            get_source(self.name)
+            if given := [name for name in ("revision", "images") if getattr(self, name) is not None]:
+                raise ValueError(f"{self.name} is a published source; it takes no {' and no '.join(given)}.")
+        elif self.name in SOURCES:
+            raise ValueError(f"{self.name} is the name of a published source; call yours otherwise.")
         samples: Any = self.samples
-        is_number = isinstance(samples, (int, float)) and not isinstance(samples, bool)
         is_share = isinstance(samples, float) and 0 < samples <= 1
-        if not (samples == "all" or is_share or (is_number and samples > 0 and int(samples) == samples)):
+        if not (samples == "all" or is_share or (_is_number(samples) and samples > 0 and int(samples) == samples)):
             raise ValueError(
                 f"samples of {self.name} is {self.samples!r}; use all, a number, or a share between 0 and 1."
             )
         if not isinstance(self.concatenate, int) or isinstance(self.concatenate, bool) or self.concatenate < 1:
             raise ValueError(f"concatenate of {self.name} is {self.concatenate!r}; use a number from 1 up.")
+        if not _is_number(self.weight) or not 0 < self.weight <= 100:
+            raise ValueError(f"weight of {self.name} is {self.weight!r}; use a number above 0, 1 for each once.")
+
+    def load(self, data_root: Path) -> tuple[Dataset, SourceReport]:
+        """All its conversations, and what became of its records."""
+        return load_source(self.name, data_root) if self.is_published else load_own_source(self, data_root)
 
 
 @dataclass(frozen=True)
@@ -71,12 +93,14 @@ class Recipe:
         seed (`int`, *optional*, defaults to 0): Of every choice.
         max_images (`int`, *optional*, defaults to 8): The most images of a conversation.
         eval_share (`float`, *optional*, defaults to 0.1): The share of the images that is kept for evaluation.
+        data_root (`str`, *optional*, defaults to `"data"`): The folder under which the data sets lie.
     """
 
     sources: tuple[Ingredient, ...]
     seed: int = 0
     max_images: int = 8
     eval_share: float = 0.1
+    data_root: str = "data"
 
     def __post_init__(self):
         if not self.sources:
@@ -90,45 +114,24 @@ class Recipe:
             raise ValueError(f"eval_share is {self.eval_share!r}; use a share from 0 to below 1.")
 
 
-class MixedConversations(torch.utils.data.Dataset):
-    """
-    Groups of conversations, each read as one.
-
-    Args:
-        rows (`datasets.Dataset`): The conversations, memory-mapped.
-        groups (`list` of `list` of `int`): The rows of each group.
-    """
-
-    def __init__(self, rows: Dataset, groups: list[list[int]]):
-        self.rows, self.groups = rows, groups
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """`messages` (`list[dict]`), `images` (names under the data root) and `where` (files and records)."""
-        rows = [self.rows[row] for row in self.groups[index]]
-        return {
-            "messages": [message for row in rows for message in json.loads(row["messages"])],
-            "images": [image for row in rows for image in row["images"]],
-            "where": [row["where"] for row in rows],
-        }
-
-
 @dataclass
 class Mixture:
     """
     Args:
-        train, evaluation ([`MixedConversations`]): The two sides of the split.
-        reports (`list` of [`SourceReport`]): What became of the records of each source; those with too many images are
-            counted as dropped.
+        train, evaluation (`datasets.Dataset`): The two sides of the split. Each example is a group of conversations,
+            read as one: `messages` (`list[dict]`), `images` (names under the data root), `where` (files and records),
+            and the number `num_images`.
+        reports (`list` of [`SourceReport`]): What became of the records of each source; those with too many images or
+            broken ones are counted as dropped.
         sizes (`dict`): For each source its groups for training and for evaluation.
+        contents (`dict` of [`ImageContent`]): Of every image by its name.
     """
 
-    train: MixedConversations
-    evaluation: MixedConversations
+    train: Dataset
+    evaluation: Dataset
     reports: list[SourceReport]
     sizes: dict[str, tuple[int, int]]
+    contents: dict[str, ImageContent] = field(repr=False)
 
     def __str__(self) -> str:
         lines = [f"{'source':<20} {'records':>9} {'dropped':>9} {'train':>9} {'eval':>9}"]
@@ -137,6 +140,28 @@ class Mixture:
             dropped = sum(report.dropped.values())
             lines.append(f"{report.name:<20} {report.read:>9} {dropped:>9} {train:>9} {evaluation:>9}")
         return "\n".join([*lines, f"{'all':<40} {len(self.train):>9} {len(self.evaluation):>9}"])
+
+
+@dataclass
+class ReadGroups:
+    """Groups of conversations, from the numbers of their rows to what they hold; a transform of `datasets`."""
+
+    rows: Dataset
+
+    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+        groups = [[self.rows[row] for row in numbers] for numbers in batch["rows"]]
+        return {
+            "messages": [[message for row in group for message in json.loads(row["messages"])] for group in groups],
+            "images": [[image for row in group for image in row["images"]] for group in groups],
+            "where": [[row["where"] for row in group] for group in groups],
+        }
+
+
+def _as_dataset(rows: Dataset, groups: list[list[int]], num_images: list[int]) -> Dataset:
+    columns = {"rows": groups, "num_images": [sum(num_images[row] for row in group) for group in groups]}
+    features = Features({"rows": List(Value("int64")), "num_images": Value("int32")})
+    numbers = Dataset.from_dict(columns, features=features)
+    return numbers.with_transform(ReadGroups(rows), columns=["rows"], output_all_columns=True)
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -165,13 +190,17 @@ def read_recipe(path: str | Path) -> Recipe:
     return Recipe(**{**values, "sources": tuple(Ingredient(**entry) for entry in entries)})
 
 
-def load_mixture(recipe: Recipe | str | Path, data_root: str | Path) -> Mixture:
+def load_mixture(
+    recipe: Recipe | str | Path, data_root: str | Path | None = None, check_images: bool = True
+) -> Mixture:
     """
     Makes a mixture.
 
     Args:
         recipe (`Recipe`, `str` or `Path`): The recipe, or its YAML file.
-        data_root (`str` or `Path`): The folder under which the data sets lie.
+        data_root (`str` or `Path`, *optional*): The folder under which the data sets lie; by default as in the recipe.
+        check_images (`bool`, *optional*, defaults to `True`): Decodes every image once, when the mixture is made for
+            the first time, and drops conversations with broken ones.
 
     Raises:
         `ValueError`: a recipe that is not valid, or a source of which nothing is left.
@@ -179,30 +208,52 @@ def load_mixture(recipe: Recipe | str | Path, data_root: str | Path) -> Mixture:
     """
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe)
-    loaded = [load_source(ingredient.name, data_root) for ingredient in recipe.sources]
+    root = Path(data_root or recipe.data_root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"No data root at {root}; the mixture names it as data_root, or pass another.")
+    loaded = [ingredient.load(root) for ingredient in recipe.sources]
     rows = concatenate_datasets([dataset for dataset, _ in loaded])
-    contents = _fingerprints(rows, Path(data_root))
-    images = [[contents[image] for image in row] for row in rows["images"]]
+    names = [images for dataset, _ in loaded for images in _column(dataset, "images")]
+    contents = read_image_contents({image for images in names for image in images}, root, check_images)
+    images = [[contents[image].digest for image in row] for row in names]
     is_eval = split_by_image(images, recipe.eval_share, recipe.seed)
 
+    num_images = list(map(len, images))
     sides: tuple[list, list] = ([], [])
     sizes, start = {}, 0
     for ingredient, (dataset, report) in zip(recipe.sources, loaded):
-        indices = range(start, start + len(dataset))
+        fitting = []
+        for index in range(start, start + len(dataset)):
+            if num_images[index] > recipe.max_images:
+                _drop(report, rows[index], f"more than {recipe.max_images} images")
+            elif any(contents[image].is_broken for image in names[index]):
+                _drop(report, rows[index], "an image that is broken, or one pixel wide or high")
+            else:
+                fitting.append(index)
+        if not fitting:
+            raise ValueError(f"Nothing is left of the source {ingredient.name}.\n{report}")
         start += len(dataset)
-        fitting = [index for index in indices if len(images[index]) <= recipe.max_images]
-        _count_dropped(report, rows, sorted({*indices} - {*fitting}), recipe.max_images)
         rng = random.Random(f"{recipe.seed} {ingredient.name}")
         chosen = choose(fitting, ingredient.samples, rng)
         before = [len(side) for side in sides]
         for side, wanted in zip(sides, (False, True)):
             members = [index for index in chosen if is_eval[index] is wanted]
-            counts = [len(images[index]) for index in members]
-            groups = group(counts, ingredient.concatenate, recipe.max_images, rng)
-            side += [[members[place] for place in places] for places in groups]
+            for taken in _passes(members, 1.0 if wanted else ingredient.weight, rng):
+                counts = [num_images[index] for index in taken]
+                groups = group(counts, ingredient.concatenate, recipe.max_images, rng)
+                side += [[taken[place] for place in places] for places in groups]
         sizes[ingredient.name] = (len(sides[0]) - before[0], len(sides[1]) - before[1])
-    train, evaluation = (MixedConversations(rows, side) for side in sides)
-    return Mixture(train, evaluation, [report for _, report in loaded], sizes)
+    train, evaluation = (_as_dataset(rows, side, num_images) for side in sides)
+    return Mixture(train, evaluation, [report for _, report in loaded], sizes, contents)
+
+
+def _passes(members: list[int], weight: float, rng: random.Random) -> list[list[int]]:
+    """All of them as often as the weight says, each time in another order; the last time a part."""
+    passes = [members] if weight >= 1 else []
+    while len(passes) + 1 <= weight:
+        passes.append(rng.sample(members, len(members)))
+    rest = round((weight - len(passes)) * len(members))
+    return [*passes, rng.sample(members, rest)] if rest else passes
 
 
 def split_by_image(images: Sequence[Sequence[str]], share: float, seed: int) -> list[bool]:
@@ -273,14 +324,17 @@ def group(counts: Sequence[int], most: int, max_images: int, rng: random.Random)
     return groups
 
 
-def _count_dropped(report: SourceReport, rows: Dataset, indices: list[int], max_images: int) -> None:
-    reason = f"more than {max_images} images"
-    for index in indices:
-        count = rows[index]["num_records"]
-        report.used -= count
-        report.conversations -= 1
-        report.dropped[reason] = report.dropped.get(reason, 0) + count
-        report.examples.setdefault(reason, rows[index]["where"])
+def _drop(report: SourceReport, row: dict, reason: str) -> None:
+    report.drop(row["where"], row["num_records"], reason)
+
+
+def _column(rows: Dataset, name: str) -> list:
+    """A column as a list; much faster than row by row."""
+    return [value for batch in rows.with_format("arrow").iter(10_000) for value in batch[name].to_pylist()]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_keys(values: Any, kind: type, where: str) -> None:
@@ -289,27 +343,3 @@ def _check_keys(values: Any, kind: type, where: str) -> None:
     allowed = [entry.name for entry in fields(kind)]
     if unknown := sorted(map(str, values.keys() - set(allowed))):
         raise ValueError(f"{where} has the unknown key {', '.join(unknown)}; there are {', '.join(allowed)}.")
-
-
-def _fingerprints(rows: Dataset, data_root: Path) -> dict[str, str]:
-    """What tells each image's content from another's; read once, and kept by `datasets`."""
-    names = sorted({image for images in rows["images"] for image in images})
-    root = data_root.resolve()
-    digest = hashlib.blake2b(digest_size=16)
-    for name in names:
-        archived = split_archived(name)
-        status = (root / (archived[0] if archived else name)).stat()
-        digest.update(str((name, status.st_size, status.st_mtime_ns)).encode())
-    options = {"root": str(root), "names": names, "key": digest.hexdigest()}
-    contents = Dataset.from_generator(_generate_fingerprints, gen_kwargs=options) if names else ()
-    return {row["name"]: row["content"] for row in contents}
-
-
-def _generate_fingerprints(root: str, names: list[str], key: str) -> Iterator[dict[str, str]]:
-    for name in tqdm(names, desc="Telling images apart", unit="image"):
-        archived = split_archived(name)
-        if archived is None:
-            data = (Path(root) / name).read_bytes()
-        else:
-            data = open_archive(f"{root}/{archived[0]}")[archived[1]]
-        yield {"name": name, "content": hashlib.blake2b(data, digest_size=16).hexdigest()}

@@ -63,7 +63,8 @@ class Messages:
 
 def convert_record(record: Any) -> Messages | Dropped:
     """A record of any of the shapes above."""
-    turns, images = record, []
+    turns: Any = record
+    images: list = []
     if isinstance(record, dict):
         turns = next((record[key] for key in ("messages", "conversations") if isinstance(record.get(key), list)), None)
         images = next((record[key] for key in ("images", "image") if record.get(key)), [])

@@ -122,7 +122,7 @@ def test_samples_are_all_a_number_or_a_share():
         ("sources: []", "A mixture needs sources"),
         ("sources: [{name: lava}]", "There is no source 'lava'. Did you mean llava"),
         ("sources: [{samples: 1}]", "has no name"),
-        ("sources: [{name: llava, weigth: 1}]", "unknown key weigth; there are name, samples, concatenate"),
+        ("sources: [{name: llava, weigth: 1}]", "unknown key weigth; there are name, path, hub, revision"),
         ("sources: [{name: llava, samples: 1.5}]", "use all, a number, or a share between 0 and 1"),
         ("sources: [{name: llava, samples: none}]", "samples of llava is 'none'"),
         ("sources: [{name: llava, concatenate: 0}]", "use a number from 1 up"),

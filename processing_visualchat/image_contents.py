@@ -1,0 +1,79 @@
+"""What images are, whatever they are called: a digest of their bytes and their size, read once and kept."""
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset, Features, Value
+from tqdm.auto import tqdm
+
+from .image_archives import digest_of, open_archive, open_training_image, split_archived
+from .readings import is_file_name, reading_key
+
+
+FEATURES = Features(
+    {"name": Value("string"), "digest": Value("string"), "width": Value("int32"), "height": Value("int32")}
+)
+IMAGES_PER_PROCESS = 2000  # with fewer, starting one costs more than it saves
+
+
+@dataclass(frozen=True)
+class ImageContent:
+    """
+    Args:
+        digest (`str`): What tells its bytes from those of another image.
+        width, height (`int`): In pixels; 0 if it was not opened.
+        is_broken (`bool`): Whether it is not there, cannot be read, or is one pixel wide or high.
+    """
+
+    digest: str
+    width: int = 0
+    height: int = 0
+    is_broken: bool = False
+
+
+def read_image_contents(names: Iterable[str], root: Path, check_images: bool = True) -> dict[str, ImageContent]:
+    """
+    Reads every image once; a second call finds what the first has kept.
+
+    Args:
+        names (`Iterable` of `str`): Images, named under the root. One at an address is told apart by its address.
+        root (`Path`): The data root.
+        check_images (`bool`, *optional*, defaults to `True`): Decodes them, to find the broken ones.
+    """
+    names = sorted(set(names))
+    contents = {name: ImageContent(name.removeprefix("inline:")) for name in names if not is_file_name(name)}
+    files = [name for name in names if is_file_name(name)]
+    if not files:
+        return contents
+    root = root.resolve()
+    paths = {root / (split_archived(name) or [name])[0] for name in files}
+    options = {
+        "names": files,
+        "root": str(root),
+        "check_images": check_images,
+        "key": reading_key(sorted(paths), "image_contents.py", "image_loading_visualchat.py"),
+    }
+    num_proc = min(os.cpu_count() or 1, len(files) // IMAGES_PER_PROCESS) or None
+    rows = Dataset.from_generator(_generate_contents, features=FEATURES, gen_kwargs=options, num_proc=num_proc)
+    columns = [rows.data.column(name).to_pylist() for name in ("name", "digest", "width", "height")]
+    for name, digest, width, height in zip(*columns):
+        contents[name] = ImageContent(digest, width, height, check_images and width == 0)
+    return contents
+
+
+def _generate_contents(names: list[str], root: str, check_images: bool, key: str) -> Iterator[dict]:
+    for name in tqdm(names, desc="Reading images", unit="image"):
+        content = {"name": name, "digest": name, "width": 0, "height": 0}
+        with contextlib.suppress(OSError, ValueError, KeyError):  # of a broken image the width stays 0
+            archived = split_archived(name)
+            if archived is None:
+                data = (Path(root) / name).read_bytes()
+            else:
+                data = open_archive(os.path.join(root, archived[0]))[archived[1]]
+            content["digest"] = digest_of(data)
+            if check_images:
+                content["width"], content["height"] = open_training_image(data).size
+        yield content
