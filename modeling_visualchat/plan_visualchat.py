@@ -233,12 +233,13 @@ def _packed_attention(query, key, value, image_key, image_value, packed, scaling
         if image_key is not None:
             images = zip(*(_split(states[row : row + 1], num_images) for states in (image_key, image_value)))
         parts = []
-        for plan, (text_query, *text), (part_key, part_value) in zip(plans, texts, images):
+        for plan, (text_query, text_key, text_value), (part_key, part_value) in zip(plans, texts, images):
             if text_query.shape[2] == 0:
                 continue
             if part_key is not None and part_key.shape[2] == 0:
                 part_key = part_value = None
-            parts.append(planned_attention(text_query, *text, part_key, part_value, plan, scaling, dropout))
+            part = (text_query, text_key, text_value, part_key, part_value)
+            parts.append(planned_attention(*part, plan, scaling, dropout))
         padding = query.shape[2] - sum(num_texts)
         parts += [query.new_zeros(1, padding, query.shape[1], value.shape[3])] if padding else []
         rows.append(torch.cat(parts, dim=1))

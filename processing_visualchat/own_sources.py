@@ -148,8 +148,8 @@ def _fetch(source: OwnSource) -> Path:
         return Path(snapshot_download(source.hub, repo_type="dataset", revision=source.revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
-            f"The source {source.name} cannot be fetched from the Hub, data set {source.hub}: {error} Is the name "
-            "right, and are you logged in if it is private or gated?"
+            f"The source {source.name} cannot be fetched from the Hub, data set {source.hub}. Is the name right, "
+            f"and are you logged in if it is private or gated? {error}"
         ) from error
 
 

@@ -103,7 +103,8 @@ class HubStandIn:
 
             def do_GET(self):
                 path = unquote(self.path.split("?")[0]).strip("/").split("/")
-                is_api = path[:2] == ["api", "models"]
+                path = path[1:] if path[0] == "datasets" else path
+                is_api = path[:2] in (["api", "models"], ["api", "datasets"])
                 repo_id = "/".join(path[2:4] if is_api else path[:2])
                 if repo_id not in hub.files:
                     self.not_found("RepoNotFound")

@@ -1,0 +1,305 @@
+"""Conversations of one's own: every shape, every kind of file, and the Hub; every record accounted for."""
+
+import base64
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import draw_picture, make_processor
+from datasets import Dataset, Image
+from hub_stand_in import HubStandIn
+from test_finetune import environment
+
+from processing_visualchat import DataCollatorForVisualChat, OwnSource, load_own_source, validate_conversation
+from processing_visualchat.record_shapes import Messages, convert_record
+from processing_visualchat.source_converters import Dropped
+
+
+def text(words):
+    return {"type": "text", "text": words}
+
+
+def image(path):
+    return {"type": "image", "path": path}
+
+
+def user(*content):
+    return {"role": "user", "content": content[0] if isinstance(content[0], str) else list(content)}
+
+
+def assistant(words):
+    return {"role": "assistant", "content": words}
+
+
+def share(*turns, **fields):
+    return {"conversations": [{"from": who, "value": words} for who, words in turns], **fields}
+
+
+ONE = [user(image("a.png"), text("What is it?")), assistant("A dog.")]
+A = "a.png"
+ENCODED = base64.b64encode(bytes(range(256))).decode()
+SHAPES = {
+    "ours": ({"messages": ONE}, ONE, ()),
+    "a bare list": (ONE, ONE, ()),
+    "LLaVA": (share(("human", "<image>\nWhat is it?"), ("gpt", "A dog."), id="1", image="a.png"), ONE, ()),
+    "roles in messages, tags in text": (
+        {"messages": [user("<image>What is it?"), assistant("A dog.")], "images": ["a.png"]},
+        ONE,
+        (),
+    ),
+    "empty image blocks": (
+        {"messages": [user({"type": "image"}, text("What is it?")), assistant("A dog.")], "images": ["a.png"]},
+        ONE,
+        (),
+    ),
+    "OpenAI": (
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                user(text("And"), {"type": "image_url", "image_url": {"url": "https://x.org/a.png"}}),
+                {"role": "assistant", "content": [text("A cat.")]},
+            ]
+        },
+        [
+            {"role": "system", "content": "Be brief."},
+            user(text("And"), {"type": "image", "url": "https://x.org/a.png"}),
+            assistant("A cat."),
+        ],
+        (),
+    ),
+    "images in the middle of words": (
+        share(("human", "Is <image> above <image>?"), ("gpt", "Yes."), image=["a.png", "b.png"]),
+        [user(text("Is"), image("a.png"), text("above"), image("b.png"), text("?")), assistant("Yes.")],
+        (),
+    ),
+    "data URI and base64": (
+        share(("human", "<image><image>Same?"), ("gpt", "No."), images=[f"data:image/png;base64,{ENCODED}", ENCODED]),
+        [
+            user(
+                {"type": "image", "base64": f"data:image/png;base64,{ENCODED}"},
+                {"type": "image", "base64": ENCODED},
+                text("Same?"),
+            ),
+            assistant("No."),
+        ],
+        (),
+    ),
+    "text alone": (share(("system", "Hm."), ("user", "1 + 1?"), ("assistant", "2")), None, ()),
+    "tag missing": (
+        share(("human", "What is it?"), ("gpt", "A dog."), image="a.png"),
+        ONE,
+        ("images without an <image> tag put in front",),
+    ),
+    "tag repeated": (
+        share(("human", "<image>What is it?"), ("gpt", "A dog."), ("human", "<image>Sure?"), ("gpt", "Yes."), image=A),
+        [*ONE, user("Sure?"), assistant("Yes.")],
+        ("a repeated <image> tag left out",),
+    ),
+    "no last answer": (
+        share(("human", "<image>What is it?"), ("gpt", "A dog."), ("human", "And <image>?"), image=["a.png", "b.png"]),
+        ONE,
+        ("a question without an answer left out",),
+    ),
+    "an empty answer keeps its image": (
+        share(("human", "<image>Hm?"), ("gpt", " "), ("human", "<image>And?"), ("gpt", "B."), image=[A, "b.png"]),
+        [user(image("a.png"), image("b.png"), text("And?")), assistant("B.")],
+        ("a round without an answer left out", "questions in a row joined"),
+    ),
+    "first turn from the assistant": (
+        share(("gpt", "Hello!"), ("human", "<image>What is it?"), ("gpt", "A dog."), image="a.png"),
+        ONE,
+        ("an answer without a question left out",),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("record", "expected", "repairs"), SHAPES.values(), ids=SHAPES)
+def test_shapes_become_conversations(record, expected, repairs):
+    before = json.dumps(record)
+    outcome = convert_record(record)
+    assert isinstance(outcome, Messages), outcome
+    if expected is None:
+        expected = [{"role": "system", "content": "Hm."}, user("1 + 1?"), assistant("2")]
+    assert outcome.messages() == expected and outcome.repairs == repairs
+    validate_conversation(outcome.messages())
+    assert json.dumps(record) == before, "the record was changed"
+
+
+DROPS = {
+    "not a record": (7, "no messages and no conversations"),
+    "other keys": ({"text": "x"}, "no messages and no conversations"),
+    "no turns": ({"messages": []}, "no messages and no conversations"),
+    "a turn of another type": ({"messages": ["x"]}, "a turn without a known role or without content"),
+    "an unknown role": (share(("narrator", "x")), "a turn without a known role or without content"),
+    "no content": ({"messages": [{"role": "user"}]}, "a turn without a known role or without content"),
+    "an unknown block": (
+        {"messages": [user({"type": "video"}), assistant("x")]},
+        "a turn without a known role or without content",
+    ),
+    "no answer": (share(("human", "Hm?")), "no question with an answer"),
+    "more tags than images": (
+        share(("human", "<image><image><image>?"), ("gpt", "x"), image=["a.png", "b.png"]),
+        "images and <image> tags of different number",
+    ),
+    "more images than tags": (
+        share(("human", "<image>?"), ("gpt", "x"), image=["a.png", "b.png"]),
+        "images and <image> tags of different number",
+    ),
+    "an image that is a number": (
+        share(("human", "<image>?"), ("gpt", "x"), image=[5]),
+        "an image without a path, an address or base64 text",
+    ),
+}
+
+
+@pytest.mark.parametrize(("record", "reason"), DROPS.values(), ids=DROPS)
+def test_what_cannot_be_used_is_dropped_for_a_reason(record, reason):
+    assert convert_record(record) == Dropped(reason)
+
+
+def picture(seed):
+    data = io.BytesIO()
+    draw_picture(seed).save(data, "PNG")
+    return data.getvalue()
+
+
+def asked(*images):
+    return share(("human", "<image>" * len(images) + "Hm?"), ("gpt", "Ah."), image=list(images))
+
+
+@pytest.fixture
+def root(tmp_path):
+    """The same few records as JSON lines, JSON and parquet, with faults."""
+    folder = tmp_path / "mine"
+    (folder / "pictures").mkdir(parents=True)
+    for seed in range(3):
+        (folder / "pictures" / f"{seed}.png").write_bytes(picture(seed))
+    (tmp_path / "secret.png").write_bytes(picture(9))
+    encoded = base64.urlsafe_b64encode(picture(5)).decode()
+    records = [
+        asked("pictures/0.png"),
+        asked("pictures/1.png", "pictures/2.png"),
+        asked("pictures/gone.png"),
+        asked("../secret.png"),
+        asked(str(tmp_path / "secret.png")),
+        asked(str(folder / "pictures/0.png")),
+        asked(f"data:image/png;base64,{encoded}"),
+        asked("data:image/png;base64," + base64.b64encode(b"no image" * 20).decode()),
+        {"nothing": 1},
+    ]
+    lines = [json.dumps(record) for record in records]
+    (folder / "train.jsonl").write_text("\n".join([lines[0], "{broken", "", *lines[1:]]))
+    (folder / "test.jsonl").write_text(lines[0])
+    (folder / "list.json").write_text(json.dumps(records))
+    return tmp_path
+
+
+@pytest.mark.parametrize(("path", "num_records"), [("mine/train.jsonl", 10), ("mine/list.json", 9)])
+def test_files_are_read_and_every_record_is_accounted_for(root, path, num_records):
+    dataset, report = load_own_source(OwnSource("mine", path), root)
+    assert report.read == num_records == report.used + sum(report.dropped.values())
+    broken_line = {"a line that is not JSON": 1} if num_records == 10 else {}
+    assert report.dropped == broken_line | {
+        "an image is not there": 1,
+        "image path outside of its folder": 2,
+        "an image that is broken, or one pixel wide or high": 1,
+        "no messages and no conversations": 1,
+    }
+    images = dataset["images"][:]
+    assert images[:3] == [["mine/pictures/0.png"], ["mine/pictures/1.png", "mine/pictures/2.png"], images[0]]
+    assert images[3][0].startswith("inline:") and len(images) == 4
+    assert dict(report.list_dropped())[f"{path}, {'line 2' if broken_line else 'record 8'}"] in report.dropped
+    batch = DataCollatorForVisualChat(make_processor(), max_broken=0)(list(dataset))
+    assert len(batch["pixel_values"]) == 5
+    again, _ = load_own_source(OwnSource("mine", path), root)
+    assert again._fingerprint == dataset._fingerprint
+
+
+def test_a_folder_has_splits_and_a_pattern_has_files(root):
+    assert load_own_source(OwnSource("mine", "mine", split="test"), root)[1].read == 1
+    assert load_own_source(OwnSource("mine", "mine"), root)[1].read == 19
+    assert load_own_source(OwnSource("mine", "mine/*.jsonl"), root)[1].read == 11
+    (root / "other").mkdir()
+    (root / "other" / "talk.jsonl").write_text(json.dumps(asked("0.png")))
+    dataset, _ = load_own_source(OwnSource("other", "other", images="mine/pictures"), root)
+    assert dataset[0]["images"] == ["mine/pictures/0.png"]
+
+
+def test_parquet_holds_its_images(root):
+    """As `datasets` writes them, in a column of one image or of several; broken ones are not there."""
+    rows = {
+        "conversations": [asked(*["x"] * count)["conversations"] for count in (1, 2, 1)],
+        "images": [[picture(0)], [picture(1), picture(2)], [b"no image"]],
+    }
+    columns = Dataset.from_dict(
+        {**rows, "images": [[{"bytes": data, "path": None} for data in row] for row in rows["images"]]}
+    )
+    columns.to_parquet(root / "mine" / "many.parquet")
+    single = Dataset.from_dict(
+        {"messages": [[user("Hm?"), assistant("Ah.")]], "image": [{"bytes": picture(3), "path": None}]}
+    )
+    single.cast_column("image", Image()).to_parquet(root / "mine" / "one.parquet")
+    dataset, report = load_own_source(OwnSource("mine", "mine/many.parquet"), root)
+    assert report.dropped == {"an image is not there": 1} and report.used == 2
+    assert dataset["images"][:] == [["mine/many.parquet#0.0"], ["mine/many.parquet#1.0", "mine/many.parquet#1.1"]]
+    (one,) = load_own_source(OwnSource("one", "mine/one.parquet"), root)[0]
+    assert one["images"] == ["mine/one.parquet#0.0"]
+    batch = DataCollatorForVisualChat(make_processor(), max_broken=0)([*dataset, one])
+    expected = make_processor().image_processor([draw_picture(seed) for seed in range(4)], return_tensors="pt")
+    assert (batch["pixel_values"] == expected["pixel_values"]).all()
+
+
+FROM_THE_HUB = """
+import sys
+sys.path[:0] = sys.argv[2:]
+from conftest import make_processor
+from processing_visualchat import DataCollatorForVisualChat, OwnSource, load_own_source
+dataset, report = load_own_source(OwnSource("theirs", hub="user/chats"), sys.argv[1])
+print(report.read, report.used, len(DataCollatorForVisualChat(make_processor())([dataset[0]])["pixel_values"]))
+load_own_source(OwnSource("theirs", hub="user/none"), sys.argv[1])
+"""
+
+
+def test_a_data_set_comes_from_the_hub(root):
+    with HubStandIn() as hub:
+        files = {path.name: path.read_bytes() for path in (root / "mine").glob("*.jsonl")}
+        hub.files["user/chats"] = files | {f"pictures/{seed}.png": picture(seed) for seed in range(3)}
+        completed = subprocess.run(
+            [sys.executable, "-c", FROM_THE_HUB, str(root), str(Path(__file__).parent)],
+            env={**environment(), "HF_ENDPOINT": hub.address, "HF_HUB_CACHE": str(root / "cache")},
+            capture_output=True, text=True, timeout=100,
+        )  # fmt: skip
+    assert completed.stdout.split() == ["10", "3", "1"], completed.stderr[-2000:]
+    assert "cannot be fetched from the Hub, data set user/none. Is the name right" in completed.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        (OwnSource("mine", "nowhere.jsonl"), FileNotFoundError, "mine has no file at .*nowhere.jsonl"),
+        (
+            OwnSource("mine", "mine", split="night"),
+            FileNotFoundError,
+            "no split night in .*; it has the splits test, train",
+        ),
+        (OwnSource("mine", "mine/pictures"), FileNotFoundError, "it has no data files"),
+        (OwnSource("mine", "secret.png"), ValueError, "it can be one of .jsonl, .json, .parquet"),
+        (OwnSource("mine", "../x.jsonl"), ValueError, "which leads out of"),
+        (OwnSource("mine", "mine/train.jsonl", images="none"), FileNotFoundError, "has its images in .*none"),
+        (OwnSource("mine", "half.json"), ValueError, "not whole JSON.*fetched to its end"),
+        (OwnSource("mine", "dict.json"), ValueError, "not a list of records at its top, but a dict"),
+        (OwnSource("mine", "half.parquet"), ValueError, "not whole parquet"),
+        (OwnSource("mine", "nothing.jsonl"), ValueError, "Nothing is left of the source mine"),
+    ],
+    ids=lambda value: value.path if isinstance(value, OwnSource) else "",
+)
+def test_what_is_wrong_with_a_source_is_named(root, source, error, message):
+    (root / "half.json").write_text('[{"messages": ')
+    (root / "dict.json").write_text("{}")
+    (root / "half.parquet").write_bytes(b"PAR1 and no more")
+    (root / "nothing.jsonl").write_text("{}\n")
+    with pytest.raises(error, match=message):
+        load_own_source(source, root)
