@@ -93,6 +93,7 @@ def pack_conversations(dataset: Dataset, max_length: int, max_images: int | None
     if missing := {"length", "num_images"} - set(dataset.column_names):
         raise ValueError(f"The data set has no column {', '.join(sorted(missing))}; pass it to measure_lengths first.")
     lengths, num_images = (np.asarray(dataset.with_format(None)[name][:]) for name in ("length", "num_images"))
+    _check_limits(max_length, max_images)
     if len(lengths) == 0:
         raise ValueError("There is no conversation to pack.")
     limits = {"max_length": max_length, "max_images": max_images, "seed": seed}
@@ -140,9 +141,7 @@ def plan_packs(
     Raises:
         `ValueError`: a limit below 1.
     """
-    most = np.array([max_length, np.inf if max_images is None else max_images])
-    if most.min() < 1:
-        raise ValueError(f"A pack holds at least 1 token and 1 image, got {max_length} and {max_images}.")
+    most = _check_limits(max_length, max_images)
     sizes = np.stack([np.asarray(lengths, dtype=np.int64), np.asarray(num_images, dtype=np.int64)], axis=1)
     order = list(range(len(sizes)))
     random.Random(seed).shuffle(order)
@@ -151,6 +150,13 @@ def plan_packs(
         window = np.array(order[start : start + WINDOW])
         packs += [window[members].tolist() for members in _plan_window(sizes[window], most)]
     return packs
+
+
+def _check_limits(max_length: int, max_images: int | None) -> np.ndarray:
+    most = np.array([max_length, np.inf if max_images is None else max_images])
+    if most.min() < 1:
+        raise ValueError(f"A pack holds at least 1 token and 1 image, got {max_length} and {max_images}.")
+    return most
 
 
 def _plan_window(sizes: np.ndarray, most: np.ndarray) -> list[list[int]]:

@@ -3,16 +3,27 @@
 import hashlib
 import json
 import random
+import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import pytest
-from conftest import make_processor
+from conftest import draw_picture, make_processor
 from published_data import write_published_data
 from test_finetune import EXAMPLES, environment
 
-from processing_visualchat import DataCollatorForVisualChat, Recipe, load_mixture, read_recipe, validate_conversation
+from processing_visualchat import (
+    DataCollatorForVisualChat,
+    Recipe,
+    load_mixture,
+    measure_lengths,
+    pack_conversations,
+    read_recipe,
+    validate_conversation,
+)
+from processing_visualchat.conversation_files import count_tokens
 from processing_visualchat.image_archives import open_archive, split_archived
 from processing_visualchat.mixture import Ingredient, choose, group, split_by_image
 
@@ -82,6 +93,66 @@ def test_too_many_images_are_counted_as_dropped(root):
     assert report.dropped["more than 1 images"] == 1 and report.read == report.used + sum(report.dropped.values())
 
 
+def test_own_conversations_mix_with_published_ones(root, tmp_path):
+    """A picture of COCO under another name stays on one side; broken and thin images are found."""
+    own = root / "own"
+    own.mkdir(exist_ok=True)
+    shutil.copy(root / "coco/train2017/000000000001.jpg", own / "mine.png")
+    draw_picture(50, (1, 7)).save(own / "thin.png")
+    (own / "cut.jpg").write_bytes((own / "mine.png").read_bytes()[:300])
+    records = [
+        {"conversations": [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "x"}], "image": image}
+        for image in ("mine.png", "thin.png", "cut.jpg")
+    ]
+    (own / "data.json").write_text(json.dumps(records))
+    (tmp_path / "mixture.yaml").write_text(
+        f"data_root: {root}\nmax_images: 4\neval_share: 0.3\n"
+        "sources: [{name: llava_dial}, {name: mine, path: own/data.json}]"
+    )
+    recipe = read_recipe(tmp_path / "mixture.yaml")
+    for seed in range(4):
+        mixture = load_mixture(replace(recipe, seed=seed))
+        report = mixture.reports[1]
+        assert report.dropped == {"an image that is broken, or one pixel wide or high": 2} and report.used == 1
+        assert len(list(report.list_dropped())) == 2 and report.read == 3
+        assert not contents(mixture.train, root) & contents(mixture.evaluation, root)
+        assert len(mixture.train) + len(mixture.evaluation) == mixture.reports[0].conversations + 1
+    with pytest.raises(ValueError, match="broken, or one pixel"):
+        (own / "broken.json").write_text(json.dumps(records[1:]))
+        load_mixture(replace(recipe, sources=(Ingredient("mine", "own/broken.json"),)))
+    with pytest.raises(FileNotFoundError, match="No data root at nowhere"):
+        load_mixture(recipe, "nowhere")
+
+
+def test_weights_say_how_often_an_epoch_goes_through_a_source(root):
+    def count(weight, **options):
+        ingredient = Ingredient("llava", weight=weight, **options)
+        mixture = load_mixture(Recipe((ingredient,), eval_share=0.4), root)
+        return Counter(where for example in mixture.train for where in example["where"]), len(mixture.evaluation)
+
+    once, num_eval = count(1)
+    assert set(once.values()) == {1} and num_eval > 0 and len(once) >= 1
+    assert count(3) == (Counter(dict.fromkeys(once, 3)), num_eval)
+    assert count(3, concatenate=2)[0] == Counter(dict.fromkeys(once, 3))
+    more, _ = count(2.5)
+    assert sum(more.values()) == 2 * len(once) + round(0.5 * len(once)) and set(more.values()) <= {2, 3}
+    assert sum(count(0.5)[0].values()) == round(0.5 * len(once))
+
+
+def test_a_measured_mixture_packs(root):
+    processor = make_processor()
+    mixture = load_mixture(EXAMPLES / "configs" / "paper_set2.yaml", root)
+    measured = measure_lengths(mixture.train, processor)
+    assert measured[0] == {**mixture.train[0], "length": count_tokens(mixture.train[0]["messages"], processor)}
+    assert [len(example["images"]) for example in measured] == measured["num_images"][:]
+    packs = pack_conversations(measured, 900)
+    seen = [tuple(example["where"]) for pack in packs for example in pack["pack"]]
+    assert sorted(seen) == sorted(tuple(example["where"]) for example in mixture.train)
+    assert len(packs) < len(mixture.train)
+    batch = DataCollatorForVisualChat(processor, 900, "skip", packing=True)([packs[0]])
+    assert batch["input_ids"].shape == (1, packs[0]["length"])
+
+
 def test_images_that_are_joined_stay_together():
     images = [["a", "b"], ["b", "c"], ["d"], ["e"], ["f", "g"], [], ["c"], ["h"], []]
     sides = set()
@@ -129,6 +200,9 @@ def test_samples_are_all_a_number_or_a_share():
         ("sources: [{name: llava}, {name: llava}]", "names llava more than once"),
         ("sources: [{name: llava}]\neval_share: 1", "eval_share is 1; use a share from 0 to below 1"),
         ("sources: [{name: llava}]\nmax_images: 0", "max_images is 0; use a number from 1 up"),
+        ("sources: [{name: llava, weight: 0}]", "weight of llava is 0; use a number above 0"),
+        ("sources: [{name: llava, images: x}]", "llava is a published source; it takes no images"),
+        ("sources: [{name: llava, path: x}]", "llava is the name of a published source"),
         ("sources: [{name: llava}]\nsede: 0", "unknown key sede; there are sources, seed"),
     ],
 )
