@@ -27,6 +27,7 @@ from .image_archives import digest_of
 from .processing_visualchat import VisualChatProcessor
 
 
+MEASURES = ("length", "num_images", "num_rounds")
 WINDOW = 2048  # conversations that are packed together; a larger window fills little more
 
 
@@ -41,16 +42,19 @@ def measure_lengths(dataset: Dataset, processor: VisualChatProcessor, num_proc: 
         num_proc (`int`, *optional*): Processes that measure.
 
     Returns:
-        The data set with the columns `length`, tokens with those of images, and `num_images`.
+        The data set with the columns `length` (tokens, those of images included), `num_images` and `num_rounds`.
     """
-    key = digest_of(f"{dataset._fingerprint} {_describe(processor)} lengths 1".encode())
+    key = digest_of(f"{dataset._fingerprint} {_describe(processor)} lengths 2".encode())
     Path(config.HF_DATASETS_CACHE).mkdir(parents=True, exist_ok=True)
 
     def measure(example: dict) -> dict[str, int]:
         messages = example["messages"]
         messages = json.loads(messages) if isinstance(messages, str) else messages
-        blocks = (block for message in messages for block in message["content"] if not isinstance(block, str))
-        return {"length": count_tokens(messages, processor), "num_images": sum(map(is_image, blocks))}
+        return {
+            "length": count_tokens(messages, processor),
+            "num_images": sum(is_image(block) for message in messages for block in message["content"]),
+            "num_rounds": sum(message["role"] == "assistant" for message in messages),
+        }
 
     measured = dataset.map(
         measure,
@@ -62,13 +66,14 @@ def measure_lengths(dataset: Dataset, processor: VisualChatProcessor, num_proc: 
     ).with_format(None)
     form = dataset.format
     plain = dataset.with_format(None)
-    for name in ("length", "num_images"):
+    for name in MEASURES:
+        values = measured[name][:] if name in measured.column_names else []  # of no example there is no column
         if name in plain.column_names:
             plain = plain.remove_columns(name)
-        plain = plain.add_column(name, measured[name][:])
+        plain = plain.add_column(name, np.asarray(values, dtype=np.int64))
     if form["type"] is None:
         return plain
-    columns = [name for name in form["columns"] if name not in ("length", "num_images")]
+    columns = [name for name in form["columns"] if name not in MEASURES]
     return plain.with_format(form["type"], columns, form["output_all_columns"], **form["format_kwargs"])
 
 
@@ -207,10 +212,15 @@ def compare_batching(
         max_length (`int`): The most tokens of a pack.
         batch_size (`int`, *optional*, defaults to 8): Conversations of a padded batch.
         seed (`int`, *optional*, defaults to 0): Of all three.
+
+    Returns:
+        For each way what is lost; nothing if there is no conversation. Longer ones count as shortened to `max_length`.
     """
     from transformers.trainer_pt_utils import get_length_grouped_indices
 
     sizes, images = np.minimum(np.asarray(lengths), max_length), np.asarray(num_images)
+    if len(sizes) == 0:
+        return {}
     order = list(range(len(sizes)))
     random.Random(seed).shuffle(order)
     generator = torch.Generator().manual_seed(seed)

@@ -47,7 +47,8 @@ class SourceReport:
         name (`str`): The source.
         read, used (`int`): Raw records.
         conversations (`int`): What they became.
-        dropped, repaired (`dict`): Numbers of records by reason.
+        num_repaired (`int`): Raw records that are used after something was mended.
+        dropped, repaired (`dict`): Numbers of records by reason; one may be repaired for several.
         examples (`dict`): For every reason the first few records that it holds for, file and record.
         rows (`datasets.Dataset`, *optional*): All readings, memory-mapped.
     """
@@ -56,6 +57,7 @@ class SourceReport:
     read: int = 0
     used: int = 0
     conversations: int = 0
+    num_repaired: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     repaired: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
@@ -105,6 +107,7 @@ class SourceReport:
                     continue
                 report.used += count
                 report.conversations += 1
+                report.num_repaired += count if repairs else 0
                 for repair in dict.fromkeys(repairs):
                     report.repaired[repair] = report.repaired.get(repair, 0) + count
                     report._note(repair, where)

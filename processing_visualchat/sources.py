@@ -216,7 +216,7 @@ LLAVA_FILES = ("llava/detail_23k.json", "llava/complex_reasoning_77k.json", "lla
 LLAVA = (
     "https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K",
     "Liu et al., Visual Instruction Tuning, arXiv 2304.08485",
-    f"CC BY 4.0 and the terms of OpenAI (until 2024 CC BY-NC 4.0); {COCO_IMAGES}",
+    f"CC BY 4.0 (earlier copies: CC BY-NC 4.0) and the terms of OpenAI; {COCO_IMAGES}",
 )
 MIMICIT = (
     "https://huggingface.co/datasets/pufanyi/MIMICIT",
