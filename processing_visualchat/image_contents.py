@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset, Features, Value
-from tqdm.auto import tqdm
 
 from .image_archives import digest_of, open_archive, open_training_image, split_archived
 from .readings import is_file_name, reading_key
@@ -16,7 +15,7 @@ from .readings import is_file_name, reading_key
 FEATURES = Features(
     {"name": Value("string"), "digest": Value("string"), "width": Value("int32"), "height": Value("int32")}
 )
-IMAGES_PER_PROCESS = 2000  # with fewer, starting one costs more than it saves
+CHUNK = 1000  # images that one process reads in a row
 
 
 @dataclass(frozen=True)
@@ -51,21 +50,21 @@ def read_image_contents(names: Iterable[str], root: Path, check_images: bool = T
     root = root.resolve()
     paths = {root / (split_archived(name) or [name])[0] for name in files}
     options = {
-        "names": files,
+        "names": [files[start : start + CHUNK] for start in range(0, len(files), CHUNK)],
         "root": str(root),
         "check_images": check_images,
         "key": reading_key(sorted(paths), "image_contents.py", "image_loading_visualchat.py"),
     }
-    num_proc = min(os.cpu_count() or 1, len(files) // IMAGES_PER_PROCESS) or None
-    rows = Dataset.from_generator(_generate_contents, features=FEATURES, gen_kwargs=options, num_proc=num_proc)
+    num_proc = min(os.cpu_count() or 1, len(files) // CHUNK)
+    rows = Dataset.from_generator(_generate_contents, features=FEATURES, gen_kwargs=options, num_proc=max(num_proc, 1))
     columns = [rows.data.column(name).to_pylist() for name in ("name", "digest", "width", "height")]
     for name, digest, width, height in zip(*columns):
         contents[name] = ImageContent(digest, width, height, check_images and width == 0)
     return contents
 
 
-def _generate_contents(names: list[str], root: str, check_images: bool, key: str) -> Iterator[dict]:
-    for name in tqdm(names, desc="Reading images", unit="image"):
+def _generate_contents(names: list[list[str]], root: str, check_images: bool, key: str) -> Iterator[dict]:
+    for name in (name for chunk in names for name in chunk):
         content = {"name": name, "digest": name, "width": 0, "height": 0}
         with contextlib.suppress(OSError, ValueError, KeyError):  # of a broken image the width stays 0
             archived = split_archived(name)

@@ -330,7 +330,7 @@ def _drop(report: SourceReport, row: dict, reason: str) -> None:
 
 def _column(rows: Dataset, name: str) -> list:
     """A column as a list; much faster than row by row."""
-    return [value for batch in rows.with_format("arrow").iter(10_000) for value in batch[name].to_pylist()]
+    return rows.select_columns([name]).with_format("arrow")[:][name].to_pylist()
 
 
 def _is_number(value: Any) -> bool:

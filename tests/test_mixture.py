@@ -143,7 +143,9 @@ def test_a_measured_mixture_packs(root):
     processor = make_processor()
     mixture = load_mixture(EXAMPLES / "configs" / "paper_set2.yaml", root)
     measured = measure_lengths(mixture.train, processor)
-    assert measured[0] == {**mixture.train[0], "length": count_tokens(mixture.train[0]["messages"], processor)}
+    first = mixture.train[0]["messages"]
+    expected = {"length": count_tokens(first, processor), "num_rounds": len(first) // 2}
+    assert measured[0] == {**mixture.train[0], **expected}
     assert [len(example["images"]) for example in measured] == measured["num_images"][:]
     packs = pack_conversations(measured, 900)
     seen = [tuple(example["where"]) for pack in packs for example in pack["pack"]]
