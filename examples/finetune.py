@@ -32,7 +32,7 @@ from digits import DigitConversations, build_model, load_scans
 from digits_report import report
 from transformers import AutoProcessor, HfArgumentParser, Trainer, TrainingArguments, set_seed
 
-from modeling_visualchat import VisualChatForConditionalGeneration
+from modeling_visualchat import VisionFeatureCache, VisualChatForConditionalGeneration
 from processing_visualchat import (
     OVERLONG,
     DataCollatorForVisualChat,
@@ -92,6 +92,13 @@ class FinetuneArguments:
             "vision_tower, language_model, lm_head. Of the digits model everything learns."
         },
     )
+    vision_features: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that keeps what the frozen vision tower makes of images, for later epochs and runs."
+        },
+    )
+    vision_features_gib: float = field(default=64.0, metadata={"help": "The most that this folder holds."})
     cpu_threads: int = field(default=0, metadata={"help": "Threads of each process on a CPU; 0 shares out all cores."})
     max_length: int | None = field(default=None, metadata={"help": "The most tokens a conversation may have."})
     check_images: bool = field(default=True, metadata={"help": "Open every image of the data files before training."})
@@ -151,6 +158,8 @@ def parse_arguments(argv: list[str]) -> tuple[FinetuneArguments, TrainingArgumen
         parser.error("--packing is of a checkpoint (--model); the digits are all of one length")
     if arguments.model is None and arguments.trainable is not None:
         parser.error("--trainable is of a checkpoint (--model); of the digits model everything learns")
+    if arguments.vision_features is not None and (is_default or "vision_tower" in (arguments.trainable or ())):
+        parser.error("--vision_features needs a frozen vision tower; leave it out, or vision_tower of --trainable")
     if arguments.model is not None and not {arguments.attention_type, arguments.projector_type} <= {None}:
         parser.error("--attention_type and --projector_type are of the digits model; a checkpoint has its own")
     training_arguments.remove_unused_columns = False
@@ -253,6 +262,11 @@ def main() -> None:
         model = VisualChatForConditionalGeneration.from_pretrained(arguments.model, dtype=torch.float32)
         model.set_trainable(*arguments.trainable or ())
         processor = AutoProcessor.from_pretrained(arguments.model)
+        if arguments.vision_features is not None:
+            max_disk_bytes = int(arguments.vision_features_gib * 2**30)
+            model.model.vision_cache = VisionFeatureCache(
+                folder=arguments.vision_features, max_disk_bytes=max_disk_bytes
+            )
         train_dataset, eval_dataset = load_data(arguments, processor)
     collator = DataCollatorForVisualChat(
         processor, arguments.max_length, arguments.overlong, arguments.packing, arguments.max_broken

@@ -8,6 +8,7 @@ from .configuration_visualchat import VERSION, VisualChatConfig
 from .image_memory_visualchat import ImageMemory
 from .image_states_visualchat import ImageStates
 from .modeling_visualchat import VisualChatForConditionalGeneration, VisualChatModel, VisualChatPreTrainedModel
+from .vision_cache_visualchat import VisionFeatureCache
 
 
 AutoModel.register(VisualChatConfig, VisualChatModel, exist_ok=True)
@@ -20,6 +21,7 @@ __all__ = [
     "ImageMemory",
     "ImageStates",
     "MultiModalCausalAttention",
+    "VisionFeatureCache",
     "VisualChatForConditionalGeneration",
     "VisualChatModel",
     "VisualChatPreTrainedModel",

@@ -33,6 +33,7 @@ from .parts_visualchat import (
 )
 from .projector_visualchat import PROJECTORS, PerceiverProjector
 from .streams_visualchat import TwoStreamMixin
+from .vision_cache_visualchat import VisionFeatureCache
 
 
 # Parts that `set_trainable` knows, and where they live in `VisualChatForConditionalGeneration`.
@@ -150,7 +151,14 @@ class VisualChatPreTrainedModel(PreTrainedModel):
 
 
 class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
-    """The vision tower, the projector and the language model without its head."""
+    """
+    The vision tower, the projector and the language model without its head.
+
+    Attributes:
+        vision_cache ([`VisionFeatureCache`], *optional*): Keeps what a frozen vision tower makes of images.
+    """
+
+    vision_cache: VisionFeatureCache | None = None
 
     def __init__(self, config: VisualChatConfig):
         super().__init__(config)
@@ -200,12 +208,14 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
         first = [number.index(image) for image in range(max(number, default=-1) + 1)]
         if len(first) < len(pixel_values):
             pixel_values = pixel_values[torch.tensor(first, device=pixel_values.device)]
-        outputs = self._run_vision_tower(pixel_values, vision_feature_layer=layers, **kwargs)
-        features = torch.cat([outputs.hidden_states[index] for index in layers], dim=-1)
-        if strategy == "default":
-            features = features[:, 1:]
+        cache = None if pixel_values.requires_grad or kwargs else self.vision_cache
+        if cache is not None and cache.serves(self.vision_tower):
+            features = cache.read(self, pixel_values, layers, strategy)
+            outputs = BaseModelOutputWithPooling(last_hidden_state=None)
+        else:
+            outputs, features = self.run_vision_tower(pixel_values, layers, strategy, **kwargs)
         projected = list(self.multi_modal_projector(features))
-        if len(first) < len(number):
+        if len(first) < len(number) and outputs.hidden_states is not None:
             index = torch.tensor(number, device=features.device)
             outputs.last_hidden_state = outputs.last_hidden_state[index]
             outputs.hidden_states = tuple(
@@ -213,6 +223,22 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
             )
         outputs.pooler_output = [projected[image] for image in number]
         return outputs
+
+    def run_vision_tower(self, pixel_values: torch.Tensor, layers: list[int], strategy: str, **kwargs) -> tuple:
+        """
+        Takes different images through the vision tower.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(N, channels, height, width)`): Preprocessed pixels.
+            layers (`list[int]`): The layers that are read.
+            strategy (`str`): `"full"`, or `"default"` to leave out the first token.
+
+        Returns:
+            The output of the vision tower, and the features `(N, length, layers x vision hidden)`.
+        """
+        outputs = self._run_vision_tower(pixel_values, vision_feature_layer=layers, **kwargs)
+        features = torch.cat([outputs.hidden_states[index] for index in layers], dim=-1)
+        return outputs, features[:, 1:] if strategy == "default" else features
 
     @select_hidden_states("vision_feature_layer")
     def _run_vision_tower(self, pixel_values: torch.Tensor, vision_feature_layer: list[int], **kwargs):

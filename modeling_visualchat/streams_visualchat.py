@@ -274,6 +274,6 @@ def _checkpoints_reentrantly(decoder: nn.Module) -> bool:
 
 def _is_watched(decoder: nn.Module, is_training: bool) -> bool:
     """Whether somebody counts on every layer being run to its end: hooks, or gradient checkpointing."""
-    if is_training and getattr(decoder, "is_gradient_checkpointing", False):
+    if is_training and getattr(decoder, "is_activation_checkpointing", False):
         return True
     return any(hooks_of(part) or hasattr(part, "_hf_hook") for part in decoder.modules())

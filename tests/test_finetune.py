@@ -243,6 +243,7 @@ def test_a_mixture_trains_on_two_processes(tmp_path, data):
         (["--resume_from_checkpoint", "true"], "holds no complete checkpoint"),
         (["--data_root", "x"], "--data_root goes with --mixture"),
         (["--packing", "true"], "--packing is of a checkpoint"),
+        (["--vision_features", "x"], "--vision_features needs a frozen vision tower"),
         (["--mixture", "x.yaml", "--data_root", "x"], r"--model and --train_file \(or --mixture\) go together"),
         (["--mixture", "x.yaml", "--train_file", "x"], "leave out --train_file and --eval_file"),
         (["--overlong", "cut"], "invalid choice: 'cut'"),

@@ -16,8 +16,9 @@ from test_finetune import environment
 from transformers import LlamaConfig
 
 from modeling_visualchat import ConversationCache, ImageMemory
-from modeling_visualchat.image_memory_visualchat import _column_sums, fingerprint_image, fingerprint_model
+from modeling_visualchat.image_memory_visualchat import fingerprint_image, fingerprint_model
 from modeling_visualchat.image_states_visualchat import KeyRotation, same_images
+from modeling_visualchat.tensor_store_visualchat import column_sums
 
 
 DECODERS = [name for name in TEXT_CONFIGS if name not in ("mistral", "qwen2", "gemma3")]  # without windows
@@ -198,7 +199,7 @@ def test_autocast_hooks_and_other_forwards_are_seen():
 
 def test_the_checksum_sees_small_and_symmetric_changes():
     weight = torch.randn(4096, 64).to(torch.bfloat16)
-    seen = {_column_sums(weight)}
+    seen = {column_sums(weight)}
     for change in range(6):
         changed = weight.clone()
         match change:
@@ -214,9 +215,9 @@ def test_the_checksum_sees_small_and_symmetric_changes():
                 changed = changed.flip(1)
             case 5:
                 changed = changed[:, :-1]
-        seen.add(_column_sums(changed))
+        seen.add(column_sums(changed))
     assert len(seen) == 7
-    assert len({_column_sums(torch.tensor(value)) for value in (0.0, 1.0, True)}) == 3
+    assert len({column_sums(torch.tensor(value)) for value in (0.0, 1.0, True)}) == 3
 
 
 def test_images_given_with_embeddings_are_read_too():
@@ -249,7 +250,7 @@ def test_a_memory_is_refused_where_it_would_be_wrong():
     eager.set_attn_implementation("eager")
     with pytest.raises(ValueError, match=r"on the sdpa kernel, .* 'mmca_eager'"):
         logits(eager, rows, images, image_memory=ImageMemory())
-    with pytest.raises(ValueError, match="limits of an ImageMemory are numbers of bytes"):
+    with pytest.raises(ValueError, match="limits of ImageMemory are numbers of bytes"):
         ImageMemory(max_bytes=-1)
 
 
@@ -291,7 +292,7 @@ def test_a_corrupt_file_is_a_miss_with_a_warning(tmp_path):
     for broken in (b"", whole[:40], whole[:-8], bytes(flipped), b"{" * len(whole)):
         path.write_bytes(broken)
         memory = ImageMemory(folder=tmp_path)
-        with pytest.warns(UserWarning, match="image memory's file .* cannot be used and is computed anew"):
+        with pytest.warns(UserWarning, match="The file .* cannot be used and is computed anew"):
             memory.read(model, pixels(0))
         assert memory.misses == 1 and path.read_bytes() == whole
     other = fingerprint_image(pixels(1)[0])
@@ -334,13 +335,13 @@ def test_a_disk_that_cannot_be_written_costs_no_answer(tmp_path):
     assert len(list((tmp_path / "memory").iterdir())) == 1
     shutil.rmtree(tmp_path / "memory")
     (tmp_path / "memory").write_text("a file where the folder was")
-    with pytest.warns(UserWarning, match="The image memory cannot write to"):
+    with pytest.warns(UserWarning, match="ImageMemory cannot write to"):
         states = memory.read(model, pixels(1))
     assert len(states.keys) == 2 and len(memory) == 2
     memory = ImageMemory(folder=tmp_path / "full")
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     try:
-        with pytest.warns(UserWarning, match="The image memory cannot write to"):
+        with pytest.warns(UserWarning, match="ImageMemory cannot write to"):
             memory.read(model, pixels(2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

@@ -43,6 +43,8 @@ CODE = [
     "processing_visualchat.py",
     "projector_visualchat.py",
     "streams_visualchat.py",
+    "tensor_store_visualchat.py",
+    "vision_cache_visualchat.py",
 ]
 
 

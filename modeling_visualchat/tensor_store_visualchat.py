@@ -1,0 +1,203 @@
+"""
+A bounded store of named tensors: in memory, the least recently used going first, and in a folder that processes share.
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+import threading
+import time
+import warnings
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+DIGEST_SIZE = 20  # bytes
+COLUMNS = (1021, 1009)  # of the checksum; primes, so that rows of a matrix that change places change it
+ENTRY_NAME = re.compile(r"[0-9a-f]{40}-[0-9a-f]{40}\.(safetensors|[0-9]+-[0-9]+\.part)")
+ABANDONED_AFTER = 3600  # seconds
+SAVES_BETWEEN_LOOKS = 100  # at a folder that others may write to
+
+
+class TensorStore:
+    """
+    Entries of named tensors under keys of two digests.
+
+    Args:
+        max_bytes (`int`): The most that it holds in memory.
+        device (`str` or `torch.device`, *optional*): Where to hold it; by default where an entry comes from.
+        folder (`str` or `Path`, *optional*): Keeps entries on disk too, as safetensors; processes may share it.
+        max_disk_bytes (`int`): The most that the folder holds.
+
+    Attributes:
+        hits, misses (`int`): Images that were found, and that had to be computed.
+        nbytes (`int`): What it holds in memory.
+
+    Raises:
+        `ValueError`: a limit below 0.
+    """
+
+    def __init__(
+        self,
+        max_bytes: int = 4 * 2**30,
+        device: str | torch.device | None = None,
+        folder: str | Path | None = None,
+        max_disk_bytes: int = 64 * 2**30,
+    ):
+        if max_bytes < 0 or max_disk_bytes < 0:
+            raise ValueError(
+                f"The limits of {type(self).__name__} are numbers of bytes, got {max_bytes}, {max_disk_bytes}."
+            )
+        self.max_bytes, self.device, self.max_disk_bytes = max_bytes, device, max_disk_bytes
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.hits = self.misses = self.nbytes = 0
+        self._entries: OrderedDict[str, dict[str, torch.Tensor]] = OrderedDict()
+        self._lock = threading.Lock()
+        # What the folder holds as far as known, and how often it was written to since the last look at it.
+        self._disk_bytes, self._unseen = 0, SAVES_BETWEEN_LOOKS
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({len(self)} images, {self.nbytes / 2**20:.1f} of "
+            f"{self.max_bytes / 2**20:.1f} MiB, {self.hits} hits, {self.misses} misses)"
+        )
+
+    def __deepcopy__(self, memo) -> "TensorStore":
+        return self  # a copy of a model shares what is known of images
+
+    def clear(self) -> None:
+        """Forgets what is in memory; the folder stays."""
+        with self._lock:
+            self._entries.clear()
+            self.nbytes = 0
+
+    def _get(self, key: str, device: torch.device) -> dict[str, torch.Tensor] | None:
+        with self._lock:
+            if key in self._entries:
+                self._entries.move_to_end(key)
+                return self._entries[key]
+        entry = self._load(key) if self.folder is not None else None
+        if entry is not None:
+            entry = {name: tensor.to(device) for name, tensor in entry.items()}
+            self._keep(key, entry)
+        return entry
+
+    def _put(self, key: str, entry: dict[str, torch.Tensor]) -> None:
+        self._keep(key, entry)
+        if self.folder is not None:
+            self._save(key, entry)
+
+    def _keep(self, key: str, entry: dict[str, torch.Tensor]) -> None:
+        size = size_of(entry)
+        if size > self.max_bytes:
+            return
+        if self.device is not None:
+            entry = {name: tensor.to(self.device) for name, tensor in entry.items()}
+        with self._lock:
+            if key in self._entries:
+                return
+            self._entries[key] = entry
+            self.nbytes += size
+            while self.nbytes > self.max_bytes:
+                _, oldest = self._entries.popitem(last=False)
+                self.nbytes -= size_of(oldest)
+
+    def _path(self, key: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{key}.safetensors"
+
+    def _load(self, key: str) -> dict[str, torch.Tensor] | None:
+        path = self._path(key)
+        try:
+            with safe_open(path, "pt") as file:
+                entry = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                metadata = file.metadata() or {}
+            if metadata.get("entry") != f"{key} {_checksum(entry)}":
+                raise ValueError("it does not hold what was written under its name")
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, ValueError, OSError) as error:
+            warnings.warn(f"The file {path} cannot be used and is computed anew: {error}", stacklevel=2)
+            return None
+        with contextlib.suppress(OSError):  # a folder that may only be read
+            os.utime(path)
+        return entry
+
+    def _save(self, key: str, entry: dict[str, torch.Tensor]) -> None:
+        """Whole or not at all, whoever else reads or writes the folder."""
+        assert self.folder is not None
+        entry = {name: tensor.cpu() for name, tensor in entry.items()}
+        part = self.folder / f"{key}.{os.getpid()}-{threading.get_ident()}.part"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(entry, part, metadata={"entry": f"{key} {_checksum(entry)}"})
+            os.replace(part, self._path(key))
+            self._disk_bytes += size_of(entry)
+            self._unseen += 1
+            if self._disk_bytes > self.max_disk_bytes or self._unseen >= SAVES_BETWEEN_LOOKS:
+                self._shrink_folder()
+        except (OSError, SafetensorError) as error:  # a full disk costs the entry, not the answer
+            warnings.warn(f"{type(self).__name__} cannot write to {self.folder}: {error}", stacklevel=2)
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+
+    def _shrink_folder(self) -> None:
+        """Removes the entries that were used longest ago, and what a process that was killed has left half-written."""
+        assert self.folder is not None
+        files = []
+        for path in self.folder.iterdir():
+            if not ENTRY_NAME.fullmatch(path.name):
+                continue  # not ours
+            try:
+                status = path.stat()
+            except FileNotFoundError:  # another process was faster
+                continue
+            if path.suffix == ".part" and time.time() - status.st_mtime > ABANDONED_AFTER:
+                path.unlink(missing_ok=True)
+            elif path.suffix != ".part":
+                files.append((status.st_mtime, status.st_size, path))
+        self._disk_bytes, self._unseen = sum(size for _, size, _ in files), 0
+        # In a folder of many files a look takes time: once it is full, more is removed than has to be.
+        goal = self.max_disk_bytes - (self.max_disk_bytes // 20 if len(files) > SAVES_BETWEEN_LOOKS else 0)
+        for _, size, path in sorted(files) if self._disk_bytes > self.max_disk_bytes else ():
+            if self._disk_bytes <= goal:
+                return
+            path.unlink(missing_ok=True)
+            self._disk_bytes -= size
+
+
+def column_sums(tensor: torch.Tensor) -> bytes:
+    """The bits of a tensor summed up as integers, in columns of two widths, at the speed of memory."""
+    tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    flat = tensor.detach().contiguous().flatten().view(torch.uint8)
+    if flat.data_ptr() % 8 or flat.storage_offset() % 8 or len(flat) % 8:
+        flat = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).clone()
+    words = flat.view(torch.int64)
+    sums = []
+    for width in COLUMNS:
+        whole = len(words) // width * width
+        sums += [words[:whole].view(-1, width).sum(dim=0), words[whole:]]
+    return torch.cat(sums).cpu().numpy().tobytes()
+
+
+def _checksum(entry: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=DIGEST_SIZE)
+    for name in sorted(entry):
+        digest.update(str((name, entry[name].dtype, tuple(entry[name].shape))).encode())
+        digest.update(column_sums(entry[name]))
+    return digest.hexdigest()
+
+
+def size_of(entry: dict[str, torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in entry.values())
