@@ -33,7 +33,7 @@ from transformers import AutoProcessor, CLIPImageProcessor, PreTrainedTokenizerF
 from .data_collator import DataCollatorForVisualChat
 from .image_contents import ImageContent
 from .mixture import Ingredient, Mixture, Recipe, load_mixture, read_recipe
-from .packing import Waste, compare_batching, measure_lengths
+from .packing import Waste, batching_table, compare_batching, measure_lengths
 from .processing_visualchat import IGNORE_INDEX, VisualChatProcessor
 from .readings import SourceReport
 
@@ -144,14 +144,6 @@ class Diagnosis:
                 start += num_train
         return rows
 
-    def batching_table(self) -> list[Sequence]:
-        """What padding and unequal batches cost."""
-        rows: list[Sequence] = [("batches", "number", "padding", "spread of tokens", "spread of images")]
-        for way, waste in self.batching.items():
-            spreads = (f"{waste.token_spread:.1%}", f"{waste.image_spread:.1%}")
-            rows.append((way, waste.batches, f"{waste.padding:.1%}", *spreads))
-        return rows
-
     def findings(self) -> list[str]:
         """What to know, in sentences."""
         num_images = len({content.digest for content in self.contents.values()})
@@ -175,7 +167,7 @@ class Diagnosis:
             format_table(self.source_table()),
             format_table(self.reason_table()) if len(self.reason_table()) > 1 else "",
             format_table(self.length_table()),
-            format_table(self.batching_table()),
+            format_table(batching_table(self.batching)),
             "\n".join(self.findings()),
             "\n".join(f"PROBLEM: {problem}" for problem in self.problems),
         ]

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .image_archives import open_training_image
+from .packing import batching_table
 from .sources import SOURCES
 
 
@@ -45,7 +46,7 @@ def write_page(diagnosis: "Diagnosis", path: Path) -> Path:
         f"<h2>Dropped and repaired</h2>{_table(diagnosis.reason_table())}",
         f"<h2>Lengths</h2>{_histograms(diagnosis)}{_table(diagnosis.length_table())}",
         "<h2>What packing saves</h2><p>Padding is the share of all computed tokens; the spread is the standard "
-        f"deviation over the mean of a batch.</p>{_table(diagnosis.batching_table())}",
+        f"deviation over the mean of a batch.</p>{_table(batching_table(diagnosis.batching))}",
         "<h2>The first conversations</h2><p>As the model gets them; the loss is on what is marked.</p>"
         + "".join(map(_sample, diagnosis.samples)),
         f"<h2>Terms</h2>{_table(terms)}" if len(terms) > 1 else "",

@@ -238,6 +238,15 @@ def compare_batching(
     return waste
 
 
+def batching_table(batching: dict[str, Waste]) -> list[Sequence]:
+    """What padding and unequal batches cost, as [`compare_batching`] finds it."""
+    rows: list[Sequence] = [("batches", "number", "padding", "spread of tokens", "spread of images")]
+    for way, waste in batching.items():
+        spreads = (f"{waste.token_spread:.1%}", f"{waste.image_spread:.1%}")
+        rows.append((way, waste.batches, f"{waste.padding:.1%}", *spreads))
+    return rows
+
+
 def _waste(computed: np.ndarray, batches: list[list[int]], sizes: np.ndarray, images: np.ndarray) -> Waste:
     images = np.array([images[batch].sum() for batch in batches])
     return Waste(
