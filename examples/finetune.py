@@ -42,6 +42,8 @@ from processing_visualchat import (
     load_own_source,
     measure_lengths,
     pack_conversations,
+    read_recipe,
+    stream_mixture,
 )
 
 
@@ -199,10 +201,16 @@ def find_checkpoint(training_arguments: TrainingArguments) -> str | None:
     return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2])))
 
 
-def load_data(arguments: FinetuneArguments, processor) -> tuple:
+def load_data(arguments: FinetuneArguments, training_arguments: TrainingArguments, processor) -> tuple:
     """The data to train on, and to evaluate on if there is any."""
     if arguments.mixture is not None:
-        mixture = load_mixture(arguments.mixture, arguments.data_root)
+        recipe = read_recipe(arguments.mixture)
+        if recipe.streaming:
+            if training_arguments.max_steps <= 0:
+                raise SystemExit("finetune.py: error: a stream has no known length; say when to end with --max_steps")
+            training_arguments.accelerator_config.dispatch_batches = False  # batches differ in their shapes
+            return stream_mixture(recipe, arguments.data_root)
+        mixture = load_mixture(recipe, arguments.data_root)
         if int(os.environ.get("RANK", 0)) == 0:
             print(mixture)
         return mixture.train, mixture.evaluation if len(mixture.evaluation) else None
@@ -225,7 +233,8 @@ def load_file(path: Path, arguments: FinetuneArguments, processor):
 
 def arrange(dataset, arguments: FinetuneArguments, training_arguments: TrainingArguments, collator):
     """Packs conversations, or measures them where batches are made by length."""
-    if not arguments.packing and training_arguments.train_sampling_strategy not in BY_LENGTH:
+    is_stream = isinstance(dataset, torch.utils.data.IterableDataset)  # its batches are packed as they come
+    if is_stream or not (arguments.packing or training_arguments.train_sampling_strategy in BY_LENGTH):
         return dataset
     dataset = measure_lengths(dataset, collator.processor)
     if not arguments.packing:
@@ -267,7 +276,7 @@ def main() -> None:
             model.model.vision_cache = VisionFeatureCache(
                 folder=arguments.vision_features, max_disk_bytes=max_disk_bytes
             )
-        train_dataset, eval_dataset = load_data(arguments, processor)
+        train_dataset, eval_dataset = load_data(arguments, training_arguments, processor)
     collator = DataCollatorForVisualChat(
         processor, arguments.max_length, arguments.overlong, arguments.packing, arguments.max_broken
     )

@@ -14,6 +14,7 @@ from .packing import measure_lengths, pack_conversations
 from .processing_visualchat import VisualChatProcessor
 from .readings import SourceReport
 from .sources import SOURCES, load_source
+from .streaming import stream_mixture
 
 
 AutoProcessor.register(VisualChatConfig, VisualChatProcessor, exist_ok=True)
@@ -36,5 +37,6 @@ __all__ = [
     "measure_lengths",
     "pack_conversations",
     "read_recipe",
+    "stream_mixture",
     "validate_conversation",
 ]

@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import fsspec
 from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError
 from PIL import Image
@@ -92,6 +93,9 @@ def open_training_image(source: Any) -> Image.Image:
         if name not in archive:
             raise ValueError(f"{archived[0]} holds no image {name}, or a broken one.")
         source = archive[name]
+    elif isinstance(source, str) and source.startswith("hf://"):
+        with fsspec.open(source, "rb") as file:
+            source = file.read()
     image = load_image(source)
     if min(image.size) < 2:
         name = source if isinstance(source, str) else "in memory"

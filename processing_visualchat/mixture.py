@@ -18,6 +18,8 @@ A mixture is one YAML file:
       - name: theirs
         hub: user/data-set       # the same from the Hub; also `revision`, and `split` (train)
 
+With `streaming: true` nothing is kept, see `streaming.py`.
+
 Data flows one way: sources → split by image → samples → groups. Images are told apart by their content, so one that
 lies in two places, or has two names, is one.
 """
@@ -94,6 +96,9 @@ class Recipe:
         max_images (`int`, *optional*, defaults to 8): The most images of a conversation.
         eval_share (`float`, *optional*, defaults to 0.1): The share of the images that is kept for evaluation.
         data_root (`str`, *optional*, defaults to `"data"`): The folder under which the data sets lie.
+        streaming (`bool`, *optional*, defaults to `False`): For [`stream_mixture`]: read while it is trained on.
+        shuffle_buffer (`int`, *optional*, defaults to 1000): Of a stream, among how many conversations of a source the
+            next one is drawn.
     """
 
     sources: tuple[Ingredient, ...]
@@ -101,6 +106,8 @@ class Recipe:
     max_images: int = 8
     eval_share: float = 0.1
     data_root: str = "data"
+    streaming: bool = False
+    shuffle_buffer: int = 1000
 
     def __post_init__(self):
         if not self.sources:
@@ -110,6 +117,8 @@ class Recipe:
             raise ValueError(f"The mixture names {', '.join(repeated)} more than once.")
         if not isinstance(self.max_images, int) or self.max_images < 1:
             raise ValueError(f"max_images is {self.max_images!r}; use a number from 1 up.")
+        if not isinstance(self.shuffle_buffer, int) or self.shuffle_buffer < 1:
+            raise ValueError(f"shuffle_buffer is {self.shuffle_buffer!r}; use a number from 1 up.")
         if not isinstance(self.eval_share, (int, float)) or not 0 <= self.eval_share < 1:
             raise ValueError(f"eval_share is {self.eval_share!r}; use a share from 0 to below 1.")
 

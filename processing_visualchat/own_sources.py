@@ -10,11 +10,11 @@ the files in the words that `datasets` knows.
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
 
 from datasets import Dataset
 from datasets.data_files import SPLIT_KEYWORDS
@@ -29,7 +29,7 @@ from .readings import (
     check_reading,
     images_are_there,
     keep_readings,
-    load_json,
+    parse_json,
     reading_key,
     rows_of_readings,
     with_subfolders,
@@ -131,15 +131,19 @@ def find_files(source: OwnSource, base: Path) -> list[Path]:
 
 
 def _find_splits(folder: Path) -> dict[str, list[Path]]:
-    """The data files of every split of a folder; those whose name says nothing are for training."""
-    splits: dict[str, list[Path]] = {}
-    for file in sorted(folder.rglob("*")):
-        parts = file.relative_to(folder).parts
-        if file.suffix not in SUFFIXES or any(part.startswith(".") for part in parts) or not file.is_file():
-            continue
-        words = set(re.split(r"[^a-z]+", "/".join(parts).lower()))
-        found = (str(split) for split, keywords in SPLIT_KEYWORDS.items() if words & set(keywords))
-        splits.setdefault(next(found, "train"), []).append(file)
+    names = (str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    return {split: [folder / name for name in files] for split, files in split_files(names).items()}
+
+
+def split_files(names: Iterable[str]) -> dict[str, list[str]]:
+    """The data files among the files of a folder, by split; those whose name says nothing are for training."""
+    splits: dict[str, list[str]] = {}
+    for name in sorted(names):
+        path = PurePosixPath(name)
+        if path.suffix in SUFFIXES and not any(part.startswith(".") for part in path.parts):
+            words = set(re.split(r"[^a-z]+", name.lower()))
+            found = (str(split) for split, keywords in SPLIT_KEYWORDS.items() if words & set(keywords))
+            splits.setdefault(next(found, "train"), []).append(name)
     return splits
 
 
@@ -166,55 +170,62 @@ def _generate_rows(files: list[str], root: str, images: str | None, check_files:
 def read_file(file: Path, root: Path, images: Path | None = None) -> Iterator[Reading]:
     """What became of every record of a file; image names are relative to the root."""
     name = _name_under(root, file)
-    for where, record in RECORDS[file.suffix](file, name):
-        outcome = record if isinstance(record, Dropped) else convert_record(record)
-        if isinstance(outcome, Messages):
-            outcome = _place_images(outcome, images or file.parent, root, f"{file}#")
-        yield Reading(f"{name}, {where}", 1, outcome)
+    with file.open("rb") as contents:
+        for where, record in RECORDS[file.suffix](contents, str(file), partial(_name_in_file, file)):
+            outcome = record if isinstance(record, Dropped) else convert_record(record)
+            if isinstance(outcome, Messages):
+                outcome = _place_images(outcome, images or file.parent, root, f"{file}#")
+            yield Reading(f"{name}, {where}", 1, outcome)
 
 
-def _read_lines(file: Path, name: str) -> Iterator[tuple[str, Any]]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield f"line {number}", json.loads(line)
-            except ValueError:
-                yield f"line {number}", Dropped("a line that is not JSON")
+Refer = Callable[[bytes, int, int], str]
 
 
-def _read_list(file: Path, name: str) -> Iterator[tuple[str, Any]]:
-    records = load_json(file)
+def _name_in_file(file: Path, data: bytes, row: int, number: int) -> str:
+    return f"{file}#{row}.{number}"
+
+
+def _read_lines(contents: BinaryIO, name: str, refer: Refer) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(contents, start=1):
+        if not line.strip():
+            continue
+        try:
+            yield f"line {number}", json.loads(line)
+        except ValueError:
+            yield f"line {number}", Dropped("a line that is not JSON")
+
+
+def _read_list(contents: BinaryIO, name: str, refer: Refer) -> Iterator[tuple[str, Any]]:
+    records = parse_json(contents.read(), name)
     if not isinstance(records, list):
-        raise ValueError(f"{file} is not a list of records at its top, but a {type(records).__name__}.")
+        raise ValueError(f"{name} is not a list of records at its top, but a {type(records).__name__}.")
     yield from ((f"record {index}", record) for index, record in enumerate(records))
 
 
-def _read_parquet(file: Path, name: str) -> Iterator[tuple[str, Any]]:
-    """Rows, in which encoded images have become references."""
+def _read_parquet(contents: BinaryIO, name: str, refer: Refer) -> Iterator[tuple[str, Any]]:
+    """Rows, in which encoded images have become what `refer` makes of them, their row and their number in it."""
     try:
-        rows = (row for batch in parquet.ParquetFile(file).iter_batches(batch_size=64) for row in batch.to_pylist())
+        file = parquet.ParquetFile(contents)
     except ArrowInvalid as error:
-        raise ValueError(f"{file} is not whole parquet: {error} Was it fetched to its end?") from error
-    for number, row in enumerate(rows):
+        raise ValueError(f"{name} is not whole parquet: {error} Was it fetched to its end?") from error
+
+    def refer_to(value: Any, row: int, number: int) -> Any:
+        data = value.get("bytes") if isinstance(value, dict) else value
+        if isinstance(data, bytes) and data:
+            return refer(data, row, number)
+        return value.get("path") if isinstance(value, dict) else value
+
+    rows = (row for batch in file.iter_batches(batch_size=64) for row in batch.to_pylist())
+    for row, record in enumerate(rows):
         for column in ROW_IMAGES:
-            values = row.get(column)
+            values = record.get(column)
             if values is not None:
                 values = values if isinstance(values, list) else [values]
-                row[column] = [_refer(value, f"{file}#{number}.{index}") for index, value in enumerate(values)]
-        yield f"row {number}", row
+                record[column] = [refer_to(value, row, number) for number, value in enumerate(values)]
+        yield f"row {row}", record
 
 
-def _refer(value: Any, reference: str) -> Any:
-    if isinstance(value, bytes):
-        return reference
-    if isinstance(value, dict):
-        return reference if value.get("bytes") else value.get("path")
-    return value
-
-
-RECORDS: dict[str, Callable[[Path, str], Iterator[tuple[str, Any]]]] = {
+RECORDS: dict[str, Callable[[BinaryIO, str, Refer], Iterator[tuple[str, Any]]]] = {
     ".jsonl": _read_lines,
     ".json": _read_list,
     ".parquet": _read_parquet,

@@ -166,14 +166,16 @@ def _check_limits(max_length: int, max_images: int | None) -> np.ndarray:
 
 def _plan_window(sizes: np.ndarray, most: np.ndarray) -> list[list[int]]:
     """Packs of the conversations of one window, (N, 2) tokens and images."""
-    num_packs = max(1, int(np.ceil((sizes.sum(axis=0) / most).max())))
-    share = np.maximum(sizes.sum(axis=0) / num_packs, 1)  # of each pack, if all were alike
+    fits_alone = (sizes <= most).all(axis=1)
+    total = sizes[fits_alone].sum(axis=0)
+    num_packs = int(np.ceil((total / most).max()))
+    share = np.maximum(total / max(num_packs, 1), 1)  # of each pack, if all were alike
     loads = np.zeros((num_packs, 2), dtype=np.int64)
     members: list[list[int]] = [[] for _ in range(num_packs)]
     for index in np.argsort(-(sizes / share).max(axis=1), kind="stable"):
         after = loads + sizes[index]
         fits = (after <= most).all(axis=1)
-        if not fits.any():
+        if not fits.any():  # as of one that is too large by itself
             members.append([int(index)])
             loads = np.concatenate([loads, sizes[index][None]])
             continue

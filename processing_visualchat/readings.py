@@ -240,13 +240,18 @@ def _names_in_folder(folder: Path, stamp: tuple[int, int] | None) -> frozenset[s
 
 def load_json(path: Path) -> Any:
     """The contents of a JSON file; a `ValueError` says where it breaks."""
+    return parse_json(path.read_bytes(), str(path))
+
+
+def parse_json(data: bytes, name: str) -> Any:
+    """JSON; a `ValueError` says where it breaks."""
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(data)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
+        raise ValueError(f"{name} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{path} is not whole JSON: {error.msg} at line {error.lineno}, column {error.colno}. Was it fetched to "
+            f"{name} is not whole JSON: {error.msg} at line {error.lineno}, column {error.colno}. Was it fetched to "
             "its end?"
         ) from error
 

@@ -6,6 +6,7 @@ files to it and read them back.
 import base64
 import hashlib
 import json
+import re
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from urllib.parse import unquote
@@ -116,12 +117,22 @@ class HubStandIn:
                     if folder and not names:
                         self.not_found("EntryNotFound")
                     else:
-                        self.answer([{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in names])
+                        self.answer(
+                            [
+                                {"type": "file", "path": name, "size": len(hub.files[repo_id][name]), "oid": "0" * 40}
+                                for name in names
+                            ]
+                        )
                 elif is_api:
                     self.answer(hub.info(repo_id))
                 elif path[2] == "resolve" and (name := "/".join(path[4:])) in hub.files[repo_id]:
                     content = hub.files[repo_id][name]
                     etag = hashlib.sha1(content).hexdigest()
+                    if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+                        part = content[int(wanted[1]) : int(wanted[2] or len(content)) + 1]
+                        place = f"bytes {wanted[1]}-{int(wanted[1]) + len(part) - 1}/{len(content)}"
+                        self.answer(part, 206, ETag=f'"{etag}"', Content_Range=place)
+                        return
                     self.answer(content, ETag=f'"{etag}"', X_Repo_Commit=hub.sha(repo_id), Accept_Ranges="bytes")
                 else:
                     self.not_found("EntryNotFound")

@@ -231,6 +231,54 @@ def test_a_mixture_trains_on_two_processes(tmp_path, data):
     assert losses(tmp_path / "out")
 
 
+def write_own(folder):
+    """Conversations of one picture each as LLaVA keeps them, one of a picture that is broken, and one far too long."""
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A picture."}]
+    records = []
+    for number in range(12):
+        draw_picture(number % 4).save(folder / f"{number % 4}.png")
+        records.append({"conversations": turns, "image": f"{number % 4}.png"})
+    (folder / "broken.png").write_bytes((folder / "0.png").read_bytes()[:60])
+    long = [turns[0], {"from": "gpt", "value": "y" * 900}]
+    records += [{"conversations": turns, "image": "broken.png"}, {"conversations": long, "image": "0.png"}]
+    (folder / "own.json").write_text(json.dumps(records))
+    (folder / "own.jsonl").write_text("\n".join(map(json.dumps, records)))
+
+
+@pytest.mark.slow
+def test_packs_train_and_the_vision_tower_runs_once_an_image(tmp_path, data):
+    write_own(tmp_path)
+    completed = finetune(
+        "--config", EXAMPLES / "configs" / "finetune.yaml", "--model", data / "checkpoint",
+        "--train_file", tmp_path / "own.json", "--packing", "true", "--overlong", "skip", "--max_length", "300",
+        "--vision_features", tmp_path / "features", "--check_images", "true", "--num_train_epochs", "2",
+        "--gradient_accumulation_steps", "1", "--save_strategy", "no", "--logging_steps", "1",
+        "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    assert "own.json: 14 records read, 14 used" in completed.stdout
+    assert "14 conversations in 8 packs of up to 300 tokens" in completed.stdout, completed.stdout
+    assert len(list((tmp_path / "features").iterdir())) == 4
+    assert "{'shortened': 0, 'skipped': 2, 'broken': 2}" in completed.stdout
+    assert len(losses(tmp_path / "out")) == 16
+
+
+@pytest.mark.slow
+def test_a_stream_trains_on_two_processes(tmp_path, data):
+    write_own(tmp_path)
+    recipe = tmp_path / "stream.yaml"
+    recipe.write_text("streaming: true\neval_share: 0.2\nsources: [{name: own, path: own.jsonl}]")
+    flags, launcher = deepspeed(2)
+    common = [
+        "--config", EXAMPLES / "configs" / "finetune.yaml", "--model", data / "checkpoint", "--mixture", recipe,
+        "--data_root", tmp_path, "--overlong", "skip", "--max_length", "300", "--gradient_accumulation_steps", "1",
+        "--save_strategy", "no", "--logging_steps", "1",
+    ]  # fmt: skip
+    finetune(*common, "--max_steps", "4", "--output_dir", tmp_path / "out", *flags, launcher=launcher)
+    assert len(losses(tmp_path / "out")) == 4
+    refused = finetune(*common, "--output_dir", tmp_path / "other", check=False)
+    assert "say when to end with --max_steps" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

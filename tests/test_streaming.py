@@ -1,0 +1,119 @@
+"""Streams: every conversation once, no image on both sides, the same order for the same seed; from disk and Hub."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from conftest import draw_picture, make_processor
+from datasets import Dataset
+from hub_stand_in import HubStandIn
+from test_finetune import environment
+from test_own_sources import asked, picture
+
+from processing_visualchat import DataCollatorForVisualChat, Ingredient, Recipe, stream_mixture
+from processing_visualchat.image_archives import open_training_image
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Forty conversations as JSON lines in two files, eight as parquet with images inside, and faults."""
+    root = tmp_path_factory.mktemp("streamed")
+    for seed in range(20):
+        draw_picture(seed).save(root / f"{seed}.png")
+    lines = [json.dumps(asked(f"{number % 20}.png")) for number in range(40)]
+    (root / "a.jsonl").write_text("\n".join([*lines[:20], "{broken", json.dumps(asked("../x.png"))]))
+    (root / "b.jsonl").write_text(
+        "\n".join([*lines[20:], json.dumps(asked("gone.png")), json.dumps(asked(*["0.png"] * 9))])
+    )
+    rows = [{**asked("x"), "image": [{"bytes": picture(seed), "path": None}]} for seed in range(8)]
+    Dataset.from_list(rows).to_parquet(root / "c.parquet")
+    return root
+
+
+def sources(**options):
+    return (Ingredient("lines", "[ab].jsonl", **options), Ingredient("rows", "c.parquet"))
+
+
+def pictures(stream):
+    found = []
+    for example in stream:
+        for message in json.loads(example["messages"]):
+            for block in message["content"] if not isinstance(message["content"], str) else ():
+                if block["type"] == "image":
+                    found.append(open_training_image(block.get("path") or block["base64"]).tobytes())
+    return found
+
+
+def test_everything_comes_once_and_in_the_same_order_again(root):
+    recipe = Recipe(sources(concatenate=2, weight=3.0), eval_share=0.0, shuffle_buffer=10)
+    with pytest.warns(UserWarning, match="lines: 1 records left out: {'a line that is not JSON': 1}"):
+        train, evaluation = stream_mixture(recipe, root)
+        assert evaluation is None
+        first = [example["where"] for example in train]
+    seen = [where for group in first for where in group]
+    expected = [f"{root}/a.jsonl, line {n}" for n in range(1, 21)] + [
+        f"{root}/b.jsonl, line {n}" for n in range(1, 21)
+    ]
+    assert sorted(seen) == sorted(expected + [f"{root}/c.parquet, row {n}" for n in range(8)])
+    assert {len(group) for group in first} == {1, 2}
+    assert [example["where"] for example in stream_mixture(recipe, root)[0]] == first
+    other = Recipe(sources(concatenate=2), seed=1, eval_share=0.0, shuffle_buffer=10)
+    assert [example["where"] for example in stream_mixture(other, root)[0]] != first
+    batch = DataCollatorForVisualChat(make_processor(), packing=True, max_broken=0)(list(train.take(9)))
+    assert batch["input_ids"].shape[0] == 1 and len(batch["pixel_values"]) >= 9
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_image_is_on_both_sides(root, seed):
+    """Also those that lie in a file here and inside of a record there."""
+    train, evaluation = stream_mixture(Recipe(sources(), seed=seed, eval_share=0.4), root)
+    sides = [Counter(pictures(stream)) for stream in (train, evaluation)]
+    assert all(sides) and not sides[0].keys() & sides[1].keys()
+    assert sum(map(Counter.total, sides)) == 48
+
+
+@pytest.mark.parametrize(
+    ("ingredient", "message"),
+    [
+        (Ingredient("llava"), "published data set, whose files are read whole"),
+        (Ingredient("x", "a.jsonl", samples=0.5), "samples of x is a share"),
+        (Ingredient("x", "list.json"), "a stream reads .jsonl or .parquet"),
+    ],
+    ids=["published", "share", "JSON"],
+)
+def test_what_a_stream_cannot_do_is_said(root, ingredient, message):
+    (root / "list.json").write_text("[]")
+    with pytest.raises(ValueError, match=message):
+        stream_mixture(Recipe((ingredient,)), root)
+    numbered = Recipe((Ingredient("x", "a.jsonl", samples=3),), eval_share=0.0)
+    assert len(list(stream_mixture(numbered, root)[0])) == 3
+
+
+FROM_THE_HUB = """
+import sys
+sys.path[:0] = sys.argv[1:]
+from conftest import make_processor
+from processing_visualchat import DataCollatorForVisualChat, Ingredient, Recipe, stream_mixture
+recipe = Recipe((Ingredient("theirs", hub="user/chats"),), eval_share=0.0)
+examples = list(stream_mixture(recipe)[0])
+batch = DataCollatorForVisualChat(make_processor(), max_broken=1)(examples)
+print(len(examples), len(batch["pixel_values"]))
+"""
+
+
+def test_the_hub_is_read_without_fetching_it_first(root, tmp_path):
+    with HubStandIn() as hub:
+        files = {path.name: path.read_bytes() for path in root.iterdir()}
+        hub.files["user/chats"] = {**files, "test.jsonl": b"not to train on"}
+        del hub.files["user/chats"]["list.json"]
+        completed = subprocess.run(
+            [sys.executable, "-c", FROM_THE_HUB, str(Path(__file__).parent)],
+            env={**environment(), "HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path)},
+            capture_output=True, text=True, timeout=100,
+        )  # fmt: skip
+    assert completed.returncode == 0, completed.stderr[-3000:]
+    assert completed.stdout.split() == ["49", "48"]
+    assert not list(tmp_path.rglob("*.parquet"))
