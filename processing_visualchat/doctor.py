@@ -158,7 +158,8 @@ class Diagnosis:
             f"{len(self.leaked)} images are on both sides of the split" + _name_some(self.leaked),
             f"{too_long} conversations to train on have more than {self.max_length} tokens; --overlong of "
             "finetune.py says what becomes of them.",
-            f"{self.num_dropped} records are dropped, all with their reason in dropped.jsonl.",
+            f"{self.num_dropped} records are dropped"
+            + (", each with its reason in dropped.jsonl." if self.num_dropped else "."),
         ]
 
     def __str__(self) -> str:

@@ -43,7 +43,9 @@ def write_page(diagnosis: "Diagnosis", path: Path) -> Path:
     parts = [
         f"<h1>{html.escape(diagnosis.name)}</h1>{problems}<ul>{findings}</ul>",
         f"<h2>Sources</h2>{_table(diagnosis.source_table())}",
-        f"<h2>Dropped and repaired</h2>{_table(diagnosis.reason_table())}",
+        f"<h2>Dropped and repaired</h2>{_table(diagnosis.reason_table())}"
+        if len(diagnosis.reason_table()) > 1
+        else "",
         f"<h2>Lengths</h2>{_histograms(diagnosis)}{_table(diagnosis.length_table())}",
         "<h2>What packing saves</h2><p>Padding is the share of all computed tokens; the spread is the standard "
         f"deviation over the mean of a batch.</p>{_table(batching_table(diagnosis.batching))}",
