@@ -36,10 +36,10 @@ from modeling_visualchat import VisionFeatureCache, VisualChatForConditionalGene
 from processing_visualchat import (
     OVERLONG,
     DataCollatorForVisualChat,
-    OwnSource,
+    Ingredient,
+    Recipe,
     load_conversations,
     load_mixture,
-    load_own_source,
     measure_lengths,
     pack_conversations,
     read_recipe,
@@ -160,7 +160,9 @@ def parse_arguments(argv: list[str]) -> tuple[FinetuneArguments, TrainingArgumen
         parser.error("--packing is of a checkpoint (--model); the digits are all of one length")
     if arguments.model is None and arguments.trainable is not None:
         parser.error("--trainable is of a checkpoint (--model); of the digits model everything learns")
-    if arguments.vision_features is not None and (is_default or "vision_tower" in (arguments.trainable or ())):
+    if arguments.vision_features is not None and (
+        arguments.model is None or "vision_tower" in (arguments.trainable or ())
+    ):
         parser.error("--vision_features needs a frozen vision tower; leave it out, or vision_tower of --trainable")
     if arguments.model is not None and not {arguments.attention_type, arguments.projector_type} <= {None}:
         parser.error("--attention_type and --projector_type are of the digits model; a checkpoint has its own")
@@ -210,25 +212,34 @@ def load_data(arguments: FinetuneArguments, training_arguments: TrainingArgument
                 raise SystemExit("finetune.py: error: a stream has no known length; say when to end with --max_steps")
             training_arguments.accelerator_config.dispatch_batches = False  # batches differ in their shapes
             return stream_mixture(recipe, arguments.data_root)
-        mixture = load_mixture(recipe, arguments.data_root)
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(mixture)
-        return mixture.train, mixture.evaluation if len(mixture.evaluation) else None
-    return tuple(
-        load_file(Path(path), arguments, processor) if path else None
-        for path in (arguments.train_file, arguments.eval_file)
-    )
+        return show(load_mixture(recipe, arguments.data_root, arguments.check_images))
+    train_dataset = load_file(Path(arguments.train_file), arguments, processor, ["train"])
+    if arguments.eval_file is None:
+        return train_dataset, None
+    return train_dataset, load_file(Path(arguments.eval_file), arguments, processor, ["validation", "test"])
 
 
-def load_file(path: Path, arguments: FinetuneArguments, processor):
+def show(mixture) -> tuple:
+    """Its two sides, after saying what became of its records."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print("\n".join(map(str, [*mixture.reports, mixture])))
+    return mixture.train, mixture.evaluation if len(mixture.evaluation) else None
+
+
+def load_file(path: Path, arguments: FinetuneArguments, processor, splits: list[str]):
     """Conversations of one file or folder: of JSON lines every fault is an error, of others it is counted."""
     if path.suffix == ".jsonl" or not path.exists():
         check_length = arguments.overlong == "error"
         return load_conversations(path, processor, arguments.max_length, arguments.check_images, check_length)
-    dataset, report = load_own_source(OwnSource(path.name, path.name), path.resolve().parent, arguments.check_images)
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(report)
-    return dataset
+    whole = Path(os.path.abspath(path))  # and not where a link leads
+    for split in splits if path.is_dir() else ["train"]:
+        source = Ingredient(str(path), whole.name, split=split)
+        recipe = Recipe((source,), eval_share=0.0, max_images=sys.maxsize)
+        try:
+            return show(load_mixture(recipe, whole.parent, arguments.check_images))[0]
+        except FileNotFoundError:
+            if split == splits[-1]:
+                raise
 
 
 def arrange(dataset, arguments: FinetuneArguments, training_arguments: TrainingArguments, collator):
@@ -244,6 +255,17 @@ def arrange(dataset, arguments: FinetuneArguments, training_arguments: TrainingA
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"{len(dataset)} conversations in {len(packs)} packs of up to {collator.limit} tokens")
     return packs
+
+
+def leave_out_overlong(dataset, arguments: FinetuneArguments, collator):
+    """Conversations to evaluate on, those left out that the collator would skip: batches of nothing have no loss."""
+    if arguments.overlong != "skip" or not hasattr(dataset, "column_names") or not hasattr(dataset, "select"):
+        return dataset
+    lengths = measure_lengths(dataset, collator.processor)["length"][:]
+    kept = [index for index, length in enumerate(lengths) if length <= collator.limit]
+    if not kept:
+        raise SystemExit(f"finetune.py: error: every conversation to evaluate on is beyond {collator.limit} tokens")
+    return dataset.select(kept)
 
 
 def main() -> None:
@@ -274,7 +296,7 @@ def main() -> None:
         if arguments.vision_features is not None:
             max_disk_bytes = int(arguments.vision_features_gib * 2**30)
             model.model.vision_cache = VisionFeatureCache(
-                folder=arguments.vision_features, max_disk_bytes=max_disk_bytes
+                device="cpu", folder=arguments.vision_features, max_disk_bytes=max_disk_bytes
             )
         train_dataset, eval_dataset = load_data(arguments, training_arguments, processor)
     collator = DataCollatorForVisualChat(
@@ -282,6 +304,7 @@ def main() -> None:
     )
     if arguments.model is not None:
         train_dataset = arrange(train_dataset, arguments, training_arguments, collator)
+        eval_dataset = leave_out_overlong(eval_dataset, arguments, collator)
 
     trainer = Trainer(
         model=model,

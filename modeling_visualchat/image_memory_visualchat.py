@@ -19,6 +19,8 @@ from .image_states_visualchat import ImageStates, has_dropout, hooks_of, same_im
 from .tensor_store_visualchat import DIGEST_SIZE, TensorStore, column_sums
 
 
+# What `enable_input_require_grads` registers for gradient checkpointing; it changes no value.
+NEUTRAL_HOOK = "make_inputs_require_grads"
 FORMAT = b"visualchat image states 1"  # to be counted up when what is kept, or its form, changes
 
 
@@ -104,11 +106,12 @@ def fingerprint_image(pixel_values: torch.Tensor) -> str:
 
 def watched_modules(model: Any) -> list[str]:
     """The modules whose result no weight tells: those with hooks, or with a forward of their own."""
-    return [
-        name or type(module).__name__
-        for name, module in model.named_modules()
-        if hooks_of(module) or ("forward" in vars(module) and not hasattr(module, "_hf_hook"))
-    ]
+
+    def is_watched(module: Any) -> bool:
+        hooks = [hook for hook in hooks_of(module) if getattr(hook, "__name__", None) != NEUTRAL_HOOK]
+        return bool(hooks) or ("forward" in vars(module) and not hasattr(module, "_hf_hook"))
+
+    return [name or type(module).__name__ for name, module in model.named_modules() if is_watched(module)]
 
 
 def describe_switches(model: Any) -> str:

@@ -32,7 +32,7 @@ from .parts_visualchat import (
     vision_sequence_length,
 )
 from .projector_visualchat import PROJECTORS, PerceiverProjector
-from .streams_visualchat import TwoStreamMixin
+from .streams_visualchat import TwoStreamMixin, find_packed
 from .vision_cache_visualchat import VisionFeatureCache
 
 
@@ -66,7 +66,7 @@ class VisualChatCausalLMOutputWithPast(ModelOutput):
 
     Args:
         loss (`torch.Tensor` of shape `()`, *optional*):
-            Next-token cross-entropy over the labels that are not -100; zero if all are.
+            Next-token cross-entropy over the labels that are not -100; in training zero if all are.
         logits (`torch.Tensor` of shape `(B, Q, vocabulary)`, *optional*):
             Scores before the softmax, at the positions that `logits_to_keep` asks for; none with `skip_logits`.
         past_key_values (`Cache`, *optional*):
@@ -197,7 +197,8 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
 
         Returns:
             The output of the vision tower, its `pooler_output` a list with one tensor
-            `(image_seq_length, text hidden)` an image. Images that are the same are computed once, and share it.
+            `(image_seq_length, text hidden)` an image. Images that are the same are computed once, and share it. With
+            a `vision_cache` there is only that.
         """
         layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
@@ -236,7 +237,9 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
         Returns:
             The output of the vision tower, and the features `(N, length, layers x vision hidden)`.
         """
-        outputs = self._run_vision_tower(pixel_values, vision_feature_layer=layers, **kwargs)
+        is_frozen = not any(parameter.requires_grad for parameter in self.vision_tower.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (pixel_values.requires_grad or not is_frozen)):
+            outputs = self._run_vision_tower(pixel_values, vision_feature_layer=layers, **kwargs)
         features = torch.cat([outputs.hidden_states[index] for index in layers], dim=-1)
         return outputs, features[:, 1:] if strategy == "default" else features
 
@@ -348,8 +351,10 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
         embeds = self._embed(input_ids, is_image, image_features) if inputs_embeds is None else inputs_embeds
         if blank_features is not None:
             embeds = embeds + 0.0 * blank_features.sum().to(embeds.device)
-        if self.training:
-            kwargs.setdefault("use_cache", past_key_values is not None)  # nobody reads the cache of a training step
+        if past_key_values is None and (self.training or self._is_packed(embeds, attention_mask, position_ids)):
+            # Nobody reads the cache of a training step, and of packed rows there is no one conversation to go on with;
+            # with a cache, a decoder would not tell them apart.
+            kwargs["use_cache"] = kwargs.get("use_cache", False) and self.training
         self._choose_attention(self.language_model.config)
         inputs: dict[str, Any] = {
             "attention_mask": attention_mask,
@@ -385,6 +390,11 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
             image_hidden_states=image_features,
         )
 
+    @staticmethod
+    def _is_packed(embeds, attention_mask, position_ids) -> bool:
+        is_told = not torch.compiler.is_compiling() and (attention_mask is None or attention_mask.ndim == 2)
+        return is_told and find_packed(embeds, attention_mask, position_ids) is not None
+
     def _embed(self, input_ids, is_image, image_features) -> torch.Tensor:
         """Embeddings (B, Q, hidden), at images of no meaning yet."""
         if image_features is None and input_ids.shape[1] > 1:
@@ -397,12 +407,21 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
         return self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
 
     def _needs_an_image(self, past_key_values: Cache | None) -> bool:
-        """Whether a rank without images has to run the vision tower all the same."""
+        """Whether the vision tower has to run without images all the same."""
+        if self.training and torch.is_grad_enabled() and self._learns_from_images_alone():
+            return True  # the loss has to hang together with what learns, as optimizers and samplers expect
         if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
             return False
         # Under ZeRO-3 also in evaluation; no rank has images beyond the first step of generation.
         is_sharded = hasattr(next(self.vision_tower.parameters()), "ds_id")
         return self.training or (is_sharded and _num_past(past_key_values) == 0)
+
+    def _learns_from_images_alone(self) -> bool:
+        """Whether only what images go through learns."""
+        if any(parameter.requires_grad for parameter in self.language_model.parameters()):
+            return False
+        parts = (self.vision_tower, self.multi_modal_projector)
+        return any(parameter.requires_grad for part in parts for parameter in part.parameters())
 
     def _features_of_a_blank_image(self) -> torch.Tensor:
         shape = image_shape(self.config.vision_config)
@@ -607,8 +626,9 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, VisualChatGe
             hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         logits = self._scale_logits(self.lm_head(hidden_states))
         loss = None
-        if labels is not None and not torch.compiler.is_compiling() and not bool((labels[:, 1:] != -100).any()):
-            loss = 0.0 * logits.sum()  # there is nothing to learn, as in a batch of which nothing could be used
+        can_tell = self.training and not torch.compiler.is_compiling()
+        if labels is not None and can_tell and not bool((labels[:, 1:] != -100).any()):
+            loss = logits[:0].float().sum()  # zero, as of a batch of which nothing could be used
         elif targets is not None:
             loss = self.loss_function(
                 logits=logits,

@@ -80,7 +80,7 @@ class TwoStreamMixin:
         """Whether these inputs can go through the decoder apart."""
         text_config = self.config.text_config
         window = getattr(text_config, "sliding_window", None)
-        sequence_ids = _find_packed(embeds, attention_mask, position_ids)
+        sequence_ids = find_packed(embeds, attention_mask, position_ids)
         return (
             self._takes_plans
             and text_config._attn_implementation == MMCA_PREFIX + "sdpa"
@@ -139,9 +139,7 @@ class TwoStreamMixin:
             past_key_values (`Cache`, *optional*): A cache that [`_serves`].
         """
         assert self._key_rotation is not None
-        sequence_ids = _find_packed(embeds, attention_mask, position_ids)
-        if sequence_ids is not None:
-            kwargs["use_cache"] = False  # there is no one conversation to go on with
+        sequence_ids = find_packed(embeds, attention_mask, position_ids)
         if past_key_values is None and kwargs.get("use_cache", self.config.text_config.use_cache):
             past_key_values = ConversationCache()
         cache: Any = past_key_values
@@ -223,7 +221,7 @@ class TwoStreamMixin:
         return read_images(self._decode, images, self._key_rotation, is_watched, needs_outputs, positions)
 
 
-def _find_packed(embeds, attention_mask, position_ids) -> torch.Tensor | None:
+def find_packed(embeds, attention_mask, position_ids) -> torch.Tensor | None:
     """Of rows that pack several sequences, which one each position is in (B, Q): told by positions that start anew."""
     if position_ids is None or attention_mask is not None:
         return None

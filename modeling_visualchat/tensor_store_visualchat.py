@@ -39,7 +39,7 @@ class TensorStore:
         nbytes (`int`): What it holds in memory.
 
     Raises:
-        `ValueError`: a limit below 0.
+        `ValueError`: a limit below 0, or a folder that is a file.
     """
 
     def __init__(
@@ -55,6 +55,8 @@ class TensorStore:
             )
         self.max_bytes, self.device, self.max_disk_bytes = max_bytes, device, max_disk_bytes
         self.folder = None if folder is None else Path(folder)
+        if self.folder is not None and self.folder.is_file():
+            raise ValueError(f"{self.folder} is a file; name a folder for {type(self).__name__}.")
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
         self.hits = self.misses = self.nbytes = 0
@@ -74,6 +76,12 @@ class TensorStore:
 
     def __deepcopy__(self, memo) -> "TensorStore":
         return self  # a copy of a model shares what is known of images
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "_lock": None, "_entries": OrderedDict(), "nbytes": 0}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state, _lock=threading.Lock())
 
     def clear(self) -> None:
         """Forgets what is in memory; the folder stays."""

@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 
-from .image_memory_visualchat import fingerprint_image, fingerprint_weights, is_elsewhere, watched_modules
+from .image_memory_visualchat import (
+    describe_switches,
+    fingerprint_image,
+    fingerprint_weights,
+    is_elsewhere,
+    watched_modules,
+)
 from .image_states_visualchat import has_dropout
 from .tensor_store_visualchat import TensorStore
 
@@ -24,11 +30,13 @@ class VisionFeatureCache(TensorStore):
     A bounded store of vision features.
 
     ```python
+    >>> model.set_trainable("multi_modal_projector", "input_embeddings")  # the vision tower is frozen
     >>> model.model.vision_cache = VisionFeatureCache(folder="vision_features")
     ```
 
     The tower has to be frozen. Where what it computes cannot be told by its weights (they are sharded by ZeRO-3, or
-    somebody has hooked it) it runs as without a cache, with a warning.
+    somebody has hooked it) it runs as without a cache, with a warning. The weights are summed up again when one of
+    them is another tensor or was written to; a write through `.data` alone is not seen.
 
     Args:
         max_bytes (`int`, *optional*, defaults to 4 GiB): The most that it holds in memory.
@@ -46,15 +54,16 @@ class VisionFeatureCache(TensorStore):
     """
 
     _has_warned = False
+    _tower_key: tuple[Any, str] | None = None
 
     def serves(self, tower: Any) -> bool:
         """
         Whether the output of a tower can be kept.
 
         Raises:
-            `ValueError`: a tower that learns, or whose dropout is on.
+            `ValueError`: a tower that learns in this call, or whose dropout is on.
         """
-        if any(parameter.requires_grad for parameter in tower.parameters()):
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in tower.parameters()):
             raise ValueError("The vision tower learns, so its features cannot be kept: freeze it, or use no cache.")
         if has_dropout(tower):
             raise ValueError("The vision tower's dropout is on, so its features differ each time: use no cache.")
@@ -83,9 +92,7 @@ class VisionFeatureCache(TensorStore):
             `torch.Tensor` of shape `(N, length, layers x vision hidden)`.
         """
         tower, device = model.vision_tower, next(model.vision_tower.parameters()).device
-        config = tower.config
-        described = [config.to_dict(), getattr(config, "_attn_implementation", None), layers, strategy]
-        tower_key = fingerprint_weights(tower, FORMAT + json.dumps(described, sort_keys=True, default=str).encode())
+        tower_key = self._fingerprint_tower(tower, layers, strategy)
         keys = [f"{tower_key}-{fingerprint_image(image)}" for image in pixel_values]
         found = {key: entry["features"] for key in keys if (entry := self._get(key, device)) is not None}
         missing = [number for number, key in enumerate(keys) if key not in found]
@@ -99,3 +106,16 @@ class VisionFeatureCache(TensorStore):
                 found[keys[number]] = features
                 self._put(keys[number], {"features": features.clone()})
         return torch.stack([found[key].to(device) for key in keys])
+
+    def _fingerprint_tower(self, tower: Any, layers: list[int], strategy: str) -> str:
+        config = tower.config
+        described = [config.to_dict(), getattr(config, "_attn_implementation", None), layers, strategy]
+        text = json.dumps(described, sort_keys=True, default=str)
+        weights = [*tower.parameters(), *tower.buffers()]
+        versions = [
+            (id(weight), weight.data_ptr(), weight._version, weight.dtype, weight.device) for weight in weights
+        ]
+        state = (text, describe_switches(tower), versions)
+        if self._tower_key is None or self._tower_key[0] != state:
+            self._tower_key = (state, fingerprint_weights(tower, FORMAT + text.encode()))
+        return self._tower_key[1]

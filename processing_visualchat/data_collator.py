@@ -10,7 +10,7 @@ from transformers import BatchFeature
 
 from .conversation_files import count_tokens
 from .conversation_visualchat import image_source, is_image
-from .image_archives import open_training_image
+from .image_archives import decode_image_text, open_training_image
 from .processing_visualchat import IGNORE_INDEX, VisualChatProcessor
 
 
@@ -25,7 +25,7 @@ class DataCollatorForVisualChat:
     Renders, tokenizes and batches conversations; the loss is on answers and their end-of-sequence token.
 
     A conversation that cannot be used is left out and counted, so that a long run does not end over it. Of a batch of
-    which nothing is left there is one padding token without a label; its loss is zero.
+    which nothing is left there is one padding token without a label; in training its loss is zero.
 
     Args:
         processor (`VisualChatProcessor`): The processor of the model.
@@ -147,6 +147,8 @@ class DataCollatorForVisualChat:
     def _open_image(self, block):
         if not is_image(block) or (source := image_source(block)) is None:
             return block
+        if isinstance(block.get("base64"), str):
+            source = decode_image_text(source)  # and not a file of that name
         return {"type": "image", "image": open_training_image(source)}
 
     def _count(self, what: str) -> None:

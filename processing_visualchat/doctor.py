@@ -16,6 +16,7 @@ record was dropped; and 2 if there is nothing to read.
 
 import contextlib
 import json
+import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from collections import defaultdict
@@ -31,6 +32,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoProcessor, CLIPImageProcessor, PreTrainedTokenizerFast
 
 from .data_collator import DataCollatorForVisualChat
+from .image_archives import decode_image_text
 from .image_contents import ImageContent
 from .mixture import Ingredient, Mixture, Recipe, load_mixture, read_recipe
 from .packing import Waste, batching_table, compare_batching, measure_lengths
@@ -98,7 +100,8 @@ class Diagnosis:
     def problems(self) -> list[str]:
         """What has to be mended before training."""
         unreadable = [f"{name} cannot be read: {reason}" for name, reason in self.failures.items()]
-        return unreadable + [f"on both sides of the split: {', '.join(names)}" for names in self.leaked]
+        empty = [] if len(self.sides["train"]) else ["there is no conversation to train on"]
+        return unreadable + empty + [f"on both sides of the split: {', '.join(names)}" for names in self.leaked]
 
     @property
     def num_dropped(self) -> int:
@@ -176,14 +179,14 @@ class Diagnosis:
 
     def write(self, folder: str | Path) -> Path:
         """Writes `report.html` and `dropped.jsonl` into a folder, and returns the page."""
-        from .doctor_report import write_page  # draws with matplotlib, which reading does not need
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "dropped.jsonl").open("w") as lines:
             for report in self.reports:
                 for where, reason in report.list_dropped():
                     lines.write(json.dumps({"source": report.name, "where": where, "reason": reason}) + "\n")
+        from .doctor_report import write_page  # draws with matplotlib, which reading does not need
+
         return write_page(self, folder / "report.html")
 
 
@@ -311,7 +314,7 @@ def draw_sample(example: dict, processor: VisualChatProcessor) -> Sample:
         end = max(end, stop)
         place += processor.image_seq_length if token == processor.image_token_id else 1
     images = [
-        block["path"] if "path" in block else block.get("url") or block["base64"]
+        decode_image_text(block["base64"]) if "base64" in block else block.get("path") or block["url"]
         for message in example["messages"]
         for block in (message["content"] if not isinstance(message["content"], str) else ())
         if block["type"] == "image"
@@ -369,9 +372,17 @@ def _name_some(groups: list[list[str]], most: int = 3) -> str:
 def _read_recipe(path: Path, data_root: str | Path | None) -> tuple[Recipe, str | Path | None]:
     """A YAML file as it is; a file or folder of conversations as a mixture of that alone."""
     if path.is_dir() or path.suffix in (".jsonl", ".json", ".parquet"):
-        path = path.resolve()
-        return Recipe((Ingredient(path.name, path.name),), eval_share=0.0), data_root or path.parent
+        whole = Path(os.path.abspath(path))  # and not where a link leads
+        source = Ingredient(str(path), whole.name)
+        return Recipe((source,), eval_share=0.0, max_images=sys.maxsize), whole.parent
     return read_recipe(path), data_root
+
+
+def positive_number(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -383,9 +394,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("mixture", help="YAML file of a mixture; or conversations: .jsonl, .json, .parquet, a folder")
     parser.add_argument("--data_root", help="the folder under which the data sets lie; else as the mixture says")
     parser.add_argument("--model", help="checkpoint whose processor counts the tokens")
-    parser.add_argument("--max_length", type=int, default=4096, help="the most tokens of a conversation and of a pack")
-    parser.add_argument("--batch_size", type=int, default=8, help="of the padded batches that packs are compared to")
-    parser.add_argument("--samples", type=int, default=5, help="how many conversations to draw")
+    parser.add_argument(
+        "--max_length", type=positive_number, default=4096, help="the most tokens of a conversation and of a pack"
+    )
+    parser.add_argument(
+        "--batch_size", type=positive_number, default=8, help="of the padded batches that packs are compared to"
+    )
+    parser.add_argument("--samples", type=positive_number, default=5, help="how many conversations to draw")
     parser.add_argument("--skip_images", action="store_true", help="do not decode every image")
     parser.add_argument("--output", default="visualchat-doctor", help="folder for report.html and dropped.jsonl")
     parser.add_argument("--strict", action="store_true", help="a record that is dropped is an error")
@@ -404,7 +419,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"doctor: error: {error}", file=sys.stderr)
         return 2
     print(diagnosis)
-    print(f"\nThe page: {diagnosis.write(options.output)}")
+    try:
+        print(f"\nThe page: {diagnosis.write(options.output)}")
+    except ImportError as error:
+        print(f"doctor: no page is drawn without matplotlib ({error}): pip install matplotlib", file=sys.stderr)
+    except OSError as error:
+        print(f"doctor: error: the page cannot be written: {error}", file=sys.stderr)
+        return 2
     if options.strict and diagnosis.num_dropped:
         print(f"doctor: {diagnosis.num_dropped} records are dropped, and --strict allows none", file=sys.stderr)
         return 1

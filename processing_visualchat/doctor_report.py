@@ -112,10 +112,10 @@ def _sample(sample: "Sample") -> str:
     return f'<div class="sample"><span class="where">{where} ({counts})</span>\n{"".join(shown)}</div>'
 
 
-def _thumbnail(source: str) -> str:
+def _thumbnail(source: str | bytes) -> str:
     image = open_training_image(source)
     image.thumbnail(THUMBNAIL)
     data = io.BytesIO()
     image.save(data, "JPEG", quality=85)
-    name = html.escape(source if len(source) < 300 else "image", quote=True)
+    name = html.escape(source if isinstance(source, str) else "an image inside of its record", quote=True)
     return f'<img title="{name}" src="data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}">'

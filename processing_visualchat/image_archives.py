@@ -103,6 +103,11 @@ def open_training_image(source: Any) -> Image.Image:
     return image
 
 
+def decode_image_text(text: str) -> bytes:
+    """The encoded image in base64 text or a `data:` URI; no bytes if it is neither."""
+    return decode_base64(text.rpartition(",")[2]) or b""
+
+
 def digest_of(data: bytes) -> str:
     """What tells the content of an encoded image from another's."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()

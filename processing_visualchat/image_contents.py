@@ -8,7 +8,7 @@ from pathlib import Path
 
 from datasets import Dataset, Features, Value
 
-from .image_archives import digest_of, open_archive, open_training_image, split_archived
+from .image_archives import digest_of, find_archive, open_archive, open_training_image, split_archived
 from .readings import is_file_name, reading_key
 
 
@@ -49,6 +49,7 @@ def read_image_contents(names: Iterable[str], root: Path, check_images: bool = T
         return contents
     root = root.resolve()
     paths = {root / (split_archived(name) or [name])[0] for name in files}
+    paths = {find_archive(path) or path if path.suffix in (".json", ".parquet") else path for path in paths}
     options = {
         "names": [files[start : start + CHUNK] for start in range(0, len(files), CHUNK)],
         "root": str(root),

@@ -14,7 +14,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 
 # What Pillow's decoders raise on files that are cut off or damaged.
-DECODING_ERRORS = (OSError, SyntaxError, EOFError, ValueError, RuntimeError, TypeError, struct.error)
+DECODING_ERRORS = (
+    OSError, SyntaxError, EOFError, ValueError, RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError,
+    struct.error,
+)  # fmt: skip
 SHORTEST_BASE64 = 64  # characters; a path that does not exist is shorter than any picture
 
 
@@ -62,7 +65,7 @@ def load_image(source) -> Image.Image:
 def _fetch(address: str) -> Image.Image:
     try:
         response = httpx.get(address, follow_redirects=True, timeout=30).raise_for_status()
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ValueError(f"The image at {address} cannot be fetched: {error}.") from error
     return _decode(response.content, f"The image at {address}")
 

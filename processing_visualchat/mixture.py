@@ -25,6 +25,7 @@ lies in two places, or has two names, is one.
 """
 
 import json
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -63,6 +64,9 @@ class Ingredient(OwnSource):
         return self.path is None and self.hub is None
 
     def __post_init__(self):
+        for name in ("name", "path", "hub", "revision", "split", "images"):
+            if not isinstance(value := getattr(self, name), str) and (value is not None or name in ("name", "split")):
+                raise ValueError(f"{name} of the source {self.name!r} is {value!r}; use text.")
         if self.is_published:
             get_source(self.name)
             if given := [name for name in ("revision", "images") if getattr(self, name) is not None]:
@@ -115,6 +119,8 @@ class Recipe:
         names = [ingredient.name for ingredient in self.sources]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"The mixture names {', '.join(repeated)} more than once.")
+        if not isinstance(self.data_root, str):
+            raise ValueError(f"data_root is {self.data_root!r}; use the path of a folder.")
         if not isinstance(self.max_images, int) or self.max_images < 1:
             raise ValueError(f"max_images is {self.max_images!r}; use a number from 1 up.")
         if not isinstance(self.shuffle_buffer, int) or self.shuffle_buffer < 1:
@@ -160,10 +166,16 @@ class ReadGroups:
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         groups = [[self.rows[row] for row in numbers] for numbers in batch["rows"]]
         return {
-            "messages": [[message for row in group for message in json.loads(row["messages"])] for group in groups],
+            "messages": [join_messages([json.loads(row["messages"]) for row in group]) for group in groups],
             "images": [[image for row in group for image in row["images"]] for group in groups],
             "where": [[row["where"] for row in group] for group in groups],
         }
+
+
+def join_messages(conversations: list[list[dict]]) -> list[dict]:
+    """Conversations as one; of their system messages, which are the same, the first."""
+    messages = [message for conversation in conversations for message in conversation]
+    return [message for index, message in enumerate(messages) if index == 0 or message["role"] != "system"]
 
 
 def _as_dataset(rows: Dataset, groups: list[list[int]], num_images: list[int]) -> Dataset:
@@ -225,35 +237,65 @@ def load_mixture(
     names = [images for dataset, _ in loaded for images in _column(dataset, "images")]
     contents = read_image_contents({image for images in names for image in images}, root, check_images)
     images = [[contents[image].digest for image in row] for row in names]
-    is_eval = split_by_image(images, recipe.eval_share, recipe.seed)
-
     num_images = list(map(len, images))
-    sides: tuple[list, list] = ([], [])
-    sizes, start = {}, 0
-    for ingredient, (dataset, report) in zip(recipe.sources, loaded):
-        fitting = []
-        for index in range(start, start + len(dataset)):
-            if num_images[index] > recipe.max_images:
-                _drop(report, rows[index], f"more than {recipe.max_images} images")
-            elif any(contents[image].is_broken for image in names[index]):
-                _drop(report, rows[index], "an image that is broken, or one pixel wide or high")
-            else:
-                fitting.append(index)
-        if not fitting:
-            raise ValueError(f"Nothing is left of the source {ingredient.name}.\n{report}")
+    fitting, start = [], 0
+    for dataset, report in loaded:
+        of_source = range(start, start + len(dataset))
+        fitting.append(_drop_unfit(of_source, rows, names, contents, recipe.max_images, report))
         start += len(dataset)
+    kept = [index for indices in fitting for index in indices]
+    is_eval = split_by_image([images[index] for index in kept], recipe.eval_share, recipe.seed)
+    held_out = {index for index, is_held_out in zip(kept, is_eval) if is_held_out}
+
+    sides: tuple[list, list] = ([], [])
+    sizes = {}
+    for ingredient, indices in zip(recipe.sources, fitting):
         rng = random.Random(f"{recipe.seed} {ingredient.name}")
-        chosen = choose(fitting, ingredient.samples, rng)
+        chosen = choose(indices, ingredient.samples, rng)
         before = [len(side) for side in sides]
         for side, wanted in zip(sides, (False, True)):
-            members = [index for index in chosen if is_eval[index] is wanted]
+            members = [index for index in chosen if (index in held_out) is wanted]
             for taken in _passes(members, 1.0 if wanted else ingredient.weight, rng):
+                # One conversation has one system message.
+                is_joined = ingredient.concatenate > 1 and not ingredient.is_published
+                systems = [_system_of(rows[index]) for index in taken] if is_joined else None
                 counts = [num_images[index] for index in taken]
-                groups = group(counts, ingredient.concatenate, recipe.max_images, rng)
+                groups = group(counts, ingredient.concatenate, recipe.max_images, rng, systems)
                 side += [[taken[place] for place in places] for places in groups]
         sizes[ingredient.name] = (len(sides[0]) - before[0], len(sides[1]) - before[1])
     train, evaluation = (_as_dataset(rows, side, num_images) for side in sides)
     return Mixture(train, evaluation, [report for _, report in loaded], sizes, contents)
+
+
+def _drop_unfit(
+    indices: range,
+    rows: Dataset,
+    names: list[list[str]],
+    contents: dict[str, ImageContent],
+    max_images: int,
+    report: SourceReport,
+) -> list[int]:
+    """The conversations of a source that have neither too many images nor broken ones; the others are counted."""
+    fitting = []
+    for index in indices:
+        reason = None
+        if len(names[index]) > max_images:
+            reason = f"more than {max_images} images"
+        elif any(contents[image].is_broken for image in names[index]):
+            reason = "an image that is broken, or one pixel wide or high"
+        if reason is None:
+            fitting.append(index)
+        else:
+            report.drop(rows[index]["where"], rows[index]["num_records"], reason)
+    if not fitting:
+        raise ValueError(f"Nothing is left of the source {report.name}.\n{report}")
+    return fitting
+
+
+def _system_of(row: dict) -> str:
+    """The system message of a conversation."""
+    first = json.loads(row["messages"])[0]
+    return json.dumps(first["content"]) if first["role"] == "system" else ""
 
 
 def _passes(members: list[int], weight: float, rng: random.Random) -> list[list[int]]:
@@ -262,6 +304,8 @@ def _passes(members: list[int], weight: float, rng: random.Random) -> list[list[
     while len(passes) + 1 <= weight:
         passes.append(rng.sample(members, len(members)))
     rest = round((weight - len(passes)) * len(members))
+    if not passes and members:
+        rest = max(rest, 1)
     return [*passes, rng.sample(members, rest)] if rest else passes
 
 
@@ -310,10 +354,12 @@ def choose(indices: Sequence[int], samples: str | int | float, rng: random.Rando
         count = len(indices)
     else:
         count = round(float(samples) * len(indices)) if isinstance(samples, float) and samples <= 1 else int(samples)
-    return rng.sample(list(indices), min(count, len(indices)))
+    return rng.sample(list(indices), min(max(count, 1), len(indices)))
 
 
-def group(counts: Sequence[int], most: int, max_images: int, rng: random.Random) -> list[list[int]]:
+def group(
+    counts: Sequence[int], most: int, max_images: int, rng: random.Random, kinds: Sequence[str] | None = None
+) -> list[list[int]]:
     """
     Runs of 1 to `most` conversations, each used once, with at most `max_images` together.
 
@@ -322,19 +368,18 @@ def group(counts: Sequence[int], most: int, max_images: int, rng: random.Random)
         most (`int`): The most conversations in a run.
         max_images (`int`): The most images in a run.
         rng (`random.Random`): Chooses the lengths.
+        kinds (`Sequence` of `str`, *optional*): Only conversations of one kind come together.
     """
     groups, start = [], 0
     while start < len(counts):
         end, wanted = start + 1, rng.randint(1, most)
         while end < min(start + wanted, len(counts)) and sum(counts[start : end + 1]) <= max_images:
+            if kinds is not None and kinds[end] != kinds[start]:
+                break
             end += 1
         groups.append(list(range(start, end)))
         start = end
     return groups
-
-
-def _drop(report: SourceReport, row: dict, reason: str) -> None:
-    report.drop(row["where"], row["num_records"], reason)
 
 
 def _column(rows: Dataset, name: str) -> list:
@@ -343,7 +388,7 @@ def _column(rows: Dataset, name: str) -> list:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_keys(values: Any, kind: type, where: str) -> None:

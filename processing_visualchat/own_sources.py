@@ -7,6 +7,7 @@ are named `file.parquet#row.number`. Of a folder with several splits the one ask
 the files in the words that `datasets` knows.
 """
 
+import io
 import json
 import os
 import re
@@ -20,25 +21,27 @@ from datasets import Dataset
 from datasets.data_files import SPLIT_KEYWORDS
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from pyarrow import ArrowInvalid, parquet
+from pyarrow import ArrowException, parquet
 
-from .image_archives import ROW_IMAGES, open_training_image
+from .image_archives import ROW_IMAGES, decode_image_text, open_training_image
 from .readings import (
     Reading,
     SourceReport,
     check_reading,
     images_are_there,
     keep_readings,
+    list_below,
     parse_json,
     reading_key,
     rows_of_readings,
-    with_subfolders,
 )
 from .record_shapes import Messages, convert_record
 from .source_converters import Dropped
 
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
+DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")  # of `datasets`
+COLUMNS = ("messages", "conversations", *ROW_IMAGES)
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def load_own_source(
     root = Path(data_root).resolve()
     base = root if source.hub is None else _fetch(source)
     files = find_files(source, base)
-    images = None if source.images is None else base / source.images
+    images = None if source.images is None else _under(base, source.images, source.name)
     if images is not None and not images.is_dir():
         raise FileNotFoundError(f"The source {source.name} has its images in {images}; there is no such folder.")
     folders = {images or file.parent for file in files}
@@ -96,7 +99,7 @@ def load_own_source(
         "root": str(root),
         "images": None if images is None else str(images),
         "check_files": check_files,
-        "key": reading_key([*files, *with_subfolders(folders)], "own_sources.py"),
+        "key": reading_key([*files, *list_below(folders)], "own_sources.py"),
     }
     return keep_readings(source.name, _generate_rows, options)
 
@@ -107,11 +110,11 @@ def find_files(source: OwnSource, base: Path) -> list[Path]:
 
     Raises:
         `FileNotFoundError`: there is none.
-        `ValueError`: a file of another kind, or one that lies outside of `base`.
+        `ValueError`: a file of another kind, one that lies outside of `base`, or a split of what is no folder.
     """
-    path = Path(os.path.normpath(base / (source.path or "")))
-    if not path.is_relative_to(base):
-        raise ValueError(f"The source {source.name} has the path {source.path}, which leads out of {base}.")
+    path = _under(base, source.path or "", source.name)
+    if not path.is_dir() and source.split != "train":
+        raise ValueError(f"The source {source.name} asks for the split {source.split}, which only a folder has.")
     if path.is_file():
         files = [path]
     elif path.is_dir():
@@ -121,13 +124,20 @@ def find_files(source: OwnSource, base: Path) -> list[Path]:
             raise FileNotFoundError(f"The source {source.name} has no split {source.split} in {path}; {found}.")
         files = splits[source.split]
     else:
-        files = sorted(found for found in base.glob(source.path or "*") if found.is_file())
+        files = sorted(found for found in base.glob(str(path.relative_to(base))) if found.is_file())
     if not files:
         raise FileNotFoundError(f"The source {source.name} has no file at {path}.")
     for file in files:
         if file.suffix not in SUFFIXES:
             raise ValueError(f"The source {source.name} has the file {file}; it can be one of {', '.join(SUFFIXES)}.")
     return files
+
+
+def _under(base: Path, name: str, source: str) -> Path:
+    path = Path(os.path.normpath(base / name))
+    if not path.is_relative_to(base) or ".." in PurePosixPath(name).parts[1:]:
+        raise ValueError(f"The source {source} has the path {name}, which leads out of {base}.")
+    return path
 
 
 def _find_splits(folder: Path) -> dict[str, list[Path]]:
@@ -140,7 +150,8 @@ def split_files(names: Iterable[str]) -> dict[str, list[str]]:
     splits: dict[str, list[str]] = {}
     for name in sorted(names):
         path = PurePosixPath(name)
-        if path.suffix in SUFFIXES and not any(part.startswith(".") for part in path.parts):
+        is_hidden = any(part.startswith(".") for part in path.parts)
+        if path.suffix in SUFFIXES and not is_hidden and path.name not in DESCRIPTIONS:
             words = set(re.split(r"[^a-z]+", name.lower()))
             found = (str(split) for split, keywords in SPLIT_KEYWORDS.items() if words & set(keywords))
             splits.setdefault(next(found, "train"), []).append(name)
@@ -191,12 +202,17 @@ def _read_lines(contents: BinaryIO, name: str, refer: Refer) -> Iterator[tuple[s
             continue
         try:
             yield f"line {number}", json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             yield f"line {number}", Dropped("a line that is not JSON")
 
 
 def _read_list(contents: BinaryIO, name: str, refer: Refer) -> Iterator[tuple[str, Any]]:
-    records = parse_json(contents.read(), name)
+    data = contents.read()
+    first, _, rest = data.strip().partition(b"\n")
+    if first.startswith(b"{") and first.endswith(b"}") and rest:  # JSON lines under another name
+        yield from _read_lines(io.BytesIO(data), name, refer)
+        return
+    records = parse_json(data, name)
     if not isinstance(records, list):
         raise ValueError(f"{name} is not a list of records at its top, but a {type(records).__name__}.")
     yield from ((f"record {index}", record) for index, record in enumerate(records))
@@ -204,10 +220,6 @@ def _read_list(contents: BinaryIO, name: str, refer: Refer) -> Iterator[tuple[st
 
 def _read_parquet(contents: BinaryIO, name: str, refer: Refer) -> Iterator[tuple[str, Any]]:
     """Rows, in which encoded images have become what `refer` makes of them, their row and their number in it."""
-    try:
-        file = parquet.ParquetFile(contents)
-    except ArrowInvalid as error:
-        raise ValueError(f"{name} is not whole parquet: {error} Was it fetched to its end?") from error
 
     def refer_to(value: Any, row: int, number: int) -> Any:
         data = value.get("bytes") if isinstance(value, dict) else value
@@ -215,8 +227,16 @@ def _read_parquet(contents: BinaryIO, name: str, refer: Refer) -> Iterator[tuple
             return refer(data, row, number)
         return value.get("path") if isinstance(value, dict) else value
 
-    rows = (row for batch in file.iter_batches(batch_size=64) for row in batch.to_pylist())
-    for row, record in enumerate(rows):
+    def read_rows() -> Iterator[dict]:
+        try:
+            file = parquet.ParquetFile(contents)
+            columns = [column for column in COLUMNS if column in file.schema_arrow.names]
+            for batch in file.iter_batches(batch_size=64, columns=columns):
+                yield from batch.to_pylist()
+        except (ArrowException, OSError, ValueError, OverflowError) as error:
+            raise ValueError(f"{name} is not whole parquet: {error} Was it fetched to its end?") from error
+
+    for row, record in enumerate(read_rows()):
         for column in ROW_IMAGES:
             values = record.get(column)
             if values is not None:
@@ -237,13 +257,16 @@ def _place_images(outcome: Messages, folder: Path, root: Path, archive: str) -> 
     outcome = replace(outcome, turns=outcome.messages())
     for block in outcome.blocks:
         if "path" in block:
+            if re.fullmatch(re.escape(archive) + r"\d+\.\d+", block["path"]):  # out of its own row
+                block["path"] = _name_under(root, Path(block["path"]))
+                continue
             path = Path(os.path.normpath(folder / block["path"]))
-            if not (path.is_relative_to(folder) or block["path"].startswith(archive)):
+            if not path.is_relative_to(folder):
                 return Dropped("image path outside of its folder")
             block["path"] = _name_under(root, path)
         elif "base64" in block:
             try:
-                open_training_image(block["base64"])
+                open_training_image(decode_image_text(block["base64"]))
             except (ValueError, OSError):
                 return Dropped("an image that is broken, or one pixel wide or high")
     return outcome

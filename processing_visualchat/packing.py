@@ -28,6 +28,7 @@ from .processing_visualchat import VisualChatProcessor
 
 
 MEASURES = ("length", "num_images", "num_rounds")
+LONGEST = 10**9  # tokens; a tokenizer without a limit says more
 WINDOW = 2048  # conversations that are packed together; a larger window fills little more
 
 
@@ -50,8 +51,12 @@ def measure_lengths(dataset: Dataset, processor: VisualChatProcessor, num_proc: 
     def measure(example: dict) -> dict[str, int]:
         messages = example["messages"]
         messages = json.loads(messages) if isinstance(messages, str) else messages
+        try:
+            length = count_tokens(messages, processor)
+        except ValueError as error:
+            raise ValueError(f"{example.get('where', 'A conversation')} cannot be rendered: {error}") from error
         return {
-            "length": count_tokens(messages, processor),
+            "length": length,
             "num_images": sum(is_image(block) for message in messages for block in message["content"]),
             "num_rounds": sum(message["role"] == "assistant" for message in messages),
         }
@@ -159,6 +164,8 @@ def plan_packs(
 
 def _check_limits(max_length: int, max_images: int | None) -> np.ndarray:
     most = np.array([max_length, np.inf if max_images is None else max_images])
+    if max_length > LONGEST:
+        raise ValueError(f"A pack of {max_length} tokens has no end; set max_length, as the tokenizer has no limit.")
     if most.min() < 1:
         raise ValueError(f"A pack holds at least 1 token and 1 image, got {max_length} and {max_images}.")
     return most

@@ -1,5 +1,6 @@
 """What became of the records of a source: read once, kept by `datasets`, and every record accounted for."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from .source_converters import Conversation, Dropped
 
 Check = Callable[[list[str]], bool]
 NUM_EXAMPLES = 5
+ARCHIVES = (".json", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -191,16 +193,19 @@ def check_reading(reading: Reading, are_there: Check) -> Reading:
 
 def images_are_there(images: list[str], root: Path) -> bool:
     """Whether all images, named under the root, are there; those in archives are known to be images too."""
-    for image in images:
-        if not is_file_name(image):
-            continue
-        archived = split_archived(image)
-        if archived is not None:
-            if find_archive(root / archived[0]) is None or archived[1] not in open_archive(f"{root}/{archived[0]}"):
-                return False
-        elif Path(image).name not in _names_in_folder((root / image).parent, stamp_of((root / image).parent)):
-            return False
-    return True
+    with contextlib.suppress(OSError, ValueError):  # a name that no file can have, or an archive that is none
+        return all(_is_there(image, root) for image in images if is_file_name(image))
+    return False
+
+
+def _is_there(image: str, root: Path) -> bool:
+    archived = split_archived(image)
+    if archived is None:
+        folder = (root / image).parent
+        return Path(image).name in _names_in_folder(folder, stamp_of(folder))
+    return find_archive(root / archived[0]) is not None and archived[1] in open_archive(
+        os.path.join(root, archived[0])
+    )
 
 
 def reading_key(files: Iterable[Path], *code: str) -> str:
@@ -213,10 +218,15 @@ def reading_key(files: Iterable[Path], *code: str) -> str:
     return digest.hexdigest()
 
 
-def with_subfolders(folders: Iterable[Path]) -> list[Path]:
-    """Folders, and the folders in them."""
-    found = {folder for folder in folders if folder.is_dir()}
-    return sorted(found | {Path(entry.path) for folder in found for entry in os.scandir(folder) if entry.is_dir()})
+def list_below(folders: Iterable[Path]) -> list[Path]:
+    """Folders, all folders in them, and the files that may hold images: where an image is looked for."""
+    found: set[Path] = set()
+    for folder in folders:
+        for path, names, files in os.walk(folder):
+            names[:] = [name for name in names if not name.startswith(".")]
+            found.add(Path(path))
+            found.update(Path(path, file) for file in files if file.endswith(ARCHIVES))
+    return sorted(found)
 
 
 def is_file_name(image: str) -> bool:
@@ -228,7 +238,7 @@ def stamp_of(path: Path) -> tuple[int, int] | None:
     """What tells one state of a file or a folder from another."""
     try:
         status = path.stat()
-    except OSError:
+    except (OSError, ValueError):
         return None
     return status.st_size, status.st_mtime_ns
 
@@ -254,6 +264,8 @@ def parse_json(data: bytes, name: str) -> Any:
             f"{name} is not whole JSON: {error.msg} at line {error.lineno}, column {error.colno}. Was it fetched to "
             "its end?"
         ) from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} cannot be read as JSON: {error}.") from error
 
 
 def _as_unicode(text: str) -> str:

@@ -9,15 +9,16 @@ A bare list of messages is one too. An image is a path, an address, base64 text 
 an archive. Whatever is odd about a record is either mended, and noted, or drops it.
 """
 
+import contextlib
 import copy
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from .conversation_visualchat import image_source
-from .image_archives import digest_of
-from .image_loading_visualchat import decode_base64
+from .image_archives import decode_image_text, digest_of
 from .source_converters import Dropped
 
 
@@ -41,6 +42,11 @@ class Messages:
     repairs: tuple[str, ...] = ()
 
     @property
+    def system(self) -> Any:
+        """The content of its system message, if it has one."""
+        return self.turns[0]["content"] if self.turns[0]["role"] == "system" else None
+
+    @property
     def blocks(self) -> Iterator[dict]:
         """All blocks, in order."""
         return (block for turn in self.turns for block in turn["content"] if not isinstance(turn["content"], str))
@@ -49,7 +55,7 @@ class Messages:
     def images(self) -> list[str]:
         """The names of the images in the order in which they are shown: paths, addresses, `inline:` and a digest."""
         return [
-            f"inline:{digest_of(decode_base64(block['base64'].rpartition(',')[2]) or b'')}"
+            f"inline:{digest_of(decode_image_text(block['base64']))}"
             if "base64" in block
             else block.get("path") or block["url"]
             for block in self.blocks
@@ -66,7 +72,8 @@ def convert_record(record: Any) -> Messages | Dropped:
     turns: Any = record
     images: list = []
     if isinstance(record, dict):
-        turns = next((record[key] for key in ("messages", "conversations") if isinstance(record.get(key), list)), None)
+        candidates = (_parsed(record[key]) for key in ("messages", "conversations") if record.get(key))
+        turns = next((turns for turns in candidates if isinstance(turns, list) and turns), None)
         images = next((record[key] for key in ("images", "image") if record.get(key)), [])
         images = list(images) if isinstance(images, (list, tuple)) else [images]
     if not isinstance(turns, list) or not turns:
@@ -76,8 +83,8 @@ def convert_record(record: Any) -> Messages | Dropped:
     if any(turn is None for turn in read):
         return Dropped("a turn without a known role or without content")
     turns = [turn for turn in read if turn is not None]
-    if images and not _fill_in(turns, images, repairs):
-        return Dropped("images and <image> tags of different number")
+    if images and (reason := _fill_in(turns, images, repairs)) is not None:
+        return Dropped(reason)
     messages = _take_turns(turns, repairs)
     if not messages:
         return Dropped("no question with an answer")
@@ -91,8 +98,8 @@ def _read_turn(turn: Any, has_images: bool) -> dict | None:
     """Role and blocks; tags become blocks where the record has images of its own."""
     if not isinstance(turn, dict):
         return None
-    role = ROLES.get(str(turn.get("role", turn.get("from"))).lower())
-    content = turn.get("content", turn.get("value"))
+    role = ROLES.get(str(turn.get("role") or turn.get("from")).lower())
+    content = turn.get("value") if turn.get("content") is None else turn["content"]
     blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if role is None or not isinstance(blocks, list):
         return None
@@ -102,7 +109,9 @@ def _read_turn(turn: Any, has_images: bool) -> dict | None:
         if kind == "text" and isinstance(block.get("text"), str):
             read += _split_at_tags(block["text"]) if has_images else [{"type": "text", "text": block["text"].strip()}]
         elif kind in ("image", "image_url"):
-            read.append(_as_image(image_source(block)))
+            encoded = block.get("base64")
+            is_encoded = isinstance(encoded, str) and bool(encoded)
+            read.append({"type": "image", "base64": encoded} if is_encoded else _as_image(image_source(block)))
         else:
             return None
     return {"role": role, "content": [block for block in read if block["type"] == "image" or block["text"]]}
@@ -116,7 +125,16 @@ def _split_at_tags(text: str) -> list[dict]:
     return pieces
 
 
+def _parsed(turns: Any) -> Any:
+    """Messages that are kept as JSON text."""
+    if isinstance(turns, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(turns)
+    return turns
+
+
 def _as_image(source: Any) -> dict:
+    source = source.get("path") if isinstance(source, dict) else source
     if not isinstance(source, str) or not source:
         return {"type": "image"}
     if source.startswith(("http://", "https://")):
@@ -155,10 +173,13 @@ def _take_turns(turns: list[dict], repairs: list[str]) -> list[dict]:
     return messages if len(messages) > 1 else []
 
 
-def _fill_in(turns: list[dict], images: list, repairs: list[str]) -> bool:
-    """Puts the images of a record where its tags and its empty image blocks are."""
-    blocks = [block for turn in turns for block in turn["content"]]
-    places = [block for block in blocks if block["type"] == "image" and image_source(block) is None]
+def _fill_in(turns: list[dict], images: list, repairs: list[str]) -> str | None:
+    """Puts the images of a record where its tags and its empty image blocks are; or says why that cannot be."""
+    blocks = [block for turn in turns for block in turn["content"] if block["type"] == "image"]
+    places = [block for block in blocks if image_source(block) is None]
+    if blocks and not places:  # every image is where it belongs
+        named = [_as_image(image) for image in images]
+        return None if named == blocks else "images in the messages and others beside them"
     if not places:
         first = next((turn for turn in turns if turn["role"] == "user"), turns[0])
         places = [{"type": "image"} for _ in images]
@@ -170,10 +191,10 @@ def _fill_in(turns: list[dict], images: list, repairs: list[str]) -> bool:
         places = places[:1]
         repairs.append("a repeated <image> tag left out")
     if len(places) != len(images):
-        return False
+        return "images and <image> tags of different number"
     for place, image in zip(places, images):
         place.update(_as_image(image))
-    return True
+    return None
 
 
 def _as_plain(message: dict) -> dict:

@@ -30,10 +30,10 @@ from .readings import (
     check_reading,
     images_are_there,
     keep_readings,
+    list_below,
     load_json,
     reading_key,
     rows_of_readings,
-    with_subfolders,
 )
 from .source_converters import (
     Conversation,
@@ -141,7 +141,7 @@ def _key(source: Source, root: Path) -> str:
     """What tells these files, read by this code, from others."""
     folders = {root / source.images, *((root / file).parent.parent / "images" for file in source.annotations)}
     archives = {find_archive(folder) or folder for folder in folders if folder.suffix == ".json"}
-    files = [*(root / file for file in source.annotations), *with_subfolders(folders), *sorted(archives)]
+    files = [*(root / file for file in source.annotations), *list_below(folders), *sorted(archives)]
     return reading_key(files, "sources.py", "source_converters.py")
 
 

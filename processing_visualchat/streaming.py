@@ -23,9 +23,8 @@ import fsspec
 from datasets import Features, IterableDataset, List, Value, interleave_datasets
 
 from .conversation_visualchat import validate_conversation
-from .image_archives import digest_of
-from .image_loading_visualchat import decode_base64
-from .mixture import Ingredient, Recipe, read_recipe
+from .image_archives import decode_image_text, digest_of
+from .mixture import Ingredient, Recipe, join_messages, read_recipe
 from .own_sources import RECORDS, find_files, split_files
 from .record_shapes import Messages, convert_record
 from .source_converters import Dropped
@@ -129,7 +128,8 @@ def _generate(
     wanted = rng.randint(1, ingredient.concatenate)
     for where, conversation in conversations:
         num_images = sum(len(member.images) for _, member in group) + len(conversation.images)
-        if group and (len(group) == wanted or num_images > recipe.max_images):
+        is_other = bool(group) and group[0][1].system != conversation.system
+        if group and (len(group) == wanted or num_images > recipe.max_images or is_other):
             yield _join(group)
             group, wanted = [], rng.randint(1, ingredient.concatenate)
         group.append((where, conversation))
@@ -139,7 +139,7 @@ def _generate(
 
 def _join(group: list[tuple[str, Messages]]) -> dict:
     return {
-        "messages": json.dumps([message for _, member in group for message in member.messages()]),
+        "messages": json.dumps(join_messages([member.messages() for _, member in group])),
         "where": [where for where, _ in group],
     }
 
@@ -208,7 +208,7 @@ def _digest(block: dict) -> str:
     if "url" in block:
         return digest_of(block["url"].encode())
     if "base64" in block:
-        return digest_of(decode_base64(block["base64"].rpartition(",")[2]) or b"")
+        return digest_of(decode_image_text(block["base64"]))
     try:
         with fsspec.open(block["path"], "rb") as file:
             return digest_of(file.read())

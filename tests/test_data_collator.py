@@ -99,7 +99,10 @@ def test_a_batch_of_which_nothing_is_left_teaches_nothing(processor, tmp_path, p
     model = make_model().train()
     model(**batch, num_items_in_batch=torch.tensor(0)).loss.backward()
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
-    assert model.eval()(**batch).loss == 0
+    half = make_model().half().train()
+    loss = half(**batch, skip_logits=False).loss
+    assert loss == 0 and loss.dtype == torch.float32
+    assert model.eval()(**batch).loss.isnan(), "a loss of zero would make an evaluation better"
 
 
 def test_what_workers_count_is_seen_by_all(processor, tmp_path):

@@ -11,7 +11,8 @@ from dataclasses import replace
 
 import pytest
 from conftest import draw_picture, make_processor
-from published_data import write_published_data
+from datasets import Dataset
+from published_data import encoded, write_published_data
 from test_finetune import EXAMPLES, environment
 
 from processing_visualchat import (
@@ -25,6 +26,7 @@ from processing_visualchat import (
 )
 from processing_visualchat.conversation_files import count_tokens
 from processing_visualchat.image_archives import open_archive, split_archived
+from processing_visualchat.image_contents import read_image_contents
 from processing_visualchat.mixture import Ingredient, choose, group, split_by_image
 
 
@@ -122,6 +124,42 @@ def test_own_conversations_mix_with_published_ones(root, tmp_path):
         load_mixture(replace(recipe, sources=(Ingredient("mine", "own/broken.json"),)))
     with pytest.raises(FileNotFoundError, match="No data root at nowhere"):
         load_mixture(recipe, "nowhere")
+
+
+def test_what_is_dropped_takes_no_place_in_the_split(tmp_path):
+    """Ninety images of one conversation that is too long do not fill the share of the evaluation."""
+    for number in range(100):
+        draw_picture(number).save(tmp_path / f"{number}.png")
+    turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "x"}]
+    records = [{"conversations": turns, "images": [f"{number}.png"]} for number in range(10)]
+    records.append({"conversations": turns, "images": [f"{number}.png" for number in range(10, 100)]})
+    (tmp_path / "x.json").write_text(json.dumps(records))
+    mixture = load_mixture(Recipe((Ingredient("x", "x.json"),), eval_share=0.1), tmp_path)
+    assert (len(mixture.train), len(mixture.evaluation)) == (9, 1)
+    few = Ingredient("x", "x.json", samples=0.01, weight=0.01)
+    assert len(load_mixture(Recipe((few,), eval_share=0.0), tmp_path).train) == 1
+
+
+def test_only_conversations_with_the_same_system_message_are_joined(tmp_path):
+    def record(system):
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "x"}]
+        return {"messages": [{"role": "system", "content": system}, *turns] if system else turns}
+
+    (tmp_path / "x.json").write_text(json.dumps([record(system) for system in ["A"] * 20 + ["B"] * 20 + [""] * 20]))
+    mixture = load_mixture(Recipe((Ingredient("x", "x.json", concatenate=3),), eval_share=0.0), tmp_path)
+    rounds = 0
+    for example in mixture.train:
+        validate_conversation(example["messages"])
+        rounds += sum(message["role"] == "user" for message in example["messages"])
+    assert rounds == 60 > len(mixture.train)
+
+
+def test_an_archive_that_is_parquet_is_read_anew_when_it_changes(tmp_path):
+    digests = set()
+    for seed in range(2):
+        Dataset.from_dict({"id": ["k"], "base64": [encoded(seed)]}).to_parquet(tmp_path / "A.parquet")
+        digests.add(read_image_contents(["A.json#k"], tmp_path)["A.json#k"].digest)
+    assert len(digests) == 2
 
 
 def test_weights_say_how_often_an_epoch_goes_through_a_source(root):

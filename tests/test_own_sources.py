@@ -40,6 +40,7 @@ def share(*turns, **fields):
 
 ONE = [user(image("a.png"), text("What is it?")), assistant("A dog.")]
 A = "a.png"
+ASKED = [("human", "<image>What is it?"), ("gpt", "A dog.")]
 ENCODED = base64.b64encode(bytes(range(256))).decode()
 SHAPES = {
     "ours": ({"messages": ONE}, ONE, ()),
@@ -108,6 +109,26 @@ SHAPES = {
         [user(image("a.png"), image("b.png"), text("And?")), assistant("B.")],
         ("a round without an answer left out", "questions in a row joined"),
     ),
+    "images named twice": ({"messages": ONE, "images": ["a.png"]}, ONE, ()),
+    "messages as text": ({"messages": json.dumps(ONE)}, ONE, ()),
+    "empty messages beside conversations": (
+        share(*ASKED, messages=[], image={"path": A, "bytes": None}),
+        ONE,
+        (),
+    ),
+    "roles that are null": (
+        {
+            "conversations": [{"role": None, "content": None, "from": who, "value": words} for who, words in ASKED],
+            "image": A,
+        },
+        ONE,
+        (),
+    ),
+    "base64 that is short": (
+        {"messages": [user({"type": "image", "base64": "abcd"}, text("?")), assistant("x")]},
+        [user({"type": "image", "base64": "abcd"}, text("?")), assistant("x")],
+        (),
+    ),
     "first turn from the assistant": (
         share(("gpt", "Hello!"), ("human", "<image>What is it?"), ("gpt", "A dog."), image="a.png"),
         ONE,
@@ -147,6 +168,10 @@ DROPS = {
     "more images than tags": (
         share(("human", "<image>?"), ("gpt", "x"), image=["a.png", "b.png"]),
         "images and <image> tags of different number",
+    ),
+    "other images beside those in the messages": (
+        {"messages": ONE, "image": "b.png"},
+        "images in the messages and others beside them",
     ),
     "an image that is a number": (
         share(("human", "<image>?"), ("gpt", "x"), image=[5]),
@@ -218,6 +243,78 @@ def test_files_are_read_and_every_record_is_accounted_for(root, path, num_record
     assert again._fingerprint == dataset._fingerprint
 
 
+def write_lines(path, *records):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(json.dumps(record) for record in records))
+
+
+def test_no_name_leads_out_of_the_folder(root):
+    """Neither through a reference that looks like an archive's, nor through what looks like base64 and is a path."""
+    (root / "secret").write_bytes(picture(9))
+    write_lines(
+        root / "mine" / "odd.jsonl",
+        asked(f"{root}/mine/odd.jsonl#/../../../secret.png"),
+        asked("odd.jsonl#/../../../secret.png"),
+        asked("/" * 300 + str(root / "secret")),
+        {"messages": [user({"type": "image", "base64": "/" * 300 + str(root / "secret")}, text("?")), assistant("x")]},
+        asked("pictures/0.png"),
+    )
+    dataset, report = load_own_source(OwnSource("odd", "mine/odd.jsonl"), root)
+    assert dataset["images"][:] == [["mine/pictures/0.png"]] and report.read == 5
+    collator = DataCollatorForVisualChat(make_processor(), max_broken=9)
+    hidden = {"messages": [user({"type": "image", "base64": str(root / "secret")}, text("?")), assistant("x")]}
+    with pytest.warns(UserWarning, match="left out"):
+        assert "pixel_values" not in collator([hidden])
+
+
+def test_one_odd_record_does_not_take_the_others_along(root):
+    (root / "mine" / "list.json").write_text("[]")
+    names = ["a\0/b.png", "x" * 300 + "/b.png", "x" * 300 + ".json#1", "list.json#1", "train.jsonl#0.0"]
+    write_lines(root / "mine" / "odd.jsonl", *map(asked, names), asked("pictures/0.png"))
+    with (root / "mine" / "odd.jsonl").open("a") as file:
+        file.write("\n" + "[" * 100_000 + "\n" + '{"id": 1' + "0" * 5000 + "}")
+    dataset, report = load_own_source(OwnSource("odd", "mine/odd.jsonl"), root)
+    assert report.dropped == {"an image is not there": 5, "a line that is not JSON": 2} and len(dataset) == 1
+
+
+def test_images_that_come_later_are_noticed_in_any_folder(root):
+    write_lines(root / "mine" / "deep.jsonl", asked("a/b/c/new.png"), asked("pictures/0.png"), asked("store.json#k"))
+    (root / "mine" / "a" / "b" / "c").mkdir(parents=True)
+    assert load_own_source(OwnSource("deep", "mine/deep.jsonl"), root)[1].used == 1
+    (root / "mine" / "a" / "b" / "c" / "new.png").write_bytes(picture(1))
+    assert load_own_source(OwnSource("deep", "mine/deep.jsonl"), root)[1].used == 2
+    (root / "mine" / "store.json").write_text(json.dumps({"k": base64.b64encode(picture(2)).decode()}))
+    assert load_own_source(OwnSource("deep", "mine/deep.jsonl"), root)[1].used == 3
+    (root / "mine" / "pictures" / "0.png").unlink()
+    assert load_own_source(OwnSource("deep", "mine/deep.jsonl"), root)[1].used == 2
+
+
+def test_common_layouts_are_read(root):
+    """JSON lines named .json, a description beside the data, an image folder with dots in its path, links."""
+    lines = root / "hub" / "snapshot"
+    write_lines(root / "blobs" / "abc", asked("0.png"), asked("1.png"))
+    lines.mkdir(parents=True)
+    (lines / "train.json").symlink_to(root / "blobs" / "abc")
+    (lines / "dataset_infos.json").write_text("{}")
+    source = OwnSource("hub", "hub/snapshot", images="hub/../mine/pictures")
+    with pytest.raises(ValueError, match="which leads out of"):
+        load_own_source(source, root)
+    dataset, _ = load_own_source(OwnSource("hub", "hub/snapshot", images="mine/pictures"), root)
+    assert dataset["images"][:] == [["mine/pictures/0.png"], ["mine/pictures/1.png"]]
+
+
+def test_parquet_that_breaks_in_the_middle_is_named(root):
+    table = {"conversations": [asked("x")["conversations"]] * 500, "image": ["pictures/0.png"] * 500}
+    path = root / "mine" / "rows.parquet"
+    Dataset.from_dict({**table, "time": [2**62] * 500}).to_parquet(path)
+    assert load_own_source(OwnSource("rows", "mine/rows.parquet"), root)[1].used == 500
+    data = bytearray(path.read_bytes())
+    data[30:400] = b"\xff" * 370
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"rows.parquet is not whole parquet"):
+        load_own_source(OwnSource("rows", "mine/rows.parquet"), root)
+
+
 def test_a_folder_has_splits_and_a_pattern_has_files(root):
     assert load_own_source(OwnSource("mine", "mine", split="test"), root)[1].read == 1
     assert load_own_source(OwnSource("mine", "mine"), root)[1].read == 19
@@ -285,6 +382,8 @@ def test_a_data_set_comes_from_the_hub(root):
             FileNotFoundError,
             "no split night in .*; it has the splits test, train",
         ),
+        (OwnSource("mine", "mine/*.jsonl", split="test"), ValueError, "the split test, which only a folder has"),
+        (OwnSource("mine", "m*/../*.jsonl"), ValueError, "which leads out of"),
         (OwnSource("mine", "mine/pictures"), FileNotFoundError, "it has no data files"),
         (OwnSource("mine", "secret.png"), ValueError, "it can be one of .jsonl, .json, .parquet"),
         (OwnSource("mine", "../x.jsonl"), ValueError, "which leads out of"),

@@ -118,6 +118,28 @@ def test_packed_conversations_learn_what_padded_ones_do(decoder, masked, planned
         torch.testing.assert_close(packed_model.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention_type", ["mmca", "causal"])
+def test_packed_rows_are_apart_in_evaluation_too(attention_type, kernel):
+    """With `use_cache` at its default, on every kernel, and with plain causal attention."""
+    model = make_model(attention_type=attention_type)
+    model.set_attn_implementation(kernel)
+    rows = [tokens(3, "I", 2), tokens("I", 4, seed=1)]
+    ids, positions = pack(rows)
+    with torch.no_grad():
+        packed = model(ids, pixels(0, 1), position_ids=positions)
+        alone = torch.cat([model(row, pixels(number)).logits for number, row in enumerate(rows)], dim=1)
+    torch.testing.assert_close(packed.logits, alone, rtol=1e-4, atol=1e-4)
+    assert packed.past_key_values is None
+
+
+def test_a_projector_that_learns_alone_takes_batches_without_images():
+    model = make_model().set_trainable("multi_modal_projector").train()
+    ids = tokens(6)
+    model(ids, labels=ids).loss.backward()
+    assert all(not p.grad.any() for p in model.model.multi_modal_projector.parameters())
+
+
 def test_packed_rows_of_a_batch_differ(planned_calls):
     """Two rows of equal length, packed otherwise, one of them without images; the same image in two conversations."""
     model = make_model()

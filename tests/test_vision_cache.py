@@ -1,6 +1,7 @@
 """Vision features of a frozen tower: computed once, the same as without a cache, and never of something else."""
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -56,7 +57,8 @@ def test_training_is_the_same_and_the_tower_runs_once_an_image(tmp_path, project
 def change_weight(model):
     model.model.vision_tower.requires_grad_(False)
     parameter = max(model.model.vision_tower.parameters(), key=torch.numel)
-    parameter.data[0, 0] += 1e-3
+    with torch.no_grad():
+        parameter[0, 0] += 1e-3
 
 
 def change_layer(model):
@@ -93,6 +95,27 @@ def test_a_tower_that_learns_or_drops_out_is_refused():
     with pytest.raises(ValueError, match="dropout is on"):
         learn(model, 0)
     learn(model.eval(), 0)
+    fresh = make_model()  # whose tower could learn, but not here
+    fresh.model.vision_cache = VisionFeatureCache()
+    fresh.generate(tokens(2, "I", 3), pixel_values=pixels(0), max_new_tokens=2)
+    assert fresh.model.vision_cache.misses == 1
+    copied = pickle.loads(pickle.dumps(fresh.model.vision_cache))
+    assert len(copied) == 0 and copied.misses == 1
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_keeps_features_too(reentrant):
+    model, seen = make_trainee()
+    plain, _ = make_trainee()
+    model.model.vision_cache = VisionFeatureCache()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for _ in range(2):
+        loss, gradients = learn(model, 0, 1)
+    expected_loss, expected = learn(plain, 0, 1)
+    assert seen == [2] and model.model.vision_cache.hits == 2
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-5)
+    for name in expected:
+        torch.testing.assert_close(gradients[name], expected[name], rtol=1e-4, atol=1e-5)
 
 
 def test_a_hooked_tower_runs_and_says_so_once():
