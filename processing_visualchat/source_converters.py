@@ -75,21 +75,27 @@ def convert_llava(record: Any, folder: str) -> Conversation | Dropped:
 
 def group_mimicit(instructions: dict[str, Any]) -> list[list[str]]:
     """
-    The records of MIMIC-IT that form one conversation each: one, and those of its `rel_ins_ids` that come after it and
-    speak of the same images. Every record is in one group exactly.
+    The records of MIMIC-IT that form one conversation each: those that name one another in `rel_ins_ids`, in either
+    direction, and speak of the same images. Every record is in one group exactly; a group begins with its first.
     """
-    groups, used = [], set()
+    partners: dict[str, list[str]] = {name: [] for name in instructions}
     for name, record in instructions.items():
-        if name in used:
-            continue
-        related = [other for other in _get(record, "rel_ins_ids", list) or () if isinstance(other, str)]
-        group = [name]
-        for other in related:
-            is_about_the_same = other in instructions and _image_ids(instructions[other]) == _image_ids(record)
-            if other not in used and other not in group and is_about_the_same:
-                group.append(other)
-        used.update(group)
-        groups.append(group)
+        for other in _get(record, "rel_ins_ids", list) or ():
+            if not isinstance(other, str) or other not in instructions or other == name:
+                continue
+            if _which_images(record) == _which_images(instructions[other]):
+                partners[name].append(other)
+                partners[other].append(name)
+    groups, used = [], set()
+    for name in instructions:
+        group, waiting = [], [name]
+        while waiting:
+            member = waiting.pop(0)
+            if member not in used:
+                used.add(member)
+                group.append(member)
+                waiting += partners[member]
+        groups += [group] if group else []
     return groups
 
 
@@ -313,6 +319,12 @@ def _pair(turns: list[tuple[str, str]], repairs: list[str]) -> list[tuple[str, s
     if question is not None:
         repairs.append("a question without an answer left out")
     return pairs
+
+
+def _which_images(record: Any) -> list[str] | None:
+    """Image ids by which records can be compared: the numbers of CGD come with 12 digits or with 16."""
+    ids = _image_ids(record)
+    return ids and [re.sub(r"^CGD_IMG_0*(?=\d)", "CGD_IMG_", image_id) for image_id in ids]
 
 
 def _image_ids(record: Any) -> list[str] | None:

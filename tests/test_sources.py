@@ -195,6 +195,21 @@ def test_rounds_of_related_records_are_used_once():
     assert group_mimicit(CGD) == [["CGD_1", "CGD_2"], ["CGD_3"], ["CGD_4"], ["CGD_5"]]
 
 
+def test_related_records_find_each_other_in_either_direction():
+    """Also where one has image ids of 12 digits and the other of 16; what is absent or names itself is passed over."""
+
+    def record(digits, *related, images=(1, 2)):
+        return {"image_ids": [f"CGD_IMG_{image:0{digits}d}" for image in images], "rel_ins_ids": list(related)}
+
+    records = {
+        "a": record(12, "gone", "a"),
+        "b": record(12, images=(3, 4)),
+        "c": record(16, "d", "a"),
+        "d": record(12, "b", None),
+    }
+    assert group_mimicit(records) == [["a", "c", "d"], ["b"]]
+
+
 def test_whole_ids_are_matched():
     """IMAGE#14 is not the beginning of IMAGE#1417."""
     rounds = EXPECTED["sparkles_dialogue"][0][0]

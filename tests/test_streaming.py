@@ -17,6 +17,9 @@ from processing_visualchat import DataCollatorForVisualChat, Ingredient, Recipe,
 from processing_visualchat.image_archives import open_training_image
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*records left out")
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """Forty conversations as JSON lines in two files, eight as parquet with images inside, and faults."""
