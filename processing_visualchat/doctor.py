@@ -20,7 +20,7 @@ import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -41,6 +41,7 @@ from .readings import SourceReport
 
 
 QUANTITIES = {"length": "tokens", "num_images": "images", "num_rounds": "rounds"}
+MANY = 20_000  # conversations; with fewer, starting processes costs more than it saves
 ESTIMATED_IMAGE_LENGTH = 256  # tokens, as a vision tower of 14-pixel patches on 224 by 224 pixels yields
 
 
@@ -221,16 +222,7 @@ def examine(
     root = Path(data_root or recipe.data_root)
     if not root.is_dir():
         raise FileNotFoundError(f"No data root at {root}; the mixture names it as data_root, or pass another.")
-    readable, failures = [], {}
-    for ingredient in recipe.sources:
-        try:  # each by itself, so that one run finds all that is missing
-            load_mixture(replace(recipe, sources=(ingredient,)), root, check_images)
-            readable.append(ingredient)
-        except (ValueError, OSError) as error:
-            failures[ingredient.name] = str(error)
-    if not readable:
-        raise ValueError("No source can be read.\n" + "\n".join(failures.values()))
-    mixture = load_mixture(replace(recipe, sources=tuple(readable)), root, check_images)
+    mixture, failures = _load_what_can_be_read(recipe, root, check_images)
     for report in mixture.reports:
         if report.read != report.used + sum(report.dropped.values()):
             raise RuntimeError(f"Not every record of {report.name} is accounted for: {report}")
@@ -238,7 +230,7 @@ def examine(
     processor = processor or make_estimating_processor()
     max_length = min(max_length, processor.tokenizer.model_max_length)
     sides = {
-        side: measure_lengths(dataset, processor)
+        side: measure_lengths(dataset, processor, os.cpu_count() if len(dataset) > MANY else None)
         for side, dataset in (("train", mixture.train), ("evaluation", mixture.evaluation))
     }
     duplicates, leaked = compare_images(mixture)
@@ -257,6 +249,30 @@ def examine(
         samples=_draw_samples(mixture, processor, num_samples),
         is_estimated=is_estimated,
     )
+
+
+def _load_what_can_be_read(recipe: Recipe, root: Path, check_images: bool) -> tuple[Mixture, dict[str, str]]:
+    """The mixture of the sources that can be read, and why others cannot: one run finds all that is missing."""
+    failures: dict[str, str] = {}
+
+    def keep(load: Callable[[Ingredient], object]) -> Recipe:
+        for ingredient in recipe.sources:
+            try:
+                if ingredient.name not in failures:
+                    load(ingredient)
+            except (ValueError, OSError) as error:
+                failures[ingredient.name] = str(error)
+        readable = tuple(ingredient for ingredient in recipe.sources if ingredient.name not in failures)
+        if not readable:
+            raise ValueError("No source can be read.\n" + "\n".join(failures.values()))
+        return replace(recipe, sources=readable)
+
+    readable = keep(lambda ingredient: ingredient.load(root))
+    try:
+        return load_mixture(readable, root, check_images), failures
+    except ValueError:  # of some source nothing is left once its images are looked at
+        readable = keep(lambda one: load_mixture(replace(recipe, sources=(one,)), root, check_images))
+        return load_mixture(readable, root, check_images), failures
 
 
 def compare_images(mixture: Mixture) -> tuple[list[list[str]], list[list[str]]]:

@@ -69,6 +69,11 @@ def test_one_run_finds_all_sources_that_are_missing(root, tmp_path):
     assert set(diagnosis.failures) == {"mine", "theirs"} and len(diagnosis.problems) == 2
     assert [report.name for report in diagnosis.reports] == ["llava_dial"]
     assert "PROBLEM: mine cannot be read: The source mine has no file at" in str(diagnosis)
+    draw_picture(0, (1, 5)).save(root / "thin.png")
+    turns = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "x"}]
+    (root / "thin.json").write_text(json.dumps([{"conversations": turns, "image": "thin.png"}]))
+    thin = examine(Recipe((Ingredient("thin", "thin.json"), Ingredient("llava_dial"))), root)
+    assert list(thin.failures) == ["thin"] and [report.name for report in thin.reports] == ["llava_dial"]
     with pytest.raises(ValueError, match=r"No source can be read.*\n.*gone.jsonl"):
         examine(Recipe((Ingredient("mine", "gone.jsonl"),)), root)
 

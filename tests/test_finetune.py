@@ -227,7 +227,7 @@ def test_a_mixture_trains_on_two_processes(tmp_path, data):
         "--max_length", "300", "--num_train_epochs", "1", "--gradient_accumulation_steps", "1",
         "--save_strategy", "no", "--logging_steps", "1", "--output_dir", tmp_path / "out", *flags, launcher=launcher,
     )  # fmt: skip
-    assert completed.stdout.count("otter_mimicit_sd") == 1 and "eval_loss" in completed.stdout
+    assert completed.stdout.count("otter_mimicit_sd: 3 records read") == 1 and "eval_loss" in completed.stdout
     assert losses(tmp_path / "out")
 
 
