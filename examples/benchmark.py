@@ -11,7 +11,7 @@ on a GPU it is device time, in bfloat16, and the last column is the part of the 
 operations counted reach. Memory is the most that a run has allocated beyond its inputs and weights. Layouts are images
 x tokens of an image + text tokens, the text in equal parts before, between and after the images. The floor counts the
 query-key pairs that MMCA needs over those of causal attention. The form of 2023 computes both softmaxes over full
-score matrices in float32.
+score matrices in float32. What feeds a model is measured by benchmark_data.py.
 """
 
 import itertools

@@ -17,6 +17,7 @@ from processing_visualchat import (
     read_recipe,
     stream_mixture,
 )
+from processing_visualchat.own_sources import split_files
 
 
 BY_LENGTH = ("group_by_length", "batch_rebalance")  # of TrainingArguments.train_sampling_strategy
@@ -30,7 +31,8 @@ def load_data(arguments, training_arguments: TrainingArguments, processor) -> tu
             if training_arguments.max_steps <= 0:
                 raise SystemExit("finetune.py: error: a stream has no known length; say when to end with --max_steps")
             training_arguments.accelerator_config.dispatch_batches = False  # batches differ in their shapes
-            return stream_mixture(recipe, arguments.data_root)
+            train_dataset, eval_dataset = stream_mixture(recipe, arguments.data_root)
+            return train_dataset.repeat(None), eval_dataset  # without an end, or a resume would lose its place
         return show(load_mixture(recipe, arguments.data_root, arguments.check_images))
     train_dataset = load_file(Path(arguments.train_file), arguments, processor, ["train"])
     if arguments.eval_file is None:
@@ -51,14 +53,22 @@ def load_file(path: Path, arguments, processor, splits: list[str]):
         check_length = arguments.overlong == "error"
         return load_conversations(path, processor, arguments.max_length, arguments.check_images, check_length)
     whole = Path(os.path.abspath(path))  # and not where a link leads
-    for split in splits if path.is_dir() else ["train"]:
-        source = Ingredient(str(path), whole.name, split=split)
-        recipe = Recipe((source,), eval_share=0.0, max_images=sys.maxsize)
-        try:
-            return show(load_mixture(recipe, whole.parent, arguments.check_images))[0]
-        except FileNotFoundError:
-            if split == splits[-1]:
-                raise
+    source = Ingredient(str(whole), whole.name, split=choose_split(whole, splits))
+    recipe = Recipe((source,), eval_share=0.0, max_images=sys.maxsize)
+    return show(load_mixture(recipe, whole.parent, arguments.check_images))[0]
+
+
+def choose_split(path: Path, wanted: list[str]) -> str:
+    """Of a folder the first split of those wanted, or the only one there is."""
+    if not path.is_dir():
+        return "train"
+    found = split_files(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
+    splits = [split for split in wanted if split in found] or list(found)
+    if not found or (len(splits) > 1 and splits[0] not in wanted):
+        raise SystemExit(
+            f"finetune.py: error: {path} has no data for {' or '.join(wanted)}; it has {', '.join(found) or 'no data'}"
+        )
+    return splits[0]
 
 
 def arrange(dataset, arguments, training_arguments: TrainingArguments, collator):

@@ -7,9 +7,10 @@ from typing import Any
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from .conversation_visualchat import drop_nulls, image_source, is_image, validate_conversation
+from .conversation_visualchat import ROLES, drop_nulls, image_source, is_image, validate_conversation
 from .image_loading_visualchat import load_image
 from .processing_visualchat import VisualChatProcessor
+from .record_shapes import ROLES as OTHER_ROLES
 from .record_shapes import convert_record
 from .source_converters import Dropped
 
@@ -79,7 +80,7 @@ def _parse(line: bytes, where: str) -> list[dict]:
         raise ValueError(f"{where} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from error
-    if isinstance(record, dict) and (record.keys() & {"conversations", "images", "image"}):
+    if _is_of_another_shape(record):
         outcome = convert_record(record)
         if isinstance(outcome, Dropped):
             raise ValueError(f"{where} cannot be used: {outcome.reason}.")
@@ -87,6 +88,14 @@ def _parse(line: bytes, where: str) -> list[dict]:
     if isinstance(record, dict) and "messages" not in record:
         raise ValueError(f"{where} has no messages; it has the keys {', '.join(record) or 'of an empty record'}.")
     return drop_nulls(record["messages"] if isinstance(record, dict) else record)
+
+
+def _is_of_another_shape(record: Any) -> bool:
+    if isinstance(record, dict) and record.keys() & {"conversations", "images", "image"}:
+        return True
+    messages = record.get("messages") if isinstance(record, dict) else record
+    roles = [message.get("role") for message in messages or () if isinstance(message, dict)]
+    return any(role not in ROLES and str(role).lower() in OTHER_ROLES for role in roles)
 
 
 def _resolve_image_sources(messages: list[dict], folder: Path, where: str) -> list[str]:

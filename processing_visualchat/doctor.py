@@ -389,7 +389,7 @@ def _read_recipe(path: Path, data_root: str | Path | None) -> tuple[Recipe, str 
     """A YAML file as it is; a file or folder of conversations as a mixture of that alone."""
     if path.is_dir() or path.suffix in (".jsonl", ".json", ".parquet"):
         whole = Path(os.path.abspath(path))  # and not where a link leads
-        source = Ingredient(str(path), whole.name)
+        source = Ingredient(str(whole), whole.name)
         return Recipe((source,), eval_share=0.0, max_images=sys.maxsize), whole.parent
     return read_recipe(path), data_root
 

@@ -141,10 +141,10 @@ def _read_parquet(path: str) -> Iterator[tuple[str, bytes]]:
     if names and "base64" in columns:
         for batch in file.iter_batches(batch_size=64, columns=[names[0], "base64"]):
             yield from ((str(row[names[0]]), _decode(row["base64"])) for row in batch.to_pylist())
-        return
-    if not row_images:
+    elif not row_images:
         raise ValueError(f"{path} has the columns {', '.join(columns)}; it should have id and base64, or images.")
-    rows = (row for batch in file.iter_batches(batch_size=64, columns=row_images) for row in batch.to_pylist())
+    batches = file.iter_batches(batch_size=64, columns=row_images) if row_images else ()
+    rows = (row for batch in batches for row in batch.to_pylist())
     for number, row in enumerate(rows):
         values: Any = next((row[name] for name in row_images if row[name]), [])
         for index, value in enumerate(values if isinstance(values, list) else [values]):

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from glob import has_magic
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -87,7 +88,7 @@ def load_own_source(
             which nothing is left.
         `FileNotFoundError`: there is no file.
     """
-    root = Path(data_root).resolve()
+    root = Path(os.path.abspath(data_root))
     base = root if source.hub is None else _fetch(source)
     files = find_files(source, base)
     images = None if source.images is None else _under(base, source.images, source.name)
@@ -135,7 +136,7 @@ def find_files(source: OwnSource, base: Path) -> list[Path]:
 
 def _under(base: Path, name: str, source: str) -> Path:
     path = Path(os.path.normpath(base / name))
-    if not path.is_relative_to(base) or ".." in PurePosixPath(name).parts[1:]:
+    if not path.is_relative_to(base) or (".." in PurePosixPath(name).parts and has_magic(name)):
         raise ValueError(f"The source {source} has the path {name}, which leads out of {base}.")
     return path
 

@@ -178,17 +178,24 @@ def check_reading(reading: Reading, are_there: Check) -> Reading:
     """A reading whose conversation is valid and has its images, or why it was dropped."""
     if isinstance(reading.outcome, Dropped):
         return reading
-    try:
-        messages = reading.outcome.messages()
-        validate_conversation(messages)
-        json.dumps(messages, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return replace(reading, outcome=Dropped("text that is not Unicode"))
-    except ValueError:
-        return replace(reading, outcome=Dropped("a round without text, or with a literal <image>"))
+    reason = why_invalid(reading.outcome.messages())
+    if reason is not None:
+        return replace(reading, outcome=Dropped(reason))
     if are_there(reading.outcome.images):
         return reading
     return replace(reading, outcome=Dropped("an image is not there"))
+
+
+def why_invalid(messages: list[dict]) -> str | None:
+    """Why a conversation cannot be learned from, if it cannot."""
+    try:
+        validate_conversation(messages)
+        json.dumps(messages, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return "text that is not Unicode"
+    except ValueError:
+        return "a round without text, or with a literal <image>"
+    return None
 
 
 def images_are_there(images: list[str], root: Path) -> bool:

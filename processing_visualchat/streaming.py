@@ -22,10 +22,10 @@ from pathlib import Path
 import fsspec
 from datasets import Features, IterableDataset, List, Value, interleave_datasets
 
-from .conversation_visualchat import validate_conversation
-from .image_archives import decode_image_text, digest_of
+from .image_archives import decode_image_text, digest_of, open_archive, split_archived
 from .mixture import Ingredient, Recipe, join_messages, read_recipe
 from .own_sources import RECORDS, find_files, split_files
+from .readings import why_invalid
 from .record_shapes import Messages, convert_record
 from .source_converters import Dropped
 
@@ -48,8 +48,8 @@ def stream_mixture(
 
     Returns:
         Two `datasets.IterableDataset` of examples with `messages` (JSON text), to train and to evaluate on; no second
-        one if `eval_share` is 0. With `Trainer`, set `max_steps` and `accelerator_config={"dispatch_batches": False}`.
-        What is left out is counted in warnings.
+        one if `eval_share` is 0. Each ends after one pass; `repeat()` goes on, in the same order. With `Trainer`, set
+        `max_steps` and `accelerator_config={"dispatch_batches": False}`. What is left out is counted in warnings.
 
     Raises:
         `ValueError`: a recipe that is not valid, or that asks for what a stream cannot do.
@@ -62,11 +62,17 @@ def stream_mixture(
     def stream(side: str) -> IterableDataset:
         streams = []
         for ingredient, (files, images) in sources:
-            options = {"files": files, "images": images, "ingredient": ingredient, "recipe": recipe, "side": side}
+            # One shard, told by a tuple, so that neither ranks nor workers take files for themselves.
+            options = {
+                "files": tuple(files),
+                "images": images,
+                "ingredient": ingredient,
+                "recipe": recipe,
+                "side": side,
+            }
             streams.append(IterableDataset.from_generator(_generate, features=FEATURES, gen_kwargs=options))
         if side == "evaluation":
-            share = -(-num_evaluation // len(streams))
-            return interleave_datasets([one.take(share) for one in streams], stopping_strategy=EACH_ONCE)
+            return interleave_datasets(streams, stopping_strategy=EACH_ONCE).take(num_evaluation)
         streams = [one.shuffle(seed=recipe.seed, buffer_size=recipe.shuffle_buffer) for one in streams]
         total = sum(ingredient.weight for ingredient in recipe.sources)
         weights = [ingredient.weight / total for ingredient in recipe.sources]
@@ -86,9 +92,11 @@ def _locate(ingredient: Ingredient, data_root: str | Path) -> tuple[list[str], s
     if isinstance(ingredient.samples, float):
         raise ValueError(f"samples of {name} is a share, and how much a stream holds is not known; use a number.")
     if ingredient.hub is None:
-        root = Path(data_root).resolve()
+        root = Path(os.path.abspath(data_root))
         files = [str(file) for file in find_files(ingredient, root)]
         images = None if ingredient.images is None else str(root / ingredient.images)
+        if images is not None and not os.path.isdir(images):
+            raise FileNotFoundError(f"The source {name} has its images in {images}; there is no such folder.")
     else:
         base = f"hf://datasets/{ingredient.hub}" + (f"@{ingredient.revision}" if ingredient.revision else "")
         files = _find_on_hub(ingredient, base)
@@ -180,15 +188,13 @@ def _place(outcome: Messages, folder: str, recipe: Recipe) -> Messages | Dropped
             if path.startswith(("/", "..")):
                 return Dropped("image path outside of its folder")
             block["path"] = f"{folder}/{path}"
-            if not folder.startswith("hf://") and not os.path.isfile(block["path"]):
+            archived = split_archived(block["path"])
+            if not folder.startswith("hf://") and not os.path.isfile(archived[0] if archived else block["path"]):
                 return Dropped("an image is not there")
     if len(outcome.images) > recipe.max_images:
         return Dropped(f"more than {recipe.max_images} images")
-    try:
-        validate_conversation(outcome.turns)
-    except ValueError:
-        return Dropped("a round without text, or with a literal <image>")
-    return outcome
+    reason = why_invalid(outcome.turns)
+    return outcome if reason is None else Dropped(reason)
 
 
 def _find_side(conversation: Messages, recipe: Recipe) -> str | None:
@@ -210,7 +216,10 @@ def _digest(block: dict) -> str:
     if "base64" in block:
         return digest_of(decode_image_text(block["base64"]))
     try:
+        archived = split_archived(block["path"])
+        if archived is not None:
+            return digest_of(open_archive(archived[0])[archived[1]])
         with fsspec.open(block["path"], "rb") as file:
             return digest_of(file.read())
-    except OSError:  # the collator counts it as broken
+    except (OSError, ValueError, KeyError):  # the collator counts it as broken
         return digest_of(block["path"].encode())

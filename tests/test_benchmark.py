@@ -84,3 +84,29 @@ def test_the_form_of_2023_is_another_form_of_the_same(monkeypatch):
     query, key, value = (torch.randn(1, heads, ids.shape[1], 8, generator=generator) for heads in (4, 2, 2))
     expected = mmca_attention(query, key, value, ids).transpose(1, 2)
     torch.testing.assert_close(attention_of_2023(query, key, value, ids), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_feeds_a_model_is_measured():
+    completed = subprocess.run(
+        [
+            sys.executable,
+            str(EXAMPLES / "benchmark_data.py"),
+            "--records",
+            "600",
+            "--repeats",
+            "2",
+            "--batch_size",
+            "1",
+        ],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=400,
+    )
+    assert completed.returncode == 0, completed.stderr[-2000:]
+    rows = [line.split("  ") for line in completed.stdout.splitlines()]
+    measured = {row[0]: [cell.strip() for cell in row[1:] if cell.strip()] for row in rows}
+    for name in ("collation over a training step", "a packed step over a padded one", "a later epoch over the first"):
+        assert float(measured[name][0]) > 0
+    assert measured["second start"][-1].endswith("MiB")
+    assert measured["packed"][1] == "0.0%" and measured["random order, padded"][1] != "0.0%"

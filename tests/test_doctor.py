@@ -59,6 +59,9 @@ def test_strictness_and_what_cannot_be_read_are_exit_statuses(root, tmp_path):
     clean = run_doctor("clean.jsonl", "--strict", cwd=tmp_path)
     assert clean.returncode == 0, clean.stderr[-2000:]
     assert "1 conversations to train on" in clean.stdout
+    (tmp_path / "llava").mkdir()  # a folder may have the name of a published source
+    (tmp_path / "clean.jsonl").rename(tmp_path / "llava" / "data.jsonl")
+    assert run_doctor("llava", cwd=tmp_path).returncode == 0
 
 
 def test_one_run_finds_all_sources_that_are_missing(root, tmp_path):

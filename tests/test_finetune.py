@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -266,15 +267,16 @@ def test_packs_train_and_the_vision_tower_runs_once_an_image(tmp_path, data):
 def test_a_stream_trains_on_two_processes(tmp_path, data):
     write_own(tmp_path)
     recipe = tmp_path / "stream.yaml"
-    recipe.write_text("streaming: true\neval_share: 0.2\nsources: [{name: own, path: own.jsonl}]")
+    shutil.copy(tmp_path / "own.jsonl", tmp_path / "own_too.jsonl")
+    recipe.write_text("streaming: true\neval_share: 0.5\nsources: [{name: own, path: own*.jsonl}]")
     flags, launcher = deepspeed(2)
     common = [
         "--config", EXAMPLES / "configs" / "finetune.yaml", "--model", data / "checkpoint", "--mixture", recipe,
         "--data_root", tmp_path, "--overlong", "skip", "--max_length", "300", "--gradient_accumulation_steps", "1",
         "--save_strategy", "no", "--logging_steps", "1",
     ]  # fmt: skip
-    finetune(*common, "--max_steps", "4", "--output_dir", tmp_path / "out", *flags, launcher=launcher)
-    assert len(losses(tmp_path / "out")) == 4
+    completed = finetune(*common, "--max_steps", "20", "--output_dir", tmp_path / "out", *flags, launcher=launcher)
+    assert len(losses(tmp_path / "out")) == 20 and "eval_loss" in completed.stdout
     refused = finetune(*common, "--output_dir", tmp_path / "other", check=False)
     assert "say when to end with --max_steps" in refused.stderr
 

@@ -11,9 +11,15 @@ import pytest
 from conftest import draw_picture, make_processor
 from datasets import Dataset, Image
 from hub_stand_in import HubStandIn
-from test_finetune import environment
+from test_finetune import EXAMPLES, environment
 
-from processing_visualchat import DataCollatorForVisualChat, OwnSource, load_own_source, validate_conversation
+from processing_visualchat import (
+    DataCollatorForVisualChat,
+    OwnSource,
+    load_conversations,
+    load_own_source,
+    validate_conversation,
+)
 from processing_visualchat.record_shapes import Messages, convert_record
 from processing_visualchat.source_converters import Dropped
 
@@ -296,11 +302,33 @@ def test_common_layouts_are_read(root):
     lines.mkdir(parents=True)
     (lines / "train.json").symlink_to(root / "blobs" / "abc")
     (lines / "dataset_infos.json").write_text("{}")
-    source = OwnSource("hub", "hub/snapshot", images="hub/../mine/pictures")
-    with pytest.raises(ValueError, match="which leads out of"):
-        load_own_source(source, root)
-    dataset, _ = load_own_source(OwnSource("hub", "hub/snapshot", images="mine/pictures"), root)
-    assert dataset["images"][:] == [["mine/pictures/0.png"], ["mine/pictures/1.png"]]
+    for images in ("mine/pictures", "hub/../mine/pictures"):
+        dataset, _ = load_own_source(OwnSource("hub", "hub/snapshot", images=images), root)
+        assert dataset["images"][:] == [["mine/pictures/0.png"], ["mine/pictures/1.png"]]
+    (root / "link").symlink_to(root / "mine")
+    assert load_own_source(OwnSource("linked", str(root / "link/test.jsonl")), root / "link")[1].used == 1
+    columns = {"id": ["7"], "base64": ["x"], **{key: [value] for key, value in asked("x").items() if key != "image"}}
+    Dataset.from_dict({**columns, "images": [[{"bytes": picture(0), "path": None}]]}).to_parquet(root / "wide.parquet")
+    assert load_own_source(OwnSource("wide", "wide.parquet"), root)[1].used == 1
+
+
+def test_json_lines_may_have_other_roles(root):
+    turns = [{"role": "human", "content": "Hm?"}, {"role": "gpt", "content": "Ah."}]
+    write_lines(root / "roles.jsonl", {"messages": turns}, turns)
+    rows = load_conversations(root / "roles.jsonl", make_processor())
+    assert [json.loads(text) for text in rows["messages"]] == [[user("Hm?"), assistant("Ah.")]] * 2
+
+
+def test_a_folder_to_evaluate_on_gives_its_own_split(root, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from finetune_data import choose_split
+
+    write_lines(root / "llava" / "talk.jsonl", asked("0.png"))
+    wanted = ["validation", "test"]
+    assert choose_split(root / "mine", wanted) == "test" and choose_split(root / "mine", ["train"]) == "train"
+    assert choose_split(root / "llava", wanted) == "train", "the only one there is"
+    with pytest.raises(SystemExit, match="has no data for validation or test; it has no data"):
+        choose_split(root / "mine" / "pictures", wanted)
 
 
 def test_parquet_that_breaks_in_the_middle_is_named(root):

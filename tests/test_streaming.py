@@ -1,5 +1,6 @@
 """Streams: every conversation once, no image on both sides, the same order for the same seed; from disk and Hub."""
 
+import base64
 import json
 import subprocess
 import sys
@@ -7,11 +8,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from accelerate.data_loader import prepare_data_loader
 from conftest import draw_picture, make_processor
 from datasets import Dataset
 from hub_stand_in import HubStandIn
 from test_finetune import environment
 from test_own_sources import asked, picture
+from torch.utils.data import DataLoader
 
 from processing_visualchat import DataCollatorForVisualChat, Ingredient, Recipe, stream_mixture
 from processing_visualchat.image_archives import open_training_image
@@ -91,8 +94,47 @@ def test_what_a_stream_cannot_do_is_said(root, ingredient, message):
     (root / "list.json").write_text("[]")
     with pytest.raises(ValueError, match=message):
         stream_mixture(Recipe((ingredient,)), root)
-    numbered = Recipe((Ingredient("x", "a.jsonl", samples=3),), eval_share=0.0)
+    with pytest.raises(FileNotFoundError, match=r"has its images in .*nowhere"):
+        stream_mixture(Recipe((Ingredient("x", "a.jsonl", images="nowhere"),)), root)
+
+
+def test_samples_are_of_the_source_and_evaluation_has_a_limit(root):
+    numbered = Recipe((Ingredient("x", "[ab].jsonl", samples=3),), eval_share=0.0)
     assert len(list(stream_mixture(numbered, root)[0])) == 3
+    split = Recipe((*sources(), Ingredient("again", "a.jsonl")), eval_share=0.5)
+    assert len(list(stream_mixture(split, root, num_evaluation=4)[1])) == 4
+
+
+@pytest.mark.parametrize("num_processes", [2, 4])
+def test_ranks_share_out_one_order(root, num_processes):
+    """As Trainer has it done; several files are not several shards."""
+
+    def batches(count, index):
+        stream = stream_mixture(Recipe((Ingredient("x", "[ab].jsonl"),), eval_share=0.0), root)[0]
+        loader = DataLoader(stream, 4 // count, collate_fn=lambda examples: [one["where"] for one in examples])
+        if count > 1:
+            options = {"num_processes": count, "process_index": index, "dispatch_batches": False}
+            loader = prepare_data_loader(loader, put_on_device=False, **options)
+        return list(loader)
+
+    alone = batches(1, 0)
+    ranks = [batches(num_processes, index) for index in range(num_processes)]
+    assert [[where for batch in step for where in batch] for step in zip(*ranks)] == alone
+    assert len(alone) == 10
+
+
+def test_odd_records_and_archives_are_as_in_a_mixture(tmp_path):
+    surrogate = {"messages": [{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "x"}]}
+    (tmp_path / "store.json").write_text(json.dumps({"k": base64.b64encode(picture(0)).decode()}))
+    records = [surrogate, asked("store.json#k"), asked("store.json#none")]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, records)))
+    recipe = Recipe((Ingredient("x", "x.jsonl"),), eval_share=0.0)
+    examples = list(stream_mixture(recipe, tmp_path)[0])
+    assert [example["where"][0].rpartition(" ")[2] for example in examples] == ["2", "3"]
+    with pytest.warns(UserWarning, match="holds no image none"):
+        batch = DataCollatorForVisualChat(make_processor())(examples)
+    assert len(batch["pixel_values"]) == 1
+    stream_mixture(Recipe(recipe.sources, eval_share=0.5), tmp_path)
 
 
 FROM_THE_HUB = """
