@@ -17,7 +17,7 @@ from processing_visualchat import (
     read_recipe,
     stream_mixture,
 )
-from processing_visualchat.own_sources import split_files
+from processing_visualchat.own_sources import find_splits
 
 
 BY_LENGTH = ("group_by_length", "batch_rebalance")  # of TrainingArguments.train_sampling_strategy
@@ -62,7 +62,7 @@ def choose_split(path: Path, wanted: list[str]) -> str:
     """Of a folder the first split of those wanted, or the only one there is."""
     if not path.is_dir():
         return "train"
-    found = split_files(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
+    found = find_splits(path)
     splits = [split for split in wanted if split in found] or list(found)
     if not found or (len(splits) > 1 and splits[0] not in wanted):
         raise SystemExit(

@@ -48,7 +48,7 @@ class ImageMemory(TensorStore):
         nbytes (`int`): What it holds in memory.
 
     Raises:
-        `ValueError`: a limit below 0.
+        `ValueError`: a limit below 0, or a folder that is a file.
     """
 
     @torch.no_grad()

@@ -351,7 +351,8 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
         embeds = self._embed(input_ids, is_image, image_features) if inputs_embeds is None else inputs_embeds
         if blank_features is not None:
             embeds = embeds + 0.0 * blank_features.sum().to(embeds.device)
-        if past_key_values is None and (self.training or self._is_packed(embeds, attention_mask, position_ids)):
+        sequence_ids = find_packed(embeds, attention_mask, position_ids)
+        if past_key_values is None and (self.training or sequence_ids is not None):
             # Nobody reads the cache of a training step, and of packed rows there is no one conversation to go on with;
             # with a cache, a decoder would not tell them apart.
             kwargs["use_cache"] = kwargs.get("use_cache", False) and self.training
@@ -367,10 +368,17 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
                 mm_token_type_ids, is_image, past_key_values, embeds.shape[1]
             )
             check_coverage(mm_token_type_ids, inputs["attention_mask"])
-            is_planned = self._can_plan(embeds, kwargs, **inputs)
+            is_planned = self._can_plan(embeds, kwargs, sequence_ids, **inputs)
         if is_planned:
             outputs = self._run_planned(
-                embeds, mm_token_type_ids, image_states, blank_features, skip_image_outputs, **inputs, **kwargs
+                embeds,
+                mm_token_type_ids,
+                image_states,
+                blank_features,
+                skip_image_outputs,
+                sequence_ids,
+                **inputs,
+                **kwargs,
             )
         else:
             if keeps_apart(past_key_values):
@@ -389,11 +397,6 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
             attentions=outputs.attentions,
             image_hidden_states=image_features,
         )
-
-    @staticmethod
-    def _is_packed(embeds, attention_mask, position_ids) -> bool:
-        is_told = not torch.compiler.is_compiling() and (attention_mask is None or attention_mask.ndim == 2)
-        return is_told and find_packed(embeds, attention_mask, position_ids) is not None
 
     def _embed(self, input_ids, is_image, image_features) -> torch.Tensor:
         """Embeddings (B, Q, hidden), at images of no meaning yet."""

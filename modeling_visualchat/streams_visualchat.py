@@ -76,11 +76,10 @@ class TwoStreamMixin:
             )
         return self._read_images(images, like, needs_outputs=False)
 
-    def _can_plan(self, embeds, kwargs, attention_mask, position_ids, past_key_values) -> bool:
+    def _can_plan(self, embeds, kwargs, sequence_ids, attention_mask, position_ids, past_key_values) -> bool:
         """Whether these inputs can go through the decoder apart."""
         text_config = self.config.text_config
         window = getattr(text_config, "sliding_window", None)
-        sequence_ids = find_packed(embeds, attention_mask, position_ids)
         return (
             self._takes_plans
             and text_config._attn_implementation == MMCA_PREFIX + "sdpa"
@@ -120,6 +119,7 @@ class TwoStreamMixin:
         images: ImageStates | None,
         blank_features: torch.Tensor | None,
         skip_image_outputs: bool,
+        sequence_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         past_key_values: Cache | None,
@@ -134,12 +134,12 @@ class TwoStreamMixin:
             images (`ImageStates`, *optional*): The images of these tokens, read or not yet.
             blank_features (`torch.Tensor` of shape `(length, hidden)`, *optional*): An image to run and to ignore.
             skip_image_outputs (`bool`): Whether the output may be zero at images.
+            sequence_ids (`torch.Tensor` of shape `(B, Q)`, *optional*): Of packed rows, see [`find_packed`].
             attention_mask (`torch.Tensor` of shape `(B, past + Q)`, *optional*): 1 to keep, 0 for padding.
             position_ids (`torch.Tensor` of shape `(B, Q)`, *optional*): Positions.
             past_key_values (`Cache`, *optional*): A cache that [`_serves`].
         """
         assert self._key_rotation is not None
-        sequence_ids = find_packed(embeds, attention_mask, position_ids)
         if past_key_values is None and kwargs.get("use_cache", self.config.text_config.use_cache):
             past_key_values = ConversationCache()
         cache: Any = past_key_values
@@ -223,7 +223,7 @@ class TwoStreamMixin:
 
 def find_packed(embeds, attention_mask, position_ids) -> torch.Tensor | None:
     """Of rows that pack several sequences, which one each position is in (B, Q): told by positions that start anew."""
-    if position_ids is None or attention_mask is not None:
+    if position_ids is None or attention_mask is not None or torch.compiler.is_compiling():
         return None
     return find_packed_sequence_indices(position_ids.expand(embeds.shape[:2]))
 

@@ -50,7 +50,7 @@ class VisionFeatureCache(TensorStore):
         nbytes (`int`): What it holds in memory.
 
     Raises:
-        `ValueError`: a limit below 0.
+        `ValueError`: a limit below 0, or a folder that is a file.
     """
 
     _has_warned = False

@@ -1,4 +1,4 @@
-"""What images are, whatever they are called: a digest of their bytes and their size, read once and kept."""
+"""What images are, whatever they are called: a digest of their bytes, and whether they are whole; kept once read."""
 
 import contextlib
 import os
@@ -12,9 +12,7 @@ from .image_archives import digest_of, find_archive, open_archive, open_training
 from .readings import is_file_name, reading_key
 
 
-FEATURES = Features(
-    {"name": Value("string"), "digest": Value("string"), "width": Value("int32"), "height": Value("int32")}
-)
+FEATURES = Features({"name": Value("string"), "digest": Value("string"), "is_broken": Value("bool")})
 CHUNK = 1000  # images that one process reads in a row
 
 
@@ -23,13 +21,10 @@ class ImageContent:
     """
     Args:
         digest (`str`): What tells its bytes from those of another image.
-        width, height (`int`): In pixels; 0 if it was not opened.
         is_broken (`bool`): Whether it is not there, cannot be read, or is one pixel wide or high.
     """
 
     digest: str
-    width: int = 0
-    height: int = 0
     is_broken: bool = False
 
 
@@ -58,16 +53,15 @@ def read_image_contents(names: Iterable[str], root: Path, check_images: bool = T
     }
     num_proc = min(os.cpu_count() or 1, len(files) // CHUNK)
     rows = Dataset.from_generator(_generate_contents, features=FEATURES, gen_kwargs=options, num_proc=max(num_proc, 1))
-    columns = [rows.data.column(name).to_pylist() for name in ("name", "digest", "width", "height")]
-    for name, digest, width, height in zip(*columns):
-        contents[name] = ImageContent(digest, width, height, check_images and width == 0)
+    for name, *content in zip(*(rows.data.column(name).to_pylist() for name in FEATURES)):
+        contents[name] = ImageContent(*content)
     return contents
 
 
 def _generate_contents(names: list[list[str]], root: str, check_images: bool, key: str) -> Iterator[dict]:
     for name in (name for chunk in names for name in chunk):
-        content = {"name": name, "digest": name, "width": 0, "height": 0}
-        with contextlib.suppress(OSError, ValueError, KeyError):  # of a broken image the width stays 0
+        content = {"name": name, "digest": name, "is_broken": check_images}
+        with contextlib.suppress(OSError, ValueError, KeyError):  # a broken image stays one
             archived = split_archived(name)
             if archived is None:
                 data = (Path(root) / name).read_bytes()
@@ -75,5 +69,6 @@ def _generate_contents(names: list[list[str]], root: str, check_images: bool, ke
                 data = open_archive(os.path.join(root, archived[0]))[archived[1]]
             content["digest"] = digest_of(data)
             if check_images:
-                content["width"], content["height"] = open_training_image(data).size
+                open_training_image(data)
+                content["is_broken"] = False
         yield content

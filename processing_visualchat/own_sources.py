@@ -91,9 +91,7 @@ def load_own_source(
     root = Path(os.path.abspath(data_root))
     base = root if source.hub is None else _fetch(source)
     files = find_files(source, base)
-    images = None if source.images is None else _under(base, source.images, source.name)
-    if images is not None and not images.is_dir():
-        raise FileNotFoundError(f"The source {source.name} has its images in {images}; there is no such folder.")
+    images = find_images(source, base)
     folders = {images or file.parent for file in files}
     options = {
         "files": [str(file) for file in files],
@@ -119,7 +117,7 @@ def find_files(source: OwnSource, base: Path) -> list[Path]:
     if path.is_file():
         files = [path]
     elif path.is_dir():
-        splits = _find_splits(path)
+        splits = find_splits(path)
         if source.split not in splits:
             found = f"it has the splits {', '.join(sorted(splits))}" if splits else "it has no data files"
             raise FileNotFoundError(f"The source {source.name} has no split {source.split} in {path}; {found}.")
@@ -134,6 +132,14 @@ def find_files(source: OwnSource, base: Path) -> list[Path]:
     return files
 
 
+def find_images(source: OwnSource, base: Path) -> Path | None:
+    """The folder that image paths are relative to, if the source names one; an error if it is not there."""
+    images = None if source.images is None else _under(base, source.images, source.name)
+    if images is not None and not images.is_dir():
+        raise FileNotFoundError(f"The source {source.name} has its images in {images}; there is no such folder.")
+    return images
+
+
 def _under(base: Path, name: str, source: str) -> Path:
     path = Path(os.path.normpath(base / name))
     if not path.is_relative_to(base) or (".." in PurePosixPath(name).parts and has_magic(name)):
@@ -141,7 +147,8 @@ def _under(base: Path, name: str, source: str) -> Path:
     return path
 
 
-def _find_splits(folder: Path) -> dict[str, list[Path]]:
+def find_splits(folder: Path) -> dict[str, list[Path]]:
+    """The data files of a folder by split, see [`split_files`]."""
     names = (str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     return {split: [folder / name for name in files] for split, files in split_files(names).items()}
 

@@ -24,7 +24,7 @@ from datasets import Features, IterableDataset, List, Value, interleave_datasets
 
 from .image_archives import decode_image_text, digest_of, open_archive, split_archived
 from .mixture import Ingredient, Recipe, join_messages, read_recipe
-from .own_sources import RECORDS, find_files, split_files
+from .own_sources import RECORDS, find_files, find_images, split_files
 from .readings import why_invalid
 from .record_shapes import Messages, convert_record
 from .source_converters import Dropped
@@ -94,9 +94,8 @@ def _locate(ingredient: Ingredient, data_root: str | Path) -> tuple[list[str], s
     if ingredient.hub is None:
         root = Path(os.path.abspath(data_root))
         files = [str(file) for file in find_files(ingredient, root)]
-        images = None if ingredient.images is None else str(root / ingredient.images)
-        if images is not None and not os.path.isdir(images):
-            raise FileNotFoundError(f"The source {name} has its images in {images}; there is no such folder.")
+        folder = find_images(ingredient, root)
+        images = None if folder is None else str(folder)
     else:
         base = f"hf://datasets/{ingredient.hub}" + (f"@{ingredient.revision}" if ingredient.revision else "")
         files = _find_on_hub(ingredient, base)
@@ -125,7 +124,7 @@ def _find_on_hub(ingredient: Ingredient, base: str) -> list[str]:
 
 
 def _generate(
-    files: list[str], images: str | None, ingredient: Ingredient, recipe: Recipe, side: str
+    files: tuple[str, ...], images: str | None, ingredient: Ingredient, recipe: Recipe, side: str
 ) -> Iterator[dict]:
     """The groups of one side of a source, the files in the order given."""
     rng = random.Random(f"{recipe.seed} {ingredient.name}")
