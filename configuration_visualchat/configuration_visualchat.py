@@ -12,8 +12,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 
-# Goes up with every change of the code that travels with a checkpoint: transformers tells two versions apart by it.
-VERSION = "0.1.0"
+# Increased with every change of the code that travels with a checkpoint: transformers tells versions apart by it.
+VERSION = "0.2.0"
 
 # `transformers serve` and the pipelines look classes up in these tables by model type.
 MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["visualchat"] = "VisualChatForConditionalGeneration"
@@ -47,7 +47,8 @@ class VisualChatConfig(PreTrainedConfig):
             the vision configuration and the projector.
         projector_type (`str`, *optional*, defaults to `"linear"`):
             `"linear"` (linear and LayerNorm, section 3 of arXiv 2309.14327), `"mlp"` (two linear layers),
-            `"vit"` (one encoder layer, then linear and LayerNorm) or `"perceiver"` (256 learned queries).
+            `"vit"` (one encoder layer, then linear and LayerNorm), `"perceiver"` (256 learned queries), or the name of
+            a projector registered with `register_projector`.
         projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
             Activation inside the `mlp`, `vit` and `perceiver` projectors.
         vision_feature_layer (`int` or `list[int]`, *optional*, defaults to -1):
@@ -55,7 +56,8 @@ class VisualChatConfig(PreTrainedConfig):
         vision_feature_select_strategy (`str`, *optional*, defaults to `"full"`):
             `"full"` keeps every token of the vision tower, `"default"` leaves out the first (class) token.
         attention_type (`str`, *optional*, defaults to `"mmca"`):
-            `"mmca"` (multi-modal causal attention, section 4.1 of arXiv 2309.14327) or `"causal"` (the decoder's own).
+            `"mmca"` (multi-modal causal attention, section 4.1 of arXiv 2309.14327) or `"causal"` (the decoder's own);
+            a name in `ATTENTION_TYPES`.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
             Whether input and output embeddings are one table; taken from `text_config` when that says so.
 
@@ -95,11 +97,11 @@ class VisualChatConfig(PreTrainedConfig):
     text_config: Any = None
     image_token_id: int = 32000
     image_seq_length: int | None = None
-    projector_type: Literal["linear", "mlp", "vit", "perceiver"] = "linear"
+    projector_type: str = "linear"
     projector_hidden_act: str = "gelu"
     vision_feature_layer: int | list[int] = -1
     vision_feature_select_strategy: Literal["full", "default"] = "full"
-    attention_type: Literal["mmca", "causal"] = "mmca"
+    attention_type: str = "mmca"
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):

@@ -36,8 +36,8 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from configuration_visualchat import VisualChatConfig
 from modeling_visualchat import ImageMemory, ImageStates, VisualChatForConditionalGeneration
-from modeling_visualchat.image_states_visualchat import ImageReader, PlacedImages
-from modeling_visualchat.plan_visualchat import plan_mmca
+from modeling_visualchat.image_states_visualchat import ImageStream, PlacedImages
+from modeling_visualchat.plan_visualchat import make_plan
 
 
 QUICK_LAYOUTS = [(1, 256, 128), (4, 256, 256), (8, 256, 512)]
@@ -188,17 +188,17 @@ def benchmark_attention(layout, num_heads, num_key_heads, head_dim, repeats, bac
     whole = [draw(1, ids.shape[1], count) for count in heads]
     text = [draw(1, num_text, count) for count in heads]
     images = [draw(num_images, image_length, count) for count in heads]
-    plan = plan_mmca(ids)
+    plan = make_plan(ids)
     features = torch.empty(num_images, image_length, 0, device=DEVICE, dtype=DTYPE)
     layer = nn.Module()
     layer.layer_idx = 0
 
     def mmca():
-        reader = ImageReader()
-        own = reader.attend(layer, *images, None, 0.0)
-        states = ImageStates(features, list(range(num_images)), [reader.keys[0]], [reader.values[0]])
+        stream = ImageStream()
+        own = stream.attend(layer, *images, None, 0.0)
+        states = ImageStates(features, list(range(num_images)), [stream.keys[0]], [stream.values[0]])
         placed = PlacedImages(states, (1, num_images * image_length))
-        return own, replace(plan, images=placed).attend(layer, *text, None, 0.0)
+        return own, replace(plan, image_keys_values=placed).attend(layer, *text, None, 0.0)
 
     variants = {"causal": lambda: causal_attention(*whole), "mmca": mmca}
     if backward:
@@ -292,7 +292,7 @@ class Models:
 
         @torch.no_grad()
         def prefill_known(model):
-            states = memory.read(model.model, self.images)
+            states = memory.get_states(model.model, self.images)
             return model(self.inputs["input_ids"], image_states=states, use_cache=True, logits_to_keep=1)
 
         rows = self.compare("prefill, images known", self.prefill, repeats, mmca=prefill_known)

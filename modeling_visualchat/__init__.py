@@ -2,12 +2,15 @@
 
 from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
+from .attention_types_visualchat import ATTENTION_TYPES, AttentionType
 from .attention_visualchat import MultiModalCausalAttention, mmca_attention, mmca_attention_reference
 from .cache_visualchat import ConversationCache
+from .chat_session_visualchat import ChatSession
 from .configuration_visualchat import VERSION, VisualChatConfig
 from .image_memory_visualchat import ImageMemory
 from .image_states_visualchat import ImageStates
 from .modeling_visualchat import VisualChatForConditionalGeneration, VisualChatModel, VisualChatPreTrainedModel
+from .projector_visualchat import register_projector
 from .vision_cache_visualchat import VisionFeatureCache
 
 
@@ -17,6 +20,9 @@ AutoModelForMultimodalLM.register(VisualChatConfig, VisualChatForConditionalGene
 
 __version__ = VERSION
 __all__ = [
+    "ATTENTION_TYPES",
+    "AttentionType",
+    "ChatSession",
     "ConversationCache",
     "ImageMemory",
     "ImageStates",
@@ -27,4 +33,5 @@ __all__ = [
     "VisualChatPreTrainedModel",
     "mmca_attention",
     "mmca_attention_reference",
+    "register_projector",
 ]

@@ -8,40 +8,30 @@ image token attends only to itself, so its output is its own value vector:
     out_i = softmax_{j<=i, text}(scaling * q_i k_j) V_text + softmax_{j<i, image}(scaling * q_i k_j) V_image   (text)
     out_i = v_i                                                                                               (image)
 
-Drawn for the sequence `I I T T I T` (rows are queries; 1 = text softmax, 2 = image softmax, s = itself):
+`MMCA_DRAWING` draws the pattern. Padding is never attended to, and the output of a padding query is zero. Two
+departures from the original implementation, on purpose: text before the first image gets nothing from images (there: a
+uniform softmax over past and future), and an image token does not attend to earlier text (there: it does).
 
-    I | s . . . . .
-    I | . s . . . .
-    T | 2 2 1 . . .
-    T | 2 2 1 1 . .
-    I | . . . . s .
-    T | 2 2 1 1 2 1
+[`MultiModalCausalAttention`] replaces the attention function of every layer of an unmodified decoder, on one of two
+routes with the same result:
 
-Padding is never attended to, and the output of a padding query is zero. Two departures from the code of 2023, on
-purpose: text before the first image gets nothing from images (there: a uniform softmax over past and future), and an
-image token does not attend to earlier text (there: it does).
-
-How it reaches an unmodified decoder: [`MultiModalCausalAttention`] stands in for the attention function of every
-layer, in one of two forms with the same result.
-
-- By masks, always possible. The whole pattern is one boolean mask with two channels, (B, 2, Q, S), channel 0 for the
+- Masked, always possible. The whole pattern is one boolean mask with two channels, (B, 2, Q, S), channel 0 for the
   text softmax and channel 1 for the image softmax. An image query has no key in channel 0 and itself in channel 1, and
-  a softmax over one key is 1. The mask is made once a forward pass by transformers' own mask functions, so that
-  caches, padding and sliding windows are theirs.
-- By a plan (`plan_visualchat.py`), wherever the decoder and the cache allow it. Images go through the decoder on
-  their own and text reads what they leave behind: no work is done for image queries, and no masked-out block is
-  touched.
+  a softmax over one key is 1. transformers' own mask functions make the mask once a forward pass, so caches, padding
+  and sliding windows are theirs.
+- In two streams (`two_streams_visualchat.py`), wherever decoder and cache allow it: images go through the decoder
+  first and text reads their keys and values. No work is done for image queries, and no masked-out block is touched.
 
 Dimensions: B batch, S keys (past and current), Q queries, H query heads, K key/value heads (K divides H), D head size.
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import nn
-from transformers import MODEL_MAPPING, AttentionInterface, PreTrainedConfig
+from transformers import MODEL_MAPPING, PreTrainedConfig
 from transformers.masking_utils import (
-    AttentionMaskInterface,
     and_masks,
     causal_mask_function,
     create_masks_for_generate,
@@ -50,12 +40,18 @@ from transformers.masking_utils import (
     prepare_padding_mask,
 )
 
-from .image_states_visualchat import ImageReader
-from .kernels_visualchat import KERNELS, sdpa_kernel
-from .plan_visualchat import MMCAPlan
+from .kernels_visualchat import sdpa_kernel
 
 
-MMCA_PREFIX = "mmca_"
+# Rows are queries, columns keys; 1 = text softmax, 2 = image softmax, s = itself, . = no attention.
+MMCA_DRAWING = """\
+I | s . . . . .
+I | . s . . . .
+T | 2 2 1 . . .
+T | 2 2 1 1 . .
+I | . . . . s .
+T | 2 2 1 1 2 1
+"""
 
 
 def mmca_attention_reference(
@@ -259,15 +255,22 @@ def _attend(kernel: Callable, query, key, value, mask, scaling, dropout=0.0):
 
 
 class PlanNotDeliveredError(RuntimeError):
-    """A decoder whose layers keep keyword arguments to themselves: MMCA runs in it by masks alone."""
+    """The layers of a decoder do not pass keyword arguments on to their attention function."""
+
+
+class LayerPlan(Protocol):
+    """What computes the attention of one layer in place of a mask."""
+
+    def attend(self, module: nn.Module, query, key, value, scaling: float | None, dropout: float) -> torch.Tensor:
+        """(B, H, Q, D) to (B, Q, H, D)."""
 
 
 class MultiModalCausalAttention:
     """
-    MMCA as an attention function of transformers, called by every layer of a decoder in place of its own.
+    MMCA as an attention function of transformers, for every layer of a decoder.
 
     Args:
-        kernel (`Callable`): What computes one masked softmax, [`sdpa_kernel`] or [`eager_kernel`].
+        kernel (`Callable`): Computes one masked softmax: [`sdpa_kernel`] or [`eager_kernel`].
     """
 
     def __init__(self, kernel: Callable):
@@ -285,7 +288,7 @@ class MultiModalCausalAttention:
         softcap: float | None = None,
         s_aux: torch.Tensor | None = None,
         position_bias: torch.Tensor | None = None,
-        mmca_plan: MMCAPlan | ImageReader | None = None,
+        layer_plan: LayerPlan | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -296,8 +299,8 @@ class MultiModalCausalAttention:
             value (`torch.Tensor` of shape `(B, K, S, D)`): Values.
             attention_mask (`torch.Tensor` of shape `(B, 2, Q, S)` or `(B, 1, Q, S)`):
                 The mask of [`create_mmca_masks`], or one channel for text alone; not read when there is a plan.
-            mmca_plan (`MMCAPlan` or `ImageReader`, *optional*): What the queries are, text alone or images alone, and
-                how they attend.
+            layer_plan (`TwoStreamPlan` or `ImageStream`, *optional*): How the queries, all of text or all of images,
+                attend.
 
         Returns:
             The output of shape `(B, Q, H, D)`, and the summed weights `(B, H, Q, S)` where the kernel yields them.
@@ -312,35 +315,12 @@ class MultiModalCausalAttention:
                 f"{type(module).__name__} caps its scores, has sinks or a position bias; MMCA is not defined with "
                 "these."
             )
-        if mmca_plan is not None:
-            return mmca_plan.attend(module, query, key, value, scaling, dropout), None
+        if layer_plan is not None:
+            return layer_plan.attend(module, query, key, value, scaling, dropout), None
         if attention_mask.numel() == 0:
-            raise PlanNotDeliveredError(f"{type(module).__name__} does not pass on keyword arguments.")
+            raise PlanNotDeliveredError(f"{type(module).__name__} does not pass keyword arguments on.")
         output, weights = _attend(self.kernel, query, key, value, attention_mask, scaling, dropout)
         return output.transpose(1, 2).contiguous(), weights
-
-
-for _name, _kernel in KERNELS.items():
-    AttentionInterface.register(MMCA_PREFIX + _name, MultiModalCausalAttention(_kernel))
-    AttentionMaskInterface.register(MMCA_PREFIX + _name, mmca_mask)
-
-
-def mmca_implementation(attn_implementation: str | None) -> str:
-    """
-    The MMCA implementation on the kernel that a user asked for: `"mmca_sdpa"` for `None` or `"sdpa"`, `"mmca_eager"`
-    for `"eager"`.
-
-    Raises:
-        `ValueError`: a kernel on which MMCA is not available.
-    """
-    kernel = (attn_implementation or "sdpa").removeprefix(MMCA_PREFIX)
-    if kernel not in KERNELS:
-        raise ValueError(
-            f"attn_implementation={attn_implementation!r} is not available for multi-modal causal attention; choose "
-            f"one of {sorted(KERNELS)} for the language model. The vision tower may use another, "
-            'as in attn_implementation={"text_config": "sdpa", "vision_config": "flash_attention_2"}.'
-        )
-    return MMCA_PREFIX + kernel
 
 
 def check_decoder(config: PreTrainedConfig) -> None:

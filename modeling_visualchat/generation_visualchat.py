@@ -3,7 +3,7 @@ What generation with images needs beyond transformers' `GenerationMixin`.
 
 MMCA has to know which of the past and current tokens are images. The model's forward takes `mm_token_type_ids` for all
 of them, as it takes `attention_mask`; here they are rebuilt in every step from the ids, whatever the cache. Images are
-encoded once, before the first step. Of a conversation that goes on with its cache, only the images of the new tokens
+encoded once, before the first step. When a conversation continues with its cache, only the images of the new tokens
 are used.
 """
 
@@ -16,14 +16,15 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .attention_visualchat import create_mmca_masks
-from .cache_visualchat import ConversationCache, keeps_apart
-from .image_memory_visualchat import ImageMemory, describe_switches, fingerprint_image
+from .attention_types_visualchat import get_attention_type
+from .cache_visualchat import ConversationCache, is_conversation_cache
+from .image_memory_visualchat import ImageMemory
 from .image_states_visualchat import ImageStates
-from .streams_visualchat import rotary_limit
+from .route_visualchat import num_past
+from .weights_key_visualchat import image_key
 
 
-# Arguments that choose what the projector reads, instead of the configuration.
+# Arguments that select the vision features, instead of the configuration.
 VISION_OPTIONS = ("vision_feature_layer", "vision_feature_select_strategy")
 
 
@@ -34,14 +35,10 @@ class VisualChatGenerationMixin(GenerationMixin):
         """
         See `GenerationMixin.generate`; images are passed as `pixel_values`.
 
-        A conversation that goes on with its cache (`past_key_values`) takes all the tokens so far, and either all the
-        images so far or those of the new tokens alone. It may also take the new tokens alone, with an `attention_mask`
-        and `mm_token_type_ids` of all tokens so far.
-
-        With a [`ConversationCache`], all tokens and all images, the conversation need not go on where it stopped: what
-        has changed since `generate` filled it, a message or an image of any round, the model or its adapters, is
-        found, and computed anew from there; so is all that `generate` does not know of a cache that it filled. What
-        `forward` has cached is trusted, and a weight written through `.data` is not seen: take a new cache then.
+        A conversation that continues with its cache (`past_key_values`) takes all the tokens so far, and either all
+        the images so far or those of the new tokens only. It may also take the new tokens only, with an
+        `attention_mask` and `mm_token_type_ids` of all tokens so far. Tokens and images have to be those of the cache,
+        and the weights those that filled it; to edit a conversation, use a [`ChatSession`].
 
         Args:
             inputs (`torch.Tensor` of shape `(B, Q)`, *optional*): Token ids; also `input_ids`.
@@ -50,8 +47,8 @@ class VisualChatGenerationMixin(GenerationMixin):
             kwargs: As in `GenerationMixin.generate`.
 
         Raises:
-            `ValueError`: tokens, modalities or images that do not fit the cache, a cache that is kept together with
-                assisted or prompt-lookup decoding, or a model that cannot use an image memory.
+            `ValueError`: tokens, modalities or images that do not fit the cache, a kept cache together with assisted
+                or prompt-lookup decoding, or a model that cannot use an image memory.
         """
         ids, embeds = kwargs.get("input_ids", inputs), kwargs.get("inputs_embeds")
         cache, pixel_values = kwargs.get("past_key_values"), kwargs.get("pixel_values")
@@ -63,16 +60,16 @@ class VisualChatGenerationMixin(GenerationMixin):
                 f"{' and '.join(named)} cannot be chosen for one call with an image memory; set it in the "
                 "configuration."
             )
-        config = kwargs.get("generation_config") or self.generation_config
-        is_kept = keeps_apart(cache) or kwargs.get("return_dict_in_generate", config.return_dict_in_generate)
-        tokens = self._tell_apart(ids, pixel_values, cache, kwargs) if is_kept else None
-        if keeps_apart(cache):
-            self._crop_to_shared(cache, tokens, ids if embeds is None else embeds, kwargs)
-        num_past = 0 if cache is None else int(cache.get_seq_length())
-        if num_past > 0 and is_drafting:
+        num_cached = num_past(cache)
+        if num_cached > 0 and is_drafting:
             raise ValueError(
                 "Assisted and prompt-lookup decoding start from an empty cache; leave out past_key_values."
             )
+        if num_cached > 0 and is_conversation_cache(cache):
+            passed: Any = ids if embeds is None else embeds
+            self._check_rows(cache, len(passed), kwargs)
+            if ids is not None:
+                _check_tokens(cache, ids, kwargs.get("attention_mask"))
         if embeds is not None:
             has_images = kwargs.keys() & {"pixel_values", "mm_encoder_outputs", "image_states"}
             if has_images and kwargs.get("mm_token_type_ids") is None:
@@ -80,128 +77,72 @@ class VisualChatGenerationMixin(GenerationMixin):
         elif is_drafting:
             kwargs.pop("mm_token_type_ids", None)  # the ids tell, and an assistant may know text alone
         elif ids is not None:
-            kwargs["mm_token_type_ids"] = self._all_mm_token_type_ids(ids, num_past, kwargs)
-        if num_past > 0 and pixel_values is not None:
+            kwargs["mm_token_type_ids"] = self._all_mm_token_type_ids(ids, num_cached, kwargs)
+        image_keys = cache.image_keys if is_conversation_cache(cache) and pixel_values is None else None
+        if pixel_values is not None and ids is not None and not is_drafting:
             # Before they are encoded: an image in the cache costs nothing.
-            rows = self._of_new_tokens(pixel_values, kwargs["mm_token_type_ids"].bool(), num_past)
-            images = [image for row in rows for image in row]
-            kwargs.pop("pixel_values")
-            kwargs |= {"pixel_values": torch.stack(images)} if images else {}
+            is_image = kwargs["mm_token_type_ids"].bool()
+            rows, num_old = self._new_images(pixel_values, is_image, num_cached)
+            if is_conversation_cache(cache):
+                image_keys = self._check_images(cache, pixel_values, rows, num_old)
+            if num_cached > 0:
+                images = [image for row in rows for image in row]
+                kwargs.pop("pixel_values")
+                kwargs |= {"pixel_values": torch.stack(images)} if images else {}
         if image_memory is not None and not is_drafting and kwargs.get("pixel_values") is not None:
             pixel_values = kwargs.pop("pixel_values").to(self.device)
-            kwargs["image_states"] = image_memory.read(self.model, pixel_values)
+            kwargs["image_states"] = image_memory.get_states(self.model, pixel_values)
         outputs = super().generate(inputs, **kwargs)
-        self._note_generated(outputs, cache, tokens, 0 if ids is None else ids.shape[1])
+        if is_conversation_cache(cache):
+            has_rows = image_keys is not None and len(image_keys) == cache.num_rows
+            cache.image_keys = image_keys if has_rows else None
         return outputs
 
-    def _tell_apart(self, input_ids, pixel_values, cache: Any, kwargs: dict) -> list[list] | None:
+    def _check_rows(self, cache: ConversationCache, num_inputs: int, kwargs: dict) -> None:
         """
-        What stands at each position (B lists): a text token's id, an image's fingerprint and the place in it, or
-        `None` for padding. Nothing if that cannot be told of every position.
+        Repeats the rows of a cache for beams or returns.
 
         Raises:
-            `ValueError`: new images alone, after text that is not that of the cache.
+            `ValueError`: a cache of another number of rows.
         """
-        attention_mask = kwargs.get("attention_mask")
-        others = ("inputs_embeds", "mm_encoder_outputs", "image_states", "position_ids")
-        if input_ids is None or any(kwargs.get(name) is not None for name in others):
-            return None
-        is_image, length = input_ids == self.config.image_token_id, self.config.image_seq_length
-        known: list[list] = [[] for _ in input_ids]
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            # New tokens alone, after those that the cache knows.
-            num_past = attention_mask.shape[1] - input_ids.shape[1]
-            known = (cache.tokens if keeps_apart(cache) else None) or []
-            if [len(row) for row in known] != len(input_ids) * [num_past]:
-                return None
-            input_ids = nn.functional.pad(input_ids, (num_past, 0))
-        num_tokens = 0 if pixel_values is None else len(pixel_values) * length
-        if int(is_image.sum()) != num_tokens:
-            num_past = len(cache.tokens[0]) if keeps_apart(cache) and cache.tokens else 0
-            num_past = min(num_past, int(cache.get_seq_length())) if num_past else 0
-            if num_past == 0 or len(cache.tokens) != len(input_ids) or int(is_image[:, num_past:].sum()) != num_tokens:
-                return None
-            known = [row[:num_past] for row in cache.tokens]
-            kept = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            for row, ids, mask in zip(known, input_ids.tolist(), kept.tolist()):
-                for old, token, is_kept in zip(row, ids, mask):
-                    expected = self.config.image_token_id if isinstance(old, tuple) else old
-                    if (expected is None) == bool(is_kept) or (is_kept and token != expected):
-                        raise ValueError(
-                            "The conversation has changed before the end of its cache: pass all its images, not the "
-                            "new ones alone."
-                        )
-        options = [kwargs.get(name) for name in VISION_OPTIONS]
-        names = [(fingerprint_image(image), str(options)) for image in pixel_values] if num_tokens else []
-        images = iter([(name, place) for name in names for place in range(length)])
-        masks = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        rows = []
-        for old, ids, mask in zip(known, input_ids.tolist(), masks.tolist()):
-            new = [next(images) if token == self.config.image_token_id else token for token in ids[len(old) :]]
-            rows.append(old + [token if is_kept else None for token, is_kept in zip(new, mask[len(old) :])])
-        return rows
+        config = kwargs.get("generation_config") or self.generation_config
+        sizes = [kwargs.get(name) or getattr(config, name, None) for name in ("num_beams", "num_return_sequences")]
+        num_rows = num_inputs * max(1, *(size or 1 for size in sizes))
+        if cache.num_rows not in (num_inputs, num_rows):
+            raise ValueError(
+                f"The cache holds {cache.num_rows} rows, and {num_inputs} were passed (or {num_rows} with their beams "
+                "and returns); pass the conversations of the cache, or an empty cache."
+            )
+        if cache.num_rows < num_rows:
+            cache.batch_repeat_interleave(num_rows // num_inputs)
 
-    def _crop_to_shared(self, cache: ConversationCache, tokens: list[list] | None, inputs, kwargs: dict) -> None:
+    def _check_images(self, cache: ConversationCache, images, rows: list[list], num_old: list[int]):
         """
-        Leaves of a cache what serves the conversation that is passed.
+        The keys of all images of each row.
 
         Raises:
-            `ValueError`: a cache of another model, state of it or number of rows, and not all tokens and images.
+            `ValueError`: an image that differs from that of the cache.
         """
-        state = self._describe_state()
-        num_images = len(kwargs["pixel_values"]) if kwargs.get("pixel_values") is not None else 0
-        is_whole = tokens is not None and (
-            inputs.shape[1] == len(tokens[0])
-            and num_images * self.config.image_seq_length
-            == sum(isinstance(token, tuple) for row in tokens for token in row)
-        )
-        if cache.get_seq_length() > 0:
-            config = kwargs.get("generation_config") or self.generation_config
-            sizes = [kwargs.get(name) or getattr(config, name, None) for name in ("num_beams", "num_return_sequences")]
-            num_rows = len(inputs) * max(1, *(size or 1 for size in sizes))
-            is_other = cache.made_by not in (None, state) or cache.num_rows not in (len(inputs), num_rows)
-            # Filled by `generate`, but with rows or inputs of which it is not known what they hold.
-            is_other = is_other or (tokens is not None and cache.tokens is None and cache.made_by is not None)
-            if is_other and not is_whole:
-                raise ValueError(
-                    "The cache was filled by another model, by another state of this one or for another number of "
-                    "rows. Pass all tokens and all images, or an empty cache."
-                )
-            if is_other:
-                cache.reset()
-            elif tokens is not None and cache.tokens is not None:
-                num_shared, limit = _num_shared(cache.tokens, tokens), rotary_limit(self.config.text_config)
-                if num_shared < cache.get_seq_length() and limit is not None and cache.get_seq_length() >= limit:
-                    num_shared = 0  # those keys were rotated for a longer text
-                cache.crop(min(0, num_shared - cache.get_seq_length()))
-            if cache.get_seq_length() > 0 and cache.num_rows == len(inputs) < num_rows:
-                cache.batch_repeat_interleave(num_rows // len(inputs))
-        cache.tokens, cache.made_by = tokens, state
-
-    def _describe_state(self) -> tuple:
-        """What tells this model, and the state that it is in, from another."""
-        weights = [
-            (id(weight), weight.data_ptr(), 0 if weight.is_inference() else weight._version)
-            for weight in self.model.parameters()
-        ]
-        return id(self.model), describe_switches(self.model), hash(tuple(weights)), hash(self.config.to_json_string())
-
-    def _note_generated(self, outputs, cache: Any, tokens: list[list] | None, num_passed: int) -> None:
-        """Completes what a cache knows of its tokens by those that were generated."""
-        sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences
-        if not isinstance(outputs, torch.Tensor):
-            cache = outputs.get("past_key_values", cache)
-        if not keeps_apart(cache):
-            return
-        if tokens is None or len(sequences) != len(tokens) or cache.num_rows != len(tokens):
-            cache.tokens, cache.made_by = None, self._describe_state()
-            return
-        cache.made_by = self._describe_state()
-        end = num_passed + cache.get_seq_length() - len(tokens[0])
-        cache.tokens = [row + new for row, new in zip(tokens, sequences[:, num_passed:end].tolist())]
+        known = cache.image_keys or [[] for _ in rows]
+        repeats = max(1, len(known) // len(rows))
+        keys, start = [], 0
+        for row, (new, old) in enumerate(zip(rows, num_old)):
+            kept = known[row * repeats][:old]
+            if len(images) > sum(map(len, rows)):  # all images so far, not the new ones only
+                passed = [image_key(image) for image in images[start : start + old]]
+                start += old + len(new)
+                if len(kept) == old and passed != kept:
+                    number = next(index for index, pair in enumerate(zip(passed, kept)) if pair[0] != pair[1])
+                    raise ValueError(
+                        f"Image {number + 1} of row {row} differs from the one in the cache. Pass an empty cache, or "
+                        "edit conversations with a ChatSession."
+                    )
+                kept = passed
+            keys.append([*kept, *(image_key(image) for image in new)] if len(kept) == old else None)
+        return None if None in keys else keys
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
-        """By default a cache that keeps text and images apart, where the model can use one."""
+        """By default a [`ConversationCache`], where the model can use one."""
         is_usual = generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH)
         is_usual = is_usual or generation_mode == GenerationMode.BEAM_SAMPLE
         wants_dynamic = generation_config.use_cache and generation_config.cache_implementation in (None, "dynamic")
@@ -212,28 +153,28 @@ class VisualChatGenerationMixin(GenerationMixin):
             and wants_dynamic
             and not records
             and generation_config.prefill_chunk_size is None
-            and self.model.keeps_apart()
+            and self.model.supports_conversation_cache()
         ):
             model_kwargs["past_key_values"] = ConversationCache()
             generation_config.cache_implementation = None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
 
-    def _all_mm_token_type_ids(self, input_ids: torch.Tensor, num_past: int, kwargs: dict) -> torch.Tensor:
+    def _all_mm_token_type_ids(self, input_ids: torch.Tensor, num_cached: int, kwargs: dict) -> torch.Tensor:
         """The modality of all tokens so far, from the ids or, where only new ones are passed, as it was given."""
         attention_mask, given = kwargs.get("attention_mask"), kwargs.get("mm_token_type_ids")
         num_tokens = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
-        if input_ids.shape[1] >= num_tokens or num_past == 0:
+        if input_ids.shape[1] >= num_tokens or num_cached == 0:
             return (input_ids == self.config.image_token_id).long()
         if given is None or given.shape[1] != num_tokens:
             raise ValueError(
-                f"Only new tokens were passed, after {num_past} in the cache: mm_token_type_ids has to cover all "
+                f"Only new tokens were passed, after {num_cached} in the cache: mm_token_type_ids has to cover all "
                 f"{num_tokens}, as attention_mask does, or pass all the tokens so far."
             )
         return given
 
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs):
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        # A placeholder stands for an image that somebody passes; the model has none to give.
+        # A placeholder stands for an image, which the model cannot generate.
         suppressed = {*(generation_config.suppress_tokens or ()), self.config.image_token_id}
         generation_config.suppress_tokens = sorted(suppressed)
         return generation_config, model_kwargs
@@ -245,20 +186,18 @@ class VisualChatGenerationMixin(GenerationMixin):
         input_ids: torch.Tensor | None = None,
         **model_kwargs,
     ):
-        """Leaves out the images that are in the cache, and repeats those of a row with it (for beams and returns)."""
+        """Drops the images that are in the cache, and repeats those of a row with it (for beams and returns)."""
         encoder_outputs = model_kwargs.pop("mm_encoder_outputs", None)
         image_states: ImageStates | None = model_kwargs.pop("image_states", None)
         has_features = bool(encoder_outputs) and encoder_outputs.get("image") is not None
         if has_features or image_states is not None:
-            cache = model_kwargs.get("past_key_values")
-            num_past = 0 if cache is None else int(cache.get_seq_length())
             mm_token_type_ids = model_kwargs.get("mm_token_type_ids")
             is_image = (
                 input_ids == self.config.image_token_id if mm_token_type_ids is None else mm_token_type_ids.bool()
             )
             features = encoder_outputs["image"].pooler_output if has_features else ()
             images = range(len(features) if image_states is None else len(image_states.index))
-            rows = self._of_new_tokens(images, is_image, num_past)
+            rows, _ = self._new_images(images, is_image, num_past(model_kwargs.get("past_key_values")))
             repeated = [image for row in rows for _ in range(expand_size) for image in row]
             if image_states is not None:
                 image_states = image_states.select(repeated) if repeated else None
@@ -276,27 +215,30 @@ class VisualChatGenerationMixin(GenerationMixin):
             model_kwargs["image_states"] = image_states
         return input_ids, model_kwargs
 
-    def _of_new_tokens(self, images, is_image: torch.Tensor, num_past: int) -> list[list]:
-        """Each row's images (pixels or numbers) beyond the cache, from those of all images or of these alone."""
+    def _new_images(self, images, is_image: torch.Tensor, num_cached: int) -> tuple[list[list], list[int]]:
+        """
+        Each row's images (pixels or numbers) beyond the cache, from all images or from these only; and how many images
+        each row has in the cache.
+        """
         length = self.config.image_seq_length
         num_images = (is_image.sum(dim=1) // length).tolist()
-        num_cached = (is_image[:, :num_past].sum(dim=1) // length).tolist()
+        num_old = (is_image[:, :num_cached].sum(dim=1) // length).tolist()
         passes_all = len(images) == sum(num_images)
-        if not passes_all and len(images) != sum(num_images) - sum(num_cached):
+        if not passes_all and len(images) != sum(num_images) - sum(num_old):
             raise ValueError(
-                f"The tokens hold {sum(num_images)} images, {sum(num_cached)} of them in the cache; {len(images)} "
-                f"were passed. Pass all {sum(num_images)}, or the {sum(num_images) - sum(num_cached)} new ones."
+                f"The tokens hold {sum(num_images)} images, {sum(num_old)} of them in the cache; {len(images)} "
+                f"were passed. Pass all {sum(num_images)}, or the {sum(num_images) - sum(num_old)} new ones."
             )
         rows, start = [], 0
-        for total, cached in zip(num_images, num_cached):
-            num_passed = total if passes_all else total - cached
-            rows.append(list(images[start : start + num_passed])[num_passed - (total - cached) :])
+        for total, old in zip(num_images, num_old):
+            num_passed = total if passes_all else total - old
+            rows.append(list(images[start : start + num_passed])[num_passed - (total - old) :])
             start += num_passed
-        return rows
+        return rows, num_old
 
     def create_masks_for_generate(self, config, attention_mask, **kwargs):
-        """MMCA needs the modality of the past too, so `prepare_inputs_for_generation` makes its masks afterwards."""
-        if self.config.attention_type == "mmca":
+        """Masks that need the modality of the past are made by `prepare_inputs_for_generation`."""
+        if get_attention_type(self.config.attention_type).create_masks is not None:
             return attention_mask
         return create_masks_for_generate(config=config, attention_mask=attention_mask, **kwargs)
 
@@ -326,27 +268,28 @@ class VisualChatGenerationMixin(GenerationMixin):
         )
         embeds, ids = model_inputs.get("inputs_embeds"), model_inputs.get("input_ids")
         num_queries = embeds.shape[1] if embeds is not None else ids.shape[1]
-        num_past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        num_cached = num_past(past_key_values)
         if embeds is None and num_queries > 1 and (mm_encoder_outputs or image_states):
-            # By what the tokens hold, not by the iteration: an assistant model is never told of a first one.
+            # Decided by the tokens, not by the iteration: an assistant model gets no first one.
             has_images = bool((ids == self.config.image_token_id).any())
             model_inputs["mm_encoder_outputs"] = mm_encoder_outputs if has_images else None
             model_inputs["image_states"] = image_states if has_images else None
         elif embeds is not None and image_states is not None:
             model_inputs["image_states"] = image_states
-        if self.config.attention_type != "mmca":
+        create_masks = get_attention_type(self.config.attention_type).create_masks
+        if create_masks is None:
             return model_inputs
 
-        if input_ids.shape[1] == num_past + num_queries:
+        if input_ids.shape[1] == num_cached + num_queries:
             mm_token_type_ids = (input_ids == self.config.image_token_id).long()
         elif mm_token_type_ids is not None:
             # Drafted and generated tokens are text.
-            num_missing = num_past + num_queries - mm_token_type_ids.shape[1]
+            num_missing = num_cached + num_queries - mm_token_type_ids.shape[1]
             mm_token_type_ids = nn.functional.pad(mm_token_type_ids, (0, max(num_missing, 0)))
-            mm_token_type_ids = mm_token_type_ids[:, : num_past + num_queries]
+            mm_token_type_ids = mm_token_type_ids[:, : num_cached + num_queries]
         if isinstance(past_key_values, Cache) and past_key_values.is_compileable and mm_token_type_ids is not None:
             shape = torch.empty((mm_token_type_ids.shape[0], num_queries, 0), dtype=self.dtype, device=self.device)
-            model_inputs["attention_mask"] = create_mmca_masks(
+            model_inputs["attention_mask"] = create_masks(
                 self.config.text_config,
                 shape,
                 mm_token_type_ids.to(self.device),
@@ -359,13 +302,25 @@ class VisualChatGenerationMixin(GenerationMixin):
         return model_inputs
 
 
-def _num_shared(old: list[list], new: list[list]) -> int:
-    """How many positions of a cache serve a new conversation: up to the first change, and short of its last token."""
-    num_shared = min(len(old[0]), len(new[0]) - 1) if len(old) == len(new) else 0
-    for old_row, new_row in zip(old, new):
-        changes = (place for place in range(num_shared) if old_row[place] != new_row[place])
-        num_shared = next(changes, num_shared)
-    # Never from the middle of an image.
-    while num_shared > 0 and any(isinstance(row[num_shared], tuple) and row[num_shared][1] > 0 for row in new):
-        num_shared -= 1
-    return num_shared
+def _check_tokens(cache: ConversationCache, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+    """Raises a `ValueError` if the tokens so far are not those of the cache; new tokens only are not compared."""
+    num_tokens = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
+    if input_ids.shape[1] < num_tokens or len(cache.token_ids) % len(input_ids) or len(cache.token_ids) == 0:
+        return
+    known = cache.token_ids[:: len(cache.token_ids) // len(input_ids)]
+    length = min(known.shape[1], input_ids.shape[1])
+    known, passed = known[:, :length], input_ids[:, :length].cpu()
+    differs = (known != passed) & (known >= 0)
+    if attention_mask is not None:
+        differs &= attention_mask[:, :length].cpu().bool()
+    if bool(differs.any()):
+        row, place = differs.nonzero()[0].tolist()
+        raise ValueError(
+            f"Token {place} of row {row} is {int(passed[row, place])}, and the cache holds {int(known[row, place])} "
+            "there. Pass an empty cache, or edit conversations with a ChatSession."
+        )
+    if input_ids.shape[1] <= cache.get_seq_length():
+        raise ValueError(
+            f"The cache holds {cache.get_seq_length()} tokens and {input_ids.shape[1]} were passed: there is nothing "
+            "new to compute. Crop the cache, or pass an empty one."
+        )

@@ -24,7 +24,7 @@ def push_repository(
     tags: list[str] | None = None,
 ) -> str:
     """
-    Saves everything to a folder first and uploads it then, so that a repository is never half there.
+    Saves everything to a folder first and then uploads it, so that a repository is never incomplete.
 
     Args:
         model (`VisualChatForConditionalGeneration`): The model.
@@ -35,7 +35,7 @@ def push_repository(
             As in `PreTrainedModel.push_to_hub`.
 
     Returns:
-        `str`: the address of the commit.
+        `str`: the URL of the commit.
 
     Raises:
         `FileNotFoundError`: no model card at `card`.
@@ -47,7 +47,7 @@ def push_repository(
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         processor.save_pretrained(folder)
-        # Remote code comes without the card; what the repository has then stays as it is.
+        # Remote code comes without the card; the card of the repository then stays.
         if card_path.is_file():
             model_card = ModelCard.load(card_path)
             model_card.text = model_card.text.replace("{repo_id}", repo_id)

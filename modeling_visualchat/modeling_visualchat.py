@@ -9,21 +9,18 @@ from transformers import AutoModel, Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils import can_return_tuple, torch_compilable_check
+from transformers.utils import can_return_tuple, logging, torch_compilable_check
 from transformers.utils.output_capturing import select_hidden_states
 
-from .attention_visualchat import (
-    MMCA_PREFIX,
-    check_coverage,
-    check_decoder,
-    create_mmca_masks,
-    mmca_implementation,
-)
-from .cache_visualchat import keeps_apart
+from .attention_types_visualchat import get_attention_type, kernel_of
+from .attention_visualchat import check_coverage
+from .cache_visualchat import is_conversation_cache
+from .chat_session_visualchat import ChatSession
 from .configuration_visualchat import VisualChatConfig
 from .generation_visualchat import VisualChatGenerationMixin
 from .hub_visualchat import push_repository
-from .image_states_visualchat import ImageStates, has_dropout, same_images
+from .image_memory_visualchat import ImageMemory
+from .image_states_visualchat import ImageStates, same_images
 from .parts_visualchat import (
     image_shape,
     load_language_model,
@@ -31,12 +28,16 @@ from .parts_visualchat import (
     placeholder_token_id,
     vision_sequence_length,
 )
-from .projector_visualchat import PROJECTORS, PerceiverProjector
-from .streams_visualchat import TwoStreamMixin, find_packed
+from .projector_visualchat import PerceiverProjector, projector_class
+from .route_visualchat import ROUTES, DecoderInputs, is_finished_mask, masked_route_reason, num_past
+from .two_streams_visualchat import TwoStreamMixin, find_packed
 from .vision_cache_visualchat import VisionFeatureCache
+from .weights_key_visualchat import freeze, has_dropout
 
 
-# Parts that `set_trainable` knows, and where they live in `VisualChatForConditionalGeneration`.
+logger = logging.get_logger(__name__)
+
+# The trainable parts of `VisualChatForConditionalGeneration`, by name.
 TRAINABLE_PARTS = {
     "vision_tower": lambda model: model.model.vision_tower,
     "multi_modal_projector": lambda model: model.model.multi_modal_projector,
@@ -88,7 +89,7 @@ class VisualChatCausalLMOutputWithPast(ModelOutput):
 
 
 class VisualChatPreTrainedModel(PreTrainedModel):
-    """What both models share: weights, kernels and pushing to the Hub."""
+    """The base of both models: initialisation, kernels, routes and pushing to the Hub."""
 
     config_class = VisualChatConfig
     config: VisualChatConfig
@@ -110,20 +111,47 @@ class VisualChatPreTrainedModel(PreTrainedModel):
 
     def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False):
         """
-        Picks the attention kernel of both towers, or of each by a `dict` with `"vision_config"` and `"text_config"`.
-        The mathematics stays: with `attention_type="mmca"` the language model computes MMCA on the kernel chosen.
+        Sets the attention kernel of both towers, or of each by a `dict` with `"vision_config"` and `"text_config"`.
+        The attention type of the language model stays, on the kernel chosen.
 
         Raises:
-            `ValueError`: a kernel on which MMCA is not available.
+            `ValueError`: a kernel on which the attention type is not available.
         """
+        attention_type = get_attention_type(self.config.attention_type)
         requested: Any = attn_implementation
-        if self.config.attention_type == "mmca":
+        if attention_type.kernels:
             if not isinstance(requested, dict):
-                kernel = requested.removeprefix(MMCA_PREFIX)
+                kernel = kernel_of(requested)
                 requested = {"": kernel, "vision_config": kernel, "text_config": kernel}
             if "text_config" in requested:
-                requested = {**requested, "text_config": mmca_implementation(requested["text_config"])}
+                requested = {**requested, "text_config": attention_type.implementation(requested["text_config"])}
         super().set_attn_implementation(requested, allow_all_kernels=allow_all_kernels)
+
+    def set_route(self, route: str) -> None:
+        """
+        Asks for a route through the decoder, for comparison; both give the same result.
+
+        Args:
+            route (`str`): `"auto"` (two streams wherever possible, the default), `"two_streams"` (an error where it is
+                not possible) or `"masked"`.
+
+        Raises:
+            `ValueError`: an unknown route.
+        """
+        if route not in ROUTES:
+            raise ValueError(f"Unknown route {route!r}; choose one of {', '.join(ROUTES)}.")
+        model: Any = getattr(self, "model", self)
+        model.route = route
+
+    def freeze(self) -> None:
+        """
+        For a server: declares that the weights stay as they are, so that an image memory, a cache of vision features
+        and chat sessions take their checksum once. In-place changes and loading are still noticed; fused optimizers
+        and writes through `.data` are not.
+        """
+        model: Any = getattr(self, "model", self)
+        freeze(model)
+        freeze(model.vision_tower)
 
     def save_pretrained(self, save_directory, **kwargs):
         """As in `PreTrainedModel.save_pretrained`; the configurations of the parts say their dtype too."""
@@ -143,7 +171,7 @@ class VisualChatPreTrainedModel(PreTrainedModel):
                 `max_shard_size` and `tags`, as in `PreTrainedModel.push_to_hub`.
 
         Returns:
-            `str`: the address of the commit.
+            `str`: the URL of the commit.
         """
         if processor is None:
             return super().push_to_hub(repo_id, **kwargs)
@@ -155,30 +183,27 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
     The vision tower, the projector and the language model without its head.
 
     Attributes:
-        vision_cache ([`VisionFeatureCache`], *optional*): Keeps what a frozen vision tower makes of images.
+        vision_cache ([`VisionFeatureCache`], *optional*): Caches the features of a frozen vision tower.
+        route (`str`): See [`set_route`].
     """
 
     vision_cache: VisionFeatureCache | None = None
+    route: str = "auto"
 
     def __init__(self, config: VisualChatConfig):
         super().__init__(config)
-        if config.attention_type == "mmca":
-            check_decoder(config.text_config)
+        get_attention_type(config.attention_type).check_decoder(config.text_config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.multi_modal_projector = PROJECTORS[config.projector_type](config)
+        self.multi_modal_projector = projector_class(config.projector_type)(config)
         # Before the decoder is built, so that no way of loading leaves it with a plain kernel.
         self._choose_attention(config.text_config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
     def _choose_attention(self, text_config) -> None:
-        """Whatever kernel was asked for, and by whatever way, the attention stays of `config.attention_type`."""
-        implementation = text_config._attn_implementation
-        if self.config.attention_type == "mmca":
-            if implementation is None or not implementation.startswith(MMCA_PREFIX):
-                text_config._attn_implementation = mmca_implementation(implementation)
-        elif implementation is not None and implementation.startswith(MMCA_PREFIX):
-            text_config._attn_implementation = implementation.removeprefix(MMCA_PREFIX)
+        """Keeps the attention type of the decoder, whichever kernel was asked for and in whichever way."""
+        attention_type = get_attention_type(self.config.attention_type)
+        text_config._attn_implementation = attention_type.implementation(text_config._attn_implementation)
 
     def get_image_features(
         self,
@@ -197,8 +222,8 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
 
         Returns:
             The output of the vision tower, its `pooler_output` a list with one tensor
-            `(image_seq_length, text hidden)` an image. Images that are the same are computed once, and share it. With
-            a `vision_cache` there is only that.
+            `(image_seq_length, text hidden)` an image. Equal images are computed once, and share it. With a
+            `vision_cache`, only `pooler_output` is set.
         """
         layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
@@ -210,8 +235,8 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
         if len(first) < len(pixel_values):
             pixel_values = pixel_values[torch.tensor(first, device=pixel_values.device)]
         cache = None if pixel_values.requires_grad or kwargs else self.vision_cache
-        if cache is not None and cache.serves(self.vision_tower):
-            features = cache.read(self, pixel_values, layers, strategy)
+        if cache is not None and cache.supports(self.vision_tower):
+            features = cache.get_features(self, pixel_values, layers, strategy)
             outputs = BaseModelOutputWithPooling(last_hidden_state=None)
         else:
             outputs, features = self.run_vision_tower(pixel_values, layers, strategy, **kwargs)
@@ -227,7 +252,7 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
 
     def run_vision_tower(self, pixel_values: torch.Tensor, layers: list[int], strategy: str, **kwargs) -> tuple:
         """
-        Takes different images through the vision tower.
+        Takes images through the vision tower.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(N, channels, height, width)`): Preprocessed pixels.
@@ -295,14 +320,13 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
         self,
         input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        attention_mask: Any = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_token_type_ids: Any = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         image_states: ImageStates | None = None,
-        skip_image_outputs: bool = False,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         **kwargs,
@@ -317,11 +341,10 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
             past_key_values (`Cache`, *optional*): Keys and values of the past.
             inputs_embeds (`torch.Tensor` of shape `(B, Q, hidden)`, *optional*): Instead of `input_ids`.
             mm_token_type_ids (`torch.Tensor` of shape `(B, past + Q)`, *optional*):
-                0 for text, 1 for image, past tokens included. Needed with a past; otherwise read off the ids.
+                0 for text, 1 for image, past tokens included. Required with a past; otherwise derived from the ids.
             mm_encoder_outputs (`dict`, *optional*): Features under `"image"`, as [`get_image_features`] returns them.
-            image_states (`ImageStates`, *optional*): The images as [`read_images`] returns them, instead of pixels.
-            skip_image_outputs (`bool`, *optional*, defaults to `False`): Nobody reads `last_hidden_state` at images;
-                it may be zero there.
+            image_states (`ImageStates`, *optional*): The images as [`compute_image_states`] returns them, instead of
+                pixels.
 
         Returns:
             [`VisualChatModelOutputWithPast`]
@@ -337,7 +360,7 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
         if pixel_values is not None:
             encoded = self.get_image_features(pixel_values, vision_feature_layer, vision_feature_select_strategy)
         if encoded is not None and len(encoded.pooler_output) > 0:
-            image_states = ImageStates.of_features(list(encoded.pooler_output))
+            image_states = ImageStates.from_features(list(encoded.pooler_output))
         blank_features = None
         if image_states is None and self._needs_an_image(past_key_values):
             # Every rank runs the same modules in the same order, also one whose batch has no image: sharded
@@ -353,43 +376,34 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
             embeds = embeds + 0.0 * blank_features.sum().to(embeds.device)
         sequence_ids = find_packed(embeds, attention_mask, position_ids)
         if past_key_values is None and (self.training or sequence_ids is not None):
-            # Nobody reads the cache of a training step, and of packed rows there is no one conversation to go on with;
-            # with a cache, a decoder would not tell them apart.
+            # The cache is unused in training, and packed rows hold no single conversation to continue; with a cache,
+            # a decoder would not tell their sequences apart.
             kwargs["use_cache"] = kwargs.get("use_cache", False) and self.training
         self._choose_attention(self.language_model.config)
-        inputs: dict[str, Any] = {
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": past_key_values,
-        }
-        is_planned, needs_masks = False, self.config.attention_type == "mmca" and not _is_prepared(attention_mask)
-        if needs_masks:
+        has_masks = get_attention_type(self.config.attention_type).create_masks is not None
+        if has_masks and not is_finished_mask(attention_mask):
             mm_token_type_ids = self._complete_mm_token_type_ids(
                 mm_token_type_ids, is_image, past_key_values, embeds.shape[1]
             )
-            check_coverage(mm_token_type_ids, inputs["attention_mask"])
-            is_planned = self._can_plan(embeds, kwargs, sequence_ids, **inputs)
-        if is_planned:
-            outputs = self._run_planned(
-                embeds,
-                mm_token_type_ids,
-                image_states,
-                blank_features,
-                skip_image_outputs,
-                sequence_ids,
-                **inputs,
-                **kwargs,
-            )
-        else:
-            if keeps_apart(past_key_values):
-                past_key_values.interleave()
-            if needs_masks:
-                masks = create_mmca_masks(self.config.text_config, embeds, mm_token_type_ids, **inputs)
-                inputs["attention_mask"] = masks
-            if image_features is not None:
-                features = image_features.to(embeds.device, embeds.dtype)
-                embeds = embeds.masked_scatter(is_image.unsqueeze(-1), features)
-            outputs = self.language_model(inputs_embeds=embeds, **inputs, **kwargs)
+            check_coverage(mm_token_type_ids, attention_mask)
+        inputs = DecoderInputs(
+            embeds=embeds,
+            is_image=is_image,
+            mm_token_type_ids=mm_token_type_ids,
+            image_states=image_states,
+            blank_features=blank_features,
+            sequence_ids=sequence_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            kwargs=kwargs,
+        )
+        outputs = (
+            self._forward_two_streams(inputs) if self._takes_two_streams(inputs) else self._forward_masked(inputs)
+        )
+        if is_conversation_cache(outputs.past_key_values):
+            kept = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 else None
+            outputs.past_key_values.note_tokens(input_ids, embeds.shape[1], kept)
         return VisualChatModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
@@ -398,8 +412,45 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
             image_hidden_states=image_features,
         )
 
+    def _takes_two_streams(self, inputs: DecoderInputs) -> bool:
+        if self.route == "masked":
+            return False
+        reason = masked_route_reason(self, inputs)
+        if reason is not None and self.route == "two_streams":
+            raise ValueError(f'The route "two_streams" was asked for, and is not possible: {reason}.')
+        is_told = get_attention_type(self.config.attention_type).two_streams is not None
+        if reason is not None and is_told and not torch.compiler.is_compiling():
+            logger.warning_once(f"VisualChat takes the masked route through the decoder: {reason}.")
+        return reason is None
+
+    def _forward_masked(self, inputs: DecoderInputs) -> BaseModelOutputWithPast:
+        """Runs the decoder once over text and images, with the masks of the attention type or its own."""
+        embeds, attention_mask = inputs.embeds, inputs.attention_mask
+        if is_conversation_cache(inputs.past_key_values):
+            inputs.past_key_values.interleave()
+        create_masks = get_attention_type(self.config.attention_type).create_masks
+        if create_masks is not None and not is_finished_mask(attention_mask):
+            attention_mask = create_masks(
+                self.config.text_config,
+                embeds,
+                inputs.mm_token_type_ids,
+                attention_mask,
+                inputs.past_key_values,
+                inputs.position_ids,
+            )
+        if inputs.image_states is not None:
+            features = inputs.image_states.expand(inputs.image_states.features).to(embeds.device, embeds.dtype)
+            embeds = embeds.masked_scatter(inputs.is_image.unsqueeze(-1), features)
+        return self.language_model(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            position_ids=inputs.position_ids,
+            past_key_values=inputs.past_key_values,
+            **inputs.kwargs,
+        )
+
     def _embed(self, input_ids, is_image, image_features) -> torch.Tensor:
-        """Embeddings (B, Q, hidden), at images of no meaning yet."""
+        """Embeddings (B, Q, hidden), not yet meaningful at images."""
         if image_features is None and input_ids.shape[1] > 1:
             torch_compilable_check(
                 ~is_image.any(),
@@ -410,17 +461,17 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
         return self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
 
     def _needs_an_image(self, past_key_values: Cache | None) -> bool:
-        """Whether the vision tower has to run without images all the same."""
-        if self.training and torch.is_grad_enabled() and self._learns_from_images_alone():
-            return True  # the loss has to hang together with what learns, as optimizers and samplers expect
+        """Whether the vision tower has to run although there are no images."""
+        if self.training and torch.is_grad_enabled() and self._trains_image_path_only():
+            return True  # the loss has to depend on trainable parameters, as optimizers and samplers expect
         if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
             return False
         # Under ZeRO-3 also in evaluation; no rank has images beyond the first step of generation.
         is_sharded = hasattr(next(self.vision_tower.parameters()), "ds_id")
-        return self.training or (is_sharded and _num_past(past_key_values) == 0)
+        return self.training or (is_sharded and num_past(past_key_values) == 0)
 
-    def _learns_from_images_alone(self) -> bool:
-        """Whether only what images go through learns."""
+    def _trains_image_path_only(self) -> bool:
+        """Whether only the vision tower or the projector is trained."""
         if any(parameter.requires_grad for parameter in self.language_model.parameters()):
             return False
         parts = (self.vision_tower, self.multi_modal_projector)
@@ -432,21 +483,21 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
         return self.get_image_features(blank).pooler_output[0]
 
     def _complete_mm_token_type_ids(self, mm_token_type_ids, is_image, past_key_values, num_queries):
-        """The modality of past and current tokens: as given, or read off the current ones when there is no past."""
-        num_past = _num_past(past_key_values)
+        """The modality of past and current tokens: as given, or derived from the ids when there is no past."""
+        num_cached = num_past(past_key_values)
         if mm_token_type_ids is None:
-            if num_past > 0 or is_image is None:
-                unknown = f"for the {num_past} tokens in the cache" if num_past else "from embeddings alone"
+            if num_cached > 0 or is_image is None:
+                unknown = f"for the {num_cached} tokens in the cache" if num_cached else "from embeddings alone"
                 raise ValueError(
                     f"Which tokens are images cannot be told {unknown}: pass mm_token_type_ids of shape "
-                    f"(batch, {num_past + num_queries}), 0 for text and 1 for image, covering past and current tokens "
-                    "as attention_mask does."
+                    f"(batch, {num_cached + num_queries}), 0 for text and 1 for image, covering past and current "
+                    "tokens as attention_mask does."
                 )
             return is_image.long()
-        if mm_token_type_ids.shape[1] != num_past + num_queries:
+        if mm_token_type_ids.shape[1] != num_cached + num_queries:
             raise ValueError(
-                f"mm_token_type_ids covers {mm_token_type_ids.shape[1]} tokens; it has to cover the {num_past} tokens "
-                f"in the cache and the {num_queries} current ones, as attention_mask does."
+                f"mm_token_type_ids covers {mm_token_type_ids.shape[1]} tokens; it has to cover the {num_cached} "
+                f"tokens in the cache and the {num_queries} current ones, as attention_mask does."
             )
         return mm_token_type_ids
 
@@ -527,7 +578,7 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, VisualChatGe
         )
         with torch.device("meta"):
             model = cls(config)
-        projector = PROJECTORS[config.projector_type](config).to(dtype)
+        projector = projector_class(config.projector_type)(config).to(dtype)
         projector.apply(model._init_weights)
         causal_lm.config = config.text_config
         causal_lm.base_model.set_attn_implementation(config.text_config._attn_implementation)
@@ -544,7 +595,7 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, VisualChatGe
 
     def set_trainable(self, *parts: str) -> "VisualChatForConditionalGeneration":
         """
-        Names what learns; everything else is frozen.
+        Sets the trainable modules; everything else is frozen.
 
         Args:
             parts (`str`): Any of `"vision_tower"`, `"multi_modal_projector"`, `"language_model"` (its embeddings
@@ -561,6 +612,10 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, VisualChatGe
         for part in parts:
             TRAINABLE_PARTS[part](self).requires_grad_(True)
         return self
+
+    def start_chat(self, processor, image_memory: ImageMemory | None = None, **generate_kwargs) -> ChatSession:
+        """See [`ChatSession`]."""
+        return ChatSession(self, processor, image_memory, **generate_kwargs)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
@@ -602,11 +657,9 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, VisualChatGe
         """
         targets = None
         if skip_logits is None:
-            skip_logits = self.training and _keeps_all(logits_to_keep)
+            skip_logits = self.training and isinstance(logits_to_keep, int) and logits_to_keep == 0
         if labels is not None and skip_logits:
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-        ids = mm_token_type_ids if input_ids is None else input_ids == self.config.image_token_id
-        reads_images = ids is None or self._reads_images(ids.bool(), targets, logits_to_keep)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -617,7 +670,6 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, VisualChatGe
             mm_token_type_ids=mm_token_type_ids,
             mm_encoder_outputs=mm_encoder_outputs,
             image_states=image_states,
-            skip_image_outputs=not reads_images,
             vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=vision_feature_select_strategy,
             **kwargs,
@@ -629,9 +681,9 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, VisualChatGe
             hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         logits = self._scale_logits(self.lm_head(hidden_states))
         loss = None
-        can_tell = self.training and not torch.compiler.is_compiling()
-        if labels is not None and can_tell and not bool((labels[:, 1:] != -100).any()):
-            loss = logits[:0].float().sum()  # zero, as of a batch of which nothing could be used
+        is_checked = self.training and not torch.compiler.is_compiling()
+        if labels is not None and is_checked and not bool((labels[:, 1:] != -100).any()):
+            loss = logits[:0].float().sum()  # zero, for an empty batch
         elif targets is not None:
             loss = self.loss_function(
                 logits=logits,
@@ -653,17 +705,8 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, VisualChatGe
             image_hidden_states=outputs.image_hidden_states,
         )
 
-    @staticmethod
-    def _reads_images(is_image, targets, logits_to_keep) -> bool:
-        """Whether the output at some image token is scored."""
-        if targets is not None:
-            return bool((is_image[:, -targets.shape[1] :] & (targets != -100).to(is_image.device)).any())
-        if _keeps_all(logits_to_keep) or not isinstance(logits_to_keep, int):
-            return True
-        return bool(is_image[:, -logits_to_keep:].any())
-
     def _scale_logits(self, logits: torch.Tensor) -> torch.Tensor:
-        """What some decoders (Gemma, Granite, Cohere) do to their logits, read off their configuration."""
+        """The scaling of logits in some decoders (Gemma, Granite, Cohere), from their configuration."""
         text_config = self.config.text_config
         if (cap := getattr(text_config, "final_logit_softcapping", None)) is not None:
             logits = torch.tanh(logits / cap) * cap
@@ -672,28 +715,6 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, VisualChatGe
         if (factor := getattr(text_config, "logit_scale", None)) is not None:
             logits = logits * factor
         return logits
-
-
-def _keeps_all(logits_to_keep: int | torch.Tensor) -> bool:
-    return isinstance(logits_to_keep, int) and logits_to_keep == 0
-
-
-def _num_past(past_key_values: Cache | None) -> int:
-    return 0 if past_key_values is None else int(past_key_values.get_seq_length())
-
-
-def _is_prepared(attention_mask: torch.Tensor | dict[str, torch.Tensor] | None) -> bool:
-    """Whether this is a finished mask already, as generation makes it for a cache of fixed size."""
-    if attention_mask is None or isinstance(attention_mask, dict):
-        return attention_mask is not None
-    if attention_mask.ndim == 2:
-        return False
-    if attention_mask.ndim == 4 and attention_mask.shape[1] == 2:
-        return True
-    raise ValueError(
-        "attention_mask must have shape (batch, tokens) with 1 to keep and 0 for padding, "
-        f"got {tuple(attention_mask.shape)}."
-    )
 
 
 VisualChatModel.register_for_auto_class("AutoModel")

@@ -1,10 +1,11 @@
 """
 Projectors from the vision tower to the language model.
 
-All take (images, patches, vision hidden) to (images, image_seq_length, text hidden). A projector of your own is a
-class like [`LinearProjector`], a line in `PROJECTORS`, and its name in `VisualChatConfig.projector_type`.
+All take (images, patches, vision hidden) to (images, image_seq_length, text hidden). A custom projector is a class
+like [`LinearProjector`] under `@register_projector(name)`; its name is the value of `VisualChatConfig.projector_type`.
 """
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -14,6 +15,35 @@ from transformers.activations import ACT2FN
 from .configuration_visualchat import VisualChatConfig
 
 
+PROJECTORS: dict[str, type[nn.Module]] = {}
+
+
+def register_projector(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
+    """Registers a projector class, built from a [`VisualChatConfig`], under a value of `projector_type`."""
+
+    def register(projector: type[nn.Module]) -> type[nn.Module]:
+        PROJECTORS[name] = projector
+        return projector
+
+    return register
+
+
+def projector_class(name: str) -> type[nn.Module]:
+    """
+    The class of a projector.
+
+    Raises:
+        `ValueError`: an unknown name.
+    """
+    if name not in PROJECTORS:
+        raise ValueError(
+            f"Unknown projector_type={name!r}; choose one of {', '.join(PROJECTORS)}, or register a class with "
+            "register_projector."
+        )
+    return PROJECTORS[name]
+
+
+@register_projector("linear")
 class LinearProjector(nn.Module):
     """Linear and LayerNorm, the projector of arXiv 2309.14327 (section 3)."""
 
@@ -26,6 +56,7 @@ class LinearProjector(nn.Module):
         return self.norm(self.linear(features))
 
 
+@register_projector("mlp")
 class MLPProjector(nn.Module):
     """Two linear layers with an activation between them, the projector of LLaVA-1.5 (arXiv 2310.03744)."""
 
@@ -59,6 +90,7 @@ class EncoderLayer(nn.Module):
         return features + self.mlp(self.mlp_norm(features))
 
 
+@register_projector("vit")
 class ViTProjector(nn.Module):
     """One encoder layer over the patches, then linear and LayerNorm (arXiv 2309.14327, section 3)."""
 
@@ -71,6 +103,7 @@ class ViTProjector(nn.Module):
         return self.projection(self.encoder(features))
 
 
+@register_projector("perceiver")
 class PerceiverProjector(nn.Module):
     """`image_seq_length` learned queries that read the patches, then linear and LayerNorm."""
 
@@ -85,14 +118,6 @@ class PerceiverProjector(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         queries = self.queries.expand(features.shape[0], -1, -1)
         return self.projection(self.encoder(queries, self.context_norm(features)))
-
-
-PROJECTORS = {
-    "linear": LinearProjector,
-    "mlp": MLPProjector,
-    "vit": ViTProjector,
-    "perceiver": PerceiverProjector,
-}
 
 
 def vision_feature_size(config: VisualChatConfig) -> int:

@@ -1,5 +1,5 @@
 """
-A bounded store of named tensors: in memory, the least recently used going first, and in a folder that processes share.
+A bounded store of named tensors with least-recently-used eviction, in memory and in a folder that processes share.
 """
 
 import contextlib
@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .weights_key_visualchat import DIGEST_SIZE, column_sums
 
-DIGEST_SIZE = 20  # bytes
-COLUMNS = (1021, 1009)  # of the checksum; primes, so that rows of a matrix that change places change it
+
 ENTRY_NAME = re.compile(r"[0-9a-f]{40}-[0-9a-f]{40}\.(safetensors|[0-9]+-[0-9]+\.part)")
 ABANDONED_AFTER = 3600  # seconds
 SAVES_BETWEEN_LOOKS = 100  # at a folder that others may write to
@@ -29,14 +29,14 @@ class TensorStore:
     Entries of named tensors under keys of two digests.
 
     Args:
-        max_bytes (`int`): The most that it holds in memory.
-        device (`str` or `torch.device`, *optional*): Where to hold it; by default where an entry comes from.
-        folder (`str` or `Path`, *optional*): Keeps entries on disk too, as safetensors; processes may share it.
-        max_disk_bytes (`int`): The most that the folder holds.
+        max_bytes (`int`): Maximum bytes in memory.
+        device (`str` or `torch.device`, *optional*): Device of the entries; by default their own.
+        folder (`str` or `Path`, *optional*): Also stores entries on disk, as safetensors; processes may share it.
+        max_disk_bytes (`int`): Maximum bytes of the folder.
 
     Attributes:
-        hits, misses (`int`): Images that were found, and that had to be computed.
-        nbytes (`int`): What it holds in memory.
+        hits, misses (`int`): Images found, and images computed.
+        nbytes (`int`): Bytes in memory.
 
     Raises:
         `ValueError`: a limit below 0, or a folder that is a file.
@@ -62,7 +62,7 @@ class TensorStore:
         self.hits = self.misses = self.nbytes = 0
         self._entries: OrderedDict[str, dict[str, torch.Tensor]] = OrderedDict()
         self._lock = threading.Lock()
-        # What the folder holds as far as known, and how often it was written to since the last look at it.
+        # Bytes of the folder as far as known, and the number of writes since it was last listed.
         self._disk_bytes, self._unseen = 0, SAVES_BETWEEN_LOOKS
 
     def __len__(self) -> int:
@@ -75,7 +75,7 @@ class TensorStore:
         )
 
     def __deepcopy__(self, memo) -> "TensorStore":
-        return self  # a copy of a model shares what is known of images
+        return self  # a copy of a model shares the entries
 
     def __getstate__(self) -> dict:
         return {**vars(self), "_lock": None, "_entries": OrderedDict(), "nbytes": 0}
@@ -84,7 +84,7 @@ class TensorStore:
         vars(self).update(state, _lock=threading.Lock())
 
     def clear(self) -> None:
-        """Forgets what is in memory; the folder stays."""
+        """Removes all entries from memory; the folder stays."""
         with self._lock:
             self._entries.clear()
             self.nbytes = 0
@@ -135,14 +135,14 @@ class TensorStore:
         except FileNotFoundError:
             return None
         except (SafetensorError, ValueError, OSError) as error:
-            warnings.warn(f"The file {path} cannot be used and is computed anew: {error}", stacklevel=2)
+            warnings.warn(f"The file {path} cannot be used and is computed again: {error}", stacklevel=2)
             return None
         with contextlib.suppress(OSError):  # a folder that may only be read
             os.utime(path)
         return entry
 
     def _save(self, key: str, entry: dict[str, torch.Tensor]) -> None:
-        """Whole or not at all, whoever else reads or writes the folder."""
+        """Writes a file atomically: whole or not at all, whoever else reads or writes the folder."""
         assert self.folder is not None
         entry = {name: tensor.cpu() for name, tensor in entry.items()}
         part = self.folder / f"{key}.{os.getpid()}-{threading.get_ident()}.part"
@@ -161,7 +161,7 @@ class TensorStore:
                 part.unlink(missing_ok=True)
 
     def _shrink_folder(self) -> None:
-        """Removes the entries that were used longest ago, and what a process that was killed has left half-written."""
+        """Removes the least recently used entries, and half-written files of processes that were killed."""
         assert self.folder is not None
         files = []
         for path in self.folder.iterdir():
@@ -176,27 +176,13 @@ class TensorStore:
             elif path.suffix != ".part":
                 files.append((status.st_mtime, status.st_size, path))
         self._disk_bytes, self._unseen = sum(size for _, size, _ in files), 0
-        # In a folder of many files a look takes time: once it is full, more is removed than has to be.
+        # Listing a folder of many files takes time: once it is full, more is removed than necessary.
         goal = self.max_disk_bytes - (self.max_disk_bytes // 20 if len(files) > SAVES_BETWEEN_LOOKS else 0)
         for _, size, path in sorted(files) if self._disk_bytes > self.max_disk_bytes else ():
             if self._disk_bytes <= goal:
                 return
             path.unlink(missing_ok=True)
             self._disk_bytes -= size
-
-
-def column_sums(tensor: torch.Tensor) -> bytes:
-    """The bits of a tensor summed up as integers, in columns of two widths, at the speed of memory."""
-    tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    flat = tensor.detach().contiguous().flatten().view(torch.uint8)
-    if flat.data_ptr() % 8 or flat.storage_offset() % 8 or len(flat) % 8:
-        flat = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).clone()
-    words = flat.view(torch.int64)
-    sums = []
-    for width in COLUMNS:
-        whole = len(words) // width * width
-        sums += [words[:whole].view(-1, width).sum(dim=0), words[whole:]]
-    return torch.cat(sums).cpu().numpy().tobytes()
 
 
 def _checksum(entry: dict[str, torch.Tensor]) -> str:

@@ -48,7 +48,9 @@ def test_whole_models_compute_the_same_with_images_known(monkeypatch, tmp_path):
     benchmark.draw([{**rows[0], "floor": 0.5}, *rows[1:]], tmp_path / "plot.png")
     assert rows[2]["measured"] in benchmark.format_table(rows, 1e9)
     model = models.models["mmca"]
-    known = model(models.ids * 999 + (1 - models.ids) * 7, image_states=model.model.read_images(models.images))
+    known = model(
+        models.ids * 999 + (1 - models.ids) * 7, image_states=model.model.compute_image_states(models.images)
+    )
     expected = model(**models.inputs)
     torch.testing.assert_close(known.logits, expected.logits, rtol=1e-5, atol=1e-5)
 

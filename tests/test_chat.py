@@ -3,10 +3,11 @@
 import copy
 
 import pytest
+import torch
 from conftest import draw_picture, make_model, make_processor
 from test_finetune import EXAMPLES
 
-from modeling_visualchat import ImageMemory
+from modeling_visualchat import ChatSession, ImageMemory
 
 
 @pytest.fixture
@@ -34,15 +35,15 @@ MODELS = {
 
 
 @pytest.mark.parametrize("kwargs", MODELS.values(), ids=MODELS)
-def test_changes_give_the_answers_of_a_conversation_that_was_so(chat_module, pictures, kwargs):
+def test_edits_give_the_answers_of_a_new_conversation(chat_module, pictures, kwargs):
     model, processor = make_model(**kwargs), make_processor()
-    memory = ImageMemory() if model.model.keeps_apart() else None
-    chat = chat_module.Chat(model, processor, 8, memory)
+    memory = ImageMemory() if model.model.supports_conversation_cache() else None
+    chat = model.start_chat(processor, memory, max_new_tokens=8)
 
     def check(answer):
-        anew = chat_module.Chat(model, processor, 8)
-        anew._answer(copy.deepcopy(chat.messages[:-1]), None)
-        assert anew.messages == chat.messages and chat.messages[-1]["content"] == (answer or "(nothing)")
+        new = ChatSession(model, processor, max_new_tokens=8)
+        new.answer(copy.deepcopy(chat.messages[:-1]))
+        assert new.messages == chat.messages and chat.messages[-1]["content"] == (answer or "(nothing)")
 
     check(chat.ask("What is it?", pictures[:1]))
     check(chat.ask("And these two?", pictures[1:3]))
@@ -51,21 +52,23 @@ def test_changes_give_the_answers_of_a_conversation_that_was_so(chat_module, pic
     check(chat.edit_question(1, "What colors?"))
     check(chat.remove_image(1))
     check(chat.ask("Again, with one more?", pictures[:1]))
-    assert chat.describe().splitlines()[0] == "question 1: What colors?"
-    assert f"image 1: {pictures[3]}" in chat.describe() and "question 4: Again" in chat.describe()
+    check(chat.retry())
+    described = chat_module.describe(chat.messages)
+    assert described.splitlines()[0] == "question 1: What colors?"
+    assert f"image 1: {pictures[3]}" in described and "question 4: Again" in described
     if memory is not None:
         assert memory.misses == 4
 
 
 def test_what_cannot_be_changed_is_said_and_nothing_is_lost(chat_module, pictures):
-    chat = chat_module.Chat(make_model(), make_processor(), 4)
+    chat = make_model().start_chat(make_processor(), max_new_tokens=4)
     chat.ask("", pictures[:1])
     before = copy.deepcopy(chat.messages)
     for line, message in {
         "/replace 2 x.png": "There is no image 2; the conversation has 1",
         "/replace one x.png": "write /replace N PATH",
         "/remove": "write /remove N",
-        "/remove 1": "Image 1 is all that its round says",
+        "/remove 1": "Image 1 is the whole content of its message",
         "/edit 1 Hi": "There is no question 1; the conversation has 0",
         "/edit 1": "write /edit N TEXT",
     }.items():
@@ -77,3 +80,57 @@ def test_what_cannot_be_changed_is_said_and_nothing_is_lost(chat_module, picture
     assert chat.messages == before
     chat_module.run_command(chat, f'/replace 1 "{pictures[1]}"', None)
     assert chat.messages[0]["content"] == [{"type": "image", "path": pictures[1]}]
+
+
+@pytest.fixture
+def session(pictures):
+    """A conversation of two rounds with an image each, and the widths of the text in every pass of the decoder."""
+    session = make_model().start_chat(make_processor(), ImageMemory(), max_new_tokens=2)
+    session.ask("What is it?", pictures[:1])
+    session.ask("And this?", pictures[1:2])
+    return session
+
+
+def cached_before(session, monkeypatch, change):
+    """How many tokens of the cache a change keeps."""
+    kept, generate = [], session.model.generate
+    monkeypatch.setattr(
+        session.model, "generate", lambda *args, **kwargs: kept.append(len(session.cache)) or generate(*args, **kwargs)
+    )
+    monkeypatch.setattr(type(session.cache), "__len__", lambda cache: cache.get_seq_length())
+    change()
+    return kept[0]
+
+
+def test_an_edit_keeps_the_cache_before_it_and_changed_weights_keep_nothing(session, monkeypatch, pictures):
+    first_question = len("You are a powerful vision-language assistant.\n\n### Image 1: ")
+    assert cached_before(session, monkeypatch, lambda: session.replace_image(1, pictures[2])) == first_question
+    assert cached_before(session, monkeypatch, session.retry) > 2 * first_question
+    with torch.no_grad():
+        session.model.model.language_model.norm.weight.data.mul_(1.5)  # which no tensor version shows
+    assert cached_before(session, monkeypatch, session.retry) == 0
+    assert cached_before(session, monkeypatch, session.retry) > 2 * first_question
+
+
+def test_a_session_computes_in_full_where_hooks_may_change_the_model(session, monkeypatch):
+    session.image_memory = None
+    handle = session.model.model.language_model.layers[0].register_forward_hook(lambda *args: None)
+    assert cached_before(session, monkeypatch, session.retry) == 0
+    handle.remove()
+
+
+def test_a_frozen_model_is_checked_by_versions(session, monkeypatch):
+    sums = []
+    monkeypatch.setattr(
+        "modeling_visualchat.weights_key_visualchat.column_sums", lambda tensor: sums.append(tensor) or b""
+    )
+    session.model.freeze()
+    session.retry()
+    assert sums
+    sums.clear()
+    session.retry()
+    assert not sums
+    with torch.no_grad():
+        session.model.model.language_model.norm.weight.mul_(1.5)
+    session.retry()
+    assert sums

@@ -6,7 +6,7 @@ from conftest import IMAGE_SEQ_LENGTH, TEXT_CONFIGS, make_model, pad_left, pixel
 from transformers import AutoModelForCausalLM
 
 from modeling_visualchat import mmca_attention_reference
-from modeling_visualchat.attention_visualchat import MMCA_PREFIX, MultiModalCausalAttention
+from modeling_visualchat.attention_visualchat import MultiModalCausalAttention
 
 
 DECODERS = list(TEXT_CONFIGS)
@@ -112,7 +112,7 @@ def test_kernels_switch_and_the_mathematics_stays(decoder):
     expected = model(ids, images).logits
     for kernel in ("eager", "sdpa", {"text_config": "eager"}):
         model.set_attn_implementation(kernel)
-        assert model.model.language_model.config._attn_implementation.startswith(MMCA_PREFIX)
+        assert model.model.language_model.config._attn_implementation.startswith("mmca_")
         torch.testing.assert_close(model(ids, images).logits, expected, rtol=1e-4, atol=1e-4)
     causal = make_model(decoder, attention_type="causal")
     assert not torch.allclose(causal(ids, images).logits, expected, atol=1e-2)

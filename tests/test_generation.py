@@ -373,7 +373,7 @@ def test_kernel_asked_for_at_loading_keeps_the_mathematics(tmp_path):
         loaded = VisualChatForConditionalGeneration.from_pretrained(tmp_path, attn_implementation=kernel).eval()
         torch.testing.assert_close(loaded(ids, images).logits, model(ids, images).logits, rtol=1e-4, atol=1e-4)
     for kernel in ("flex_attention", {"text_config": "flex_attention"}):
-        with pytest.raises(ValueError, match="not available for multi-modal causal attention"):
+        with pytest.raises(ValueError, match="not available for the attention type 'mmca'"):
             VisualChatForConditionalGeneration.from_pretrained(tmp_path, attn_implementation=kernel)
-        with pytest.raises(ValueError, match="not available for multi-modal causal attention"):
+        with pytest.raises(ValueError, match="not available for the attention type 'mmca'"):
             model.set_attn_implementation(kernel)

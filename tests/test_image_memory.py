@@ -10,15 +10,15 @@ import warnings
 
 import pytest
 import torch
-from conftest import IMAGE_SEQ_LENGTH, TEXT_CONFIGS, make_model, pad_left, pixels, tokens
+from conftest import IMAGE_SEQ_LENGTH, IMAGE_TOKEN_ID, TEXT_CONFIGS, make_model, pad_left, pixels, tokens
 from peft import LoraConfig, get_peft_model
 from test_finetune import environment
 from transformers import LlamaConfig
 
 from modeling_visualchat import ConversationCache, ImageMemory
-from modeling_visualchat.image_memory_visualchat import fingerprint_image, fingerprint_model
-from modeling_visualchat.image_states_visualchat import KeyRotation, same_images
-from modeling_visualchat.tensor_store_visualchat import column_sums
+from modeling_visualchat.image_states_visualchat import same_images
+from modeling_visualchat.key_rotation_visualchat import KeyRotation
+from modeling_visualchat.weights_key_visualchat import column_sums, image_key, weights_key
 
 
 DECODERS = [name for name in TEXT_CONFIGS if name not in ("mistral", "qwen2", "gemma3")]  # without windows
@@ -51,7 +51,7 @@ def counted(monkeypatch, model):
 
 
 def widths_of(model):
-    """The numbers of tokens of a row that go through the decoder, a list that grows with every pass."""
+    """The numbers of tokens of a row in every pass through the decoder, a list that grows."""
     widths = []
     decode = model.model._decode
     model.model._decode = lambda embeds, *args, **kwargs: (
@@ -94,7 +94,7 @@ def test_scaled_rotary_embeddings_are_exact_too(monkeypatch, rope):
     changes = {"rope_parameters": parameters, "max_position_embeddings": length}
     monkeypatch.setitem(TEXT_CONFIGS, "llama", lambda: LlamaConfig(**{**make().to_dict(), **changes}))
     model, masked, memory = make_model(), make_model(), ImageMemory()
-    masked.model._takes_plans = False
+    masked.set_route("masked")
     for rows, images in 2 * list(CONVERSATIONS.values()):
         actual = logits(model, rows, images, image_memory=memory)
         torch.testing.assert_close(actual, logits(masked, rows, images), rtol=0, atol=1e-5)
@@ -119,12 +119,14 @@ def test_negative_controls_fail(monkeypatch):
         return (logits(model, rows, images, image_memory=memory) - expected).abs().max() > 1e-2
 
     assert not differs()
-    apply = KeyRotation.apply
-    monkeypatch.setattr(KeyRotation, "apply", lambda self, keys, *args: keys)
+    rotate = KeyRotation.rotate
+    monkeypatch.setattr(KeyRotation, "rotate", lambda self, keys, *args: keys)
     assert differs()
-    monkeypatch.setattr(KeyRotation, "apply", lambda self, keys, *args: apply(self, apply(self, keys, *args), *args))
+    monkeypatch.setattr(
+        KeyRotation, "rotate", lambda self, keys, *args: rotate(self, rotate(self, keys, *args), *args)
+    )
     assert differs()
-    monkeypatch.setattr(KeyRotation, "apply", apply)
+    monkeypatch.setattr(KeyRotation, "rotate", rotate)
     assert not differs()
     first, second = list(memory._entries)[:2]
     memory._entries[first], memory._entries[second] = memory._entries[second], memory._entries[first]
@@ -139,10 +141,10 @@ def lora(model):
 
 def test_what_an_image_depends_on_changes_the_key():
     model = make_model().model
-    keys = [fingerprint_model(model)]
+    keys = [weights_key(model)]
 
     def changed():
-        keys.append(fingerprint_model(model))
+        keys.append(weights_key(model))
         return len(set(keys)) == len(keys)
 
     for part in (model.vision_tower, model.multi_modal_projector, model.language_model.layers):
@@ -155,8 +157,8 @@ def test_what_an_image_depends_on_changes_the_key():
     assert changed()
     model.config.vision_feature_layer = -2
     assert changed()
-    model.language_model.embed_tokens.weight.data += 1  # images come as embeddings
-    assert fingerprint_model(model) == keys[-1]
+    model.language_model.embed_tokens.weight.data += 1
+    assert changed()
 
 
 def test_adapters_switched_on_off_and_merged_miss():
@@ -230,9 +232,9 @@ def test_images_given_with_embeddings_are_read_too():
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="vision_feature_layer cannot be chosen for one call with an image memory"):
         model.generate(ids, pixel_values=images, vision_feature_layer=-2, image_memory=memory)
-    with pytest.raises(ValueError, match="There are no images to read"):
-        memory.read(model, images[:0])
-    assert memory.read(model, images).index == [0, 1] and memory.hits == 2  # the whole model will do
+    with pytest.raises(ValueError, match="There are no images"):
+        memory.get_states(model, images[:0])
+    assert memory.get_states(model, images).index == [0, 1] and memory.hits == 2  # the whole model will do
 
 
 def test_a_memory_is_refused_where_it_would_be_wrong():
@@ -244,7 +246,7 @@ def test_a_memory_is_refused_where_it_would_be_wrong():
     with pytest.raises(ValueError, match="With dropout an image is never the same twice"):
         logits(random.train(), rows, images, image_memory=ImageMemory())
     logits(random.eval(), rows, images, image_memory=ImageMemory())
-    with pytest.raises(ValueError, match=r"Images can be read apart .* only with multi-modal causal attention"):
+    with pytest.raises(ValueError, match=r"Images can be computed apart .* only with multi-modal causal attention"):
         logits(make_model(attention_type="causal"), rows, images, image_memory=ImageMemory())
     eager = make_model()
     eager.set_attn_implementation("eager")
@@ -258,7 +260,7 @@ def test_a_thousand_images_stay_under_the_limit():
     """In what the memory counts, and in the tensors of the shapes of its entries that the process holds."""
     model = make_model().model
     one = ImageMemory()
-    one.read(model, pixels(0))
+    one.get_states(model, pixels(0))
     shapes = {tensor.shape for entry in one._entries.values() for tensor in entry.values()}
     memory = ImageMemory(max_bytes=10 * one.nbytes + 1)
 
@@ -269,14 +271,14 @@ def test_a_thousand_images_stay_under_the_limit():
 
     before, held = bytes_held(), []
     for start in range(0, 1000, 20):
-        memory.read(model, pixels(*range(start, start + 20)))
+        memory.get_states(model, pixels(*range(start, start + 20)))
         assert memory.nbytes == 10 * one.nbytes and len(memory) == 10
         if start % 200 == 180:
             held.append(bytes_held() - before)
     assert held == [memory.nbytes] * 5
-    memory.read(model, pixels(990))
-    memory.read(model, pixels(0))
-    memory.read(model, pixels(990))  # used lately, so still there
+    memory.get_states(model, pixels(990))
+    memory.get_states(model, pixels(0))
+    memory.get_states(model, pixels(990))  # used lately, so still there
     assert (memory.hits, memory.misses) == (2, 1001)
     memory.clear()
     assert memory.nbytes == len(memory) == 0 and bytes_held() == before
@@ -284,7 +286,7 @@ def test_a_thousand_images_stay_under_the_limit():
 
 def test_a_corrupt_file_is_a_miss_with_a_warning(tmp_path):
     model = make_model().model
-    ImageMemory(folder=tmp_path).read(model, pixels(0))
+    ImageMemory(folder=tmp_path).get_states(model, pixels(0))
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
     flipped = bytearray(whole)
@@ -292,37 +294,37 @@ def test_a_corrupt_file_is_a_miss_with_a_warning(tmp_path):
     for broken in (b"", whole[:40], whole[:-8], bytes(flipped), b"{" * len(whole)):
         path.write_bytes(broken)
         memory = ImageMemory(folder=tmp_path)
-        with pytest.warns(UserWarning, match="The file .* cannot be used and is computed anew"):
-            memory.read(model, pixels(0))
+        with pytest.warns(UserWarning, match="The file .* cannot be used and is computed again"):
+            memory.get_states(model, pixels(0))
         assert memory.misses == 1 and path.read_bytes() == whole
-    other = fingerprint_image(pixels(1)[0])
+    other = image_key(pixels(1)[0])
     path.rename(tmp_path / f"{path.name[:40]}-{other}.safetensors")
     with pytest.warns(UserWarning, match="does not hold what was written under its name"):
-        ImageMemory(folder=tmp_path).read(model, pixels(1))
-    ImageMemory(folder=tmp_path).read(model, pixels(0))
+        ImageMemory(folder=tmp_path).get_states(model, pixels(1))
+    ImageMemory(folder=tmp_path).get_states(model, pixels(0))
     memory = ImageMemory(folder=tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        memory.read(model, pixels(0))
+        memory.get_states(model, pixels(0))
     assert memory.hits == 1
 
 
 def test_the_folder_is_bounded_and_the_latest_stay(tmp_path):
     model = make_model().model
-    ImageMemory(folder=tmp_path).read(model, pixels(0))
+    ImageMemory(folder=tmp_path).get_states(model, pixels(0))
     size = next(tmp_path.iterdir()).stat().st_size
     memory = ImageMemory(max_bytes=0, folder=tmp_path, max_disk_bytes=3 * size)
     for seed in (1, 2, 0, 3):
-        memory.read(model, pixels(seed))
+        memory.get_states(model, pixels(seed))
     assert len(list(tmp_path.iterdir())) == 3 and memory.hits == 1
     for seed in (2, 0, 3):
-        memory.read(model, pixels(seed))
+        memory.get_states(model, pixels(seed))
     assert memory.hits == 4
     (tmp_path / "model.safetensors").write_bytes(b"not ours" * size)
     abandoned = next(tmp_path.glob("*-*.safetensors")).with_suffix(".77-88.part")
     abandoned.write_bytes(b"half")
     os.utime(abandoned, (0, 0))
-    memory.read(model, pixels(9))
+    memory.get_states(model, pixels(9))
     assert (tmp_path / "model.safetensors").exists() and not abandoned.exists()
     assert len(list(tmp_path.iterdir())) == 4
 
@@ -331,18 +333,18 @@ def test_a_disk_that_cannot_be_written_costs_no_answer(tmp_path):
     model = make_model().model
     memory = ImageMemory(folder=tmp_path / "memory")
     (tmp_path / "memory").rmdir()
-    memory.read(model, pixels(0))
+    memory.get_states(model, pixels(0))
     assert len(list((tmp_path / "memory").iterdir())) == 1
     shutil.rmtree(tmp_path / "memory")
     (tmp_path / "memory").write_text("a file where the folder was")
     with pytest.warns(UserWarning, match="ImageMemory cannot write to"):
-        states = memory.read(model, pixels(1))
+        states = memory.get_states(model, pixels(1))
     assert len(states.keys) == 2 and len(memory) == 2
     memory = ImageMemory(folder=tmp_path / "full")
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     try:
         with pytest.warns(UserWarning, match="ImageMemory cannot write to"):
-            memory.read(model, pixels(2))
+            memory.get_states(model, pixels(2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert not list((tmp_path / "full").iterdir())
@@ -356,8 +358,8 @@ model = make_model().model
 for turn in range(3):
     for seed in range(12):
         memory = ImageMemory(max_bytes=0, folder=sys.argv[1])
-        states = memory.read(model, pixels(seed))
-        expected = model.read_images(pixels(seed))
+        states = memory.get_states(model, pixels(seed))
+        expected = model.compute_image_states(pixels(seed))
         assert all(abs(a - b).max() <= 1e-5 for a, b in zip(states.keys, expected.keys))
 """
 
@@ -401,25 +403,6 @@ def test_equal_images_of_a_batch_are_computed_once_in_training_too(monkeypatch):
     assert features.last_hidden_state.shape[0] == len(features.pooler_output) == 3
 
 
-def test_the_last_layer_leaves_out_what_nothing_reads(monkeypatch):
-    """In the last layer of the image stream neither attention output nor MLP is computed, unless somebody reads it."""
-    model = make_model()
-    rows = []
-    for layer in model.model.language_model.layers:
-        forward = layer.mlp.forward
-        monkeypatch.setattr(
-            layer.mlp, "forward", lambda states, forward=forward: rows.append(states.shape) or forward(states)
-        )
-    ids, images = tokens(3, "I", 4), pixels(0)
-    model(ids, images, logits_to_keep=1)  # the first time it is tried out how keys are rotated
-    rows.clear()
-    model(ids, images, logits_to_keep=1)
-    assert [shape[1] for shape in rows] == [IMAGE_SEQ_LENGTH, 7, 7]
-    rows.clear()
-    model(ids, images)
-    assert [shape[1] for shape in rows] == [IMAGE_SEQ_LENGTH, IMAGE_SEQ_LENGTH, 7, 7]
-
-
 def test_cached_turns_equal_uncached_ones(monkeypatch):
     """Rounds on one cache, with and without a memory, on unequal rows."""
     model, memory = make_model(), ImageMemory()
@@ -439,6 +422,8 @@ def test_cached_turns_equal_uncached_ones(monkeypatch):
         batch = pad_left(rows)
         expected = logits(model, rows, torch.stack(images[0] + images[1]))
         for used, cache in caches.items():
+            image_keys = [[image_key(image) for image in row] for row in images]
+            cache.keep_shared(batch["input_ids"], image_keys, IMAGE_TOKEN_ID, batch["attention_mask"])
             actual = model.generate(
                 **batch, pixel_values=torch.stack(images[0] + images[1]), past_key_values=cache, image_memory=used,
                 **OPTIONS,
@@ -455,6 +440,7 @@ def conversation():
 
     def ask(ids, images):
         texts.clear()
+        cache.keep_shared(ids, [[image_key(image) for image in images]], IMAGE_TOKEN_ID)
         output = model.generate(ids, pixel_values=images, past_key_values=cache, image_memory=memory, **OPTIONS)
         computed = texts[:-3]  # without the steps for the three tokens that follow the first
         expected = logits(model, [ids], images)
@@ -499,61 +485,49 @@ def test_an_answer_is_asked_for_again_and_gone_on_from(conversation):
     assert computed == [1]  # the last token before the answer
     following = torch.cat([answered, tokens(2, "I", 1, seed=3)], dim=1)
     assert ask(following, pixels(0, 1, 2, 0))[1] == [1 + 3]  # the answer's last token, and the new text
-    # Where a conversation ends with an image, that image predicts, so its output is computed.
-    assert ask(following[:, : LAST_IMAGE + IMAGE_SEQ_LENGTH], pixels(0, 1, 2))[1] == [IMAGE_SEQ_LENGTH, 1]
+    # Where a conversation ends with an image, its output in the memory predicts the next token.
+    assert ask(following[:, : LAST_IMAGE + IMAGE_SEQ_LENGTH], pixels(0, 1, 2))[1] == [1]
 
 
-def test_new_images_alone_keep_what_is_known():
-    """A turn that passes its new image alone, and then one that changes what was before."""
+def test_new_images_only_continue_a_conversation():
+    """A turn that passes only its new image; then tokens and images that are not those of the cache are refused."""
     model, cache = make_model(), ConversationCache()
     first, images = tokens(3, "I", 2), pixels(0)
     answered = model.generate(first, pixel_values=images, past_key_values=cache, **OPTIONS).sequences
     second = torch.cat([answered, tokens("I", 2, seed=2)], dim=1)
-    model.generate(second, pixel_values=pixels(1), past_key_values=cache, **OPTIONS)
-    changed = second.clone()
+    output = model.generate(second, pixel_values=pixels(1), past_key_values=cache, **OPTIONS)
+    expected = logits(model, [second], pixels(0, 1))
+    torch.testing.assert_close(torch.stack(output.logits, 1), expected, rtol=0, atol=1e-5)
+    third = torch.cat([output.sequences, tokens(2, seed=3)], dim=1)
+    changed = third.clone()
     changed[0, 1] += 1
-    with pytest.raises(ValueError, match="has changed before the end of its cache: pass all its images"):
-        model.generate(torch.cat([changed, first], dim=1), pixel_values=images, past_key_values=cache, **OPTIONS)
-    for ids, new in ((changed, pixels(0, 1)), (changed, pixels(2, 1))):
-        output = model.generate(ids, pixel_values=new, past_key_values=cache, **OPTIONS)
-        torch.testing.assert_close(torch.stack(output.logits, 1), logits(model, [ids], new), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=f"Token 1 of row 0 is {changed[0, 1]}, and the cache holds {third[0, 1]}"):
+        model.generate(changed, pixel_values=pixels(0, 1), past_key_values=cache, **OPTIONS)
+    with pytest.raises(ValueError, match="Image 2 of row 0 differs from the one in the cache"):
+        model.generate(third, pixel_values=pixels(0, 2), past_key_values=cache, **OPTIONS)
+    with pytest.raises(ValueError, match="there is nothing new to compute"):
+        model.generate(second, pixel_values=pixels(0, 1), past_key_values=cache, **OPTIONS)
+    output = model.generate(third, pixel_values=pixels(0, 1), past_key_values=cache, **OPTIONS)
+    expected = logits(model, [third], pixels(0, 1))
+    torch.testing.assert_close(torch.stack(output.logits, 1), expected, rtol=0, atol=1e-5)
 
 
-def test_a_cache_of_something_else_is_not_used():
+def test_a_cache_of_other_rows_is_refused():
     ids, images, cache = tokens(3, "I", 4), pixels(0), ConversationCache()
-    model, other = make_model(), make_model(seed=1)
-    adapted, inner = lora(make_model())
-
-    def ask(model, ids, images, **kwargs):
-        output = model.generate(ids, pixel_values=images, past_key_values=cache, **OPTIONS, **kwargs)
-        expected = model.generate(ids, pixel_values=images, **OPTIONS, **kwargs)
-        torch.testing.assert_close(torch.stack(output.logits, 1), torch.stack(expected.logits, 1), rtol=0, atol=1e-5)
-
-    ask(model, ids, images)
-    ask(other, ids, images)
-    ask(inner, ids, images)
-    with adapted.disable_adapter():
-        ask(inner, ids, images)
-    ask(inner, ids, images, vision_feature_layer=-2)
-    with torch.no_grad():
-        inner.model.language_model.norm.weight.mul_(1.5)
-    ask(inner, ids, images)
-    ask(inner, ids.repeat(2, 1), images.repeat(2, 1, 1, 1))  # two rows where there was one
-    torch.manual_seed(0)
-    inner.generate(ids, pixel_values=images, past_key_values=cache, num_return_sequences=2, do_sample=True,
-                   max_new_tokens=3)  # fmt: skip
-    ask(inner, ids, images)
-    mask = torch.ones(1, ids.shape[1] + 6, dtype=torch.long)
-    with pytest.raises(ValueError, match="filled by another model, by another state of this one"):
-        model.generate(tokens(2), attention_mask=mask, mm_token_type_ids=mask * 0, past_key_values=cache)
+    model = make_model()
+    model.generate(ids, pixel_values=images, past_key_values=cache, **OPTIONS)
+    with pytest.raises(ValueError, match="The cache holds 1 rows, and 2 were passed"):
+        model.generate(ids.repeat(2, 1), pixel_values=pixels(0, 0), past_key_values=cache, **OPTIONS)
+    cache.keep_shared(ids.repeat(2, 1), [["a"], ["a"]], IMAGE_TOKEN_ID)
+    assert cache.get_seq_length() == 0
     with pytest.raises(ValueError, match="use_cache=False does not go with past_key_values"):
-        ask(inner, ids, images, use_cache=False)
+        model.generate(ids, pixel_values=images, past_key_values=cache, use_cache=False)
 
 
-def test_a_run_that_breaks_off_leaves_the_cache_usable(monkeypatch):
+def test_an_interrupted_run_leaves_the_cache_usable(monkeypatch):
+    """Interrupted in the image stream, in the text and at the first new token; then another image in its place."""
     model, cache = make_model(), ConversationCache()
     ids, images = tokens(3, "I", 4), pixels(0)
-    expected = logits(model, [ids], images)
     last = model.model.language_model.layers[1].mlp
     for place in range(3):
         calls, forward = [], last.forward
@@ -568,14 +542,19 @@ def test_a_run_that_breaks_off_leaves_the_cache_usable(monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             model.generate(ids, pixel_values=images, past_key_values=cache, **OPTIONS)
         monkeypatch.undo()
-    output = model.generate(ids, pixel_values=images, past_key_values=cache, **OPTIONS)
-    torch.testing.assert_close(torch.stack(output.logits, dim=1), expected, rtol=0, atol=1e-5)
+        if cache.get_seq_length():
+            cache.keep_shared(ids, [[image_key(images[0])]], IMAGE_TOKEN_ID)
+    for seed in (1, 0):
+        cache.keep_shared(ids, [[image_key(pixels(seed)[0])]], IMAGE_TOKEN_ID)
+        output = model.generate(ids, pixel_values=pixels(seed), past_key_values=cache, **OPTIONS)
+        expected = logits(model, [ids], pixels(seed))
+        torch.testing.assert_close(torch.stack(output.logits, dim=1), expected, rtol=0, atol=1e-5)
 
 
 def test_the_cost_grows_with_the_number_of_known_images_alone():
     """Counted in tokens that go through the decoder: text, however many images are known."""
     model, memory = make_model(), ImageMemory()
-    memory.read(model.model, pixels(*range(6)))
+    memory.get_states(model.model, pixels(*range(6)))
     widths = widths_of(model)
     for count in (1, 3, 6):
         widths.clear()
@@ -584,16 +563,14 @@ def test_the_cost_grows_with_the_number_of_known_images_alone():
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}], ids=str)
-def test_a_cache_of_beams_or_returns_serves_nothing_else(options):
+def test_beams_and_returns_continue_a_cache_of_one_row(options):
     model = make_model()
     first, other = tokens(3, "I", 4), tokens(4, "I", 3, seed=5)
     greedy = {"max_new_tokens": 3, "do_sample": False}
-    for rows in (other, torch.cat([other, first])):
-        cache = ConversationCache()
-        model.generate(first, pixel_values=pixels(0), past_key_values=cache, **{**greedy, **options})
-        images = pixels(1, 2)[: len(rows)]
-        actual = model.generate(rows, pixel_values=images, past_key_values=cache, **greedy)
-        assert torch.equal(actual, model.generate(rows, pixel_values=images, **greedy))
+    cache = ConversationCache()
+    model.generate(first, pixel_values=pixels(0), past_key_values=cache, **{**greedy, **options})
+    with pytest.raises(ValueError, match="The cache holds 2 rows, and 1 were passed"):
+        model.generate(other, pixel_values=pixels(1), past_key_values=cache, **greedy)
     cache = ConversationCache()
     answered = model.generate(first, pixel_values=pixels(0), past_key_values=cache, **greedy)
     longer = torch.cat([answered, tokens(2, seed=3)], dim=1)
@@ -603,7 +580,7 @@ def test_a_cache_of_beams_or_returns_serves_nothing_else(options):
     assert torch.equal(actual, model.generate(longer, pixel_values=pixels(0), **{**greedy, **options}))
 
 
-def test_new_tokens_alone_keep_what_is_known():
+def test_new_tokens_only_continue_a_cropped_cache():
     model, cache = make_model(), ConversationCache()
     first = tokens(3, "I", 2)
     model.generate(first, pixel_values=pixels(0), past_key_values=cache, **OPTIONS)
@@ -611,30 +588,7 @@ def test_new_tokens_alone_keep_what_is_known():
     new = tokens(3, seed=4)
     mask = torch.ones(1, first.shape[1] + 3, dtype=torch.long)
     types = torch.nn.functional.pad((first == 2).long(), (0, 3))
-    model.generate(new, attention_mask=mask, mm_token_type_ids=types, past_key_values=cache, **OPTIONS)
-    assert [len(row) for row in cache.tokens] == [cache.get_seq_length()]
-    with pytest.raises(ValueError, match="filled by another model"):
-        whole = torch.nn.functional.pad(mask, (0, cache.get_seq_length() + 1 - mask.shape[1]), value=1)
-        make_model(seed=1).generate(
-            new[:, :1], attention_mask=whole, mm_token_type_ids=torch.zeros_like(whole), past_key_values=cache
-        )
-    edited = torch.cat([first, new], dim=1)
-    edited[0, 1] += 1
-    output = model.generate(edited, pixel_values=pixels(0), past_key_values=cache, **OPTIONS)
-    expected = logits(model, [edited], pixels(0))
+    output = model.generate(new, attention_mask=mask, mm_token_type_ids=types, past_key_values=cache, **OPTIONS)
+    assert cache.token_ids.shape[1] == cache.get_seq_length()
+    expected = logits(model, [torch.cat([first, new], dim=1)], pixels(0))
     torch.testing.assert_close(torch.stack(output.logits, dim=1), expected, rtol=0, atol=1e-5)
-
-
-def test_a_cache_beyond_a_rotary_limit_does_not_serve_below_it(monkeypatch):
-    parameters = {
-        "rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 20,
-        "short_factor": [1.0] * 4, "long_factor": [3.0] * 4,
-    }  # fmt: skip
-    config = {**TEXT_CONFIGS["llama"]().to_dict(), "rope_parameters": parameters}
-    monkeypatch.setitem(TEXT_CONFIGS, "llama", lambda: LlamaConfig(**config))
-    model, cache = make_model(), ConversationCache()
-    longer, shorter = tokens(5, "I", 16), tokens(5, "I", 3)
-    for ids in (longer, shorter):
-        output = model.generate(ids, pixel_values=pixels(0), past_key_values=cache, **OPTIONS)
-        expected = logits(model, [ids], pixels(0))
-        torch.testing.assert_close(torch.stack(output.logits, dim=1), expected, rtol=0, atol=1e-5)

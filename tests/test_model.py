@@ -38,7 +38,8 @@ from transformers import (
 )
 
 from configuration_visualchat import VisualChatConfig
-from modeling_visualchat import VisualChatForConditionalGeneration
+from modeling_visualchat import VisualChatForConditionalGeneration, register_projector
+from modeling_visualchat.projector_visualchat import PROJECTORS, vision_feature_size
 
 
 def labels_of(ids):
@@ -350,11 +351,6 @@ def test_an_unfit_decoder_is_refused_by_name(name):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"attention_type": "cross"}, r"attention_type.*\n?.*expected one of \('mmca', 'causal'\), got cross"),
-        (
-            {"projector_type": "conv"},
-            r"projector_type.*\n?.*expected one of \('linear', 'mlp', 'vit', 'perceiver'\), got conv",
-        ),
         ({"vision_feature_select_strategy": "cls"}, r"expected one of \('full', 'default'\), got cls"),
         ({"image_seq_length": 0}, "image_seq_length must be at least 1, got 0"),
         ({"image_token_id": -1}, "image_token_id must not be negative, got -1"),
@@ -370,6 +366,29 @@ def test_an_unfit_decoder_is_refused_by_name(name):
 def test_a_wrong_configuration_says_which_value_and_what_is_allowed(kwargs, message):
     with pytest.raises(StrictDataclassError, match=message):
         make_config(**kwargs)
+
+
+def test_an_unknown_attention_type_or_projector_is_refused_with_the_names_there_are():
+    for kwargs, message in (
+        ({"attention_type": "crossed"}, "Unknown attention_type='crossed'; choose one of mmca, causal"),
+        ({"projector_type": "conv"}, "Unknown projector_type='conv'; choose one of linear, mlp, vit, perceiver"),
+    ):
+        config = make_config(**kwargs)
+        with pytest.raises(ValueError, match=message):
+            VisualChatForConditionalGeneration(config)
+
+
+def test_a_custom_projector_is_one_class(monkeypatch):
+    monkeypatch.setattr("modeling_visualchat.projector_visualchat.PROJECTORS", dict(PROJECTORS))
+
+    @register_projector("deep")
+    class DeepProjector(torch.nn.Linear):
+        def __init__(self, config):
+            super().__init__(vision_feature_size(config), config.text_config.hidden_size)
+
+    model = make_model(projector_type="deep")
+    assert isinstance(model.model.multi_modal_projector, DeepProjector)
+    assert model(tokens(2, "I", 1), pixels(0)).logits.shape[1] == 8
 
 
 def test_an_image_of_unknown_length_is_asked_for():

@@ -7,11 +7,16 @@ from peft import LoraConfig, get_peft_model
 from test_attention import PATTERNS, assert_errs_no_more_than_rounding, draw, outputs_and_gradients
 from transformers import DiffLlamaConfig, DynamicCache
 
-import modeling_visualchat.plan_visualchat
 from modeling_visualchat import ConversationCache, mmca_attention_reference
 from modeling_visualchat.attention_visualchat import MultiModalCausalAttention
-from modeling_visualchat.image_states_visualchat import WithoutQueries
-from modeling_visualchat.plan_visualchat import IMAGE, plan_mmca, planned_attention, take
+from modeling_visualchat.image_states_visualchat import SkipQueryProjections
+from modeling_visualchat.plan_visualchat import (
+    IMAGE,
+    TwoStreamPlan,
+    make_plan,
+    mmca_text_attention,
+    take,
+)
 
 
 DECODERS = list(TEXT_CONFIGS)
@@ -19,13 +24,13 @@ DECODERS = list(TEXT_CONFIGS)
 
 def in_two_streams(query, key, value, mm_token_type_ids, attention_mask):
     """The planned form under the signature of the reference."""
-    plan = plan_mmca(mm_token_type_ids, attention_mask)
-    text = [plan.take_text(states.transpose(1, 2)).transpose(1, 2) for states in (query, key, value)]
-    columns = [(row == IMAGE).nonzero()[:, 0] for row in plan.kinds]
+    plan = make_plan(mm_token_type_ids, attention_mask)
+    text = [plan.gather_text(states.transpose(1, 2)).transpose(1, 2) for states in (query, key, value)]
+    columns = [(row == IMAGE).nonzero()[:, 0] for row in plan.token_types]
     order = torch.nn.utils.rnn.pad_sequence(columns, batch_first=True)
     images = [take(states.transpose(1, 2), order).transpose(1, 2) for states in (key, value)]
     own = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2)
-    return plan.put_back(planned_attention(*text, *images, plan), own[plan.kinds == IMAGE]).transpose(1, 2)
+    return plan.scatter(mmca_text_attention(*text, *images, plan), own[plan.token_types == IMAGE]).transpose(1, 2)
 
 
 @pytest.fixture
@@ -33,16 +38,18 @@ def planned_calls(monkeypatch):
     """Counts the layers that are computed by a plan."""
     calls = []
 
+    attend = TwoStreamPlan.attend
+
     def count(*args):
         calls.append(args)
-        return planned_attention(*args)
+        return attend(*args)
 
-    monkeypatch.setattr(modeling_visualchat.plan_visualchat, "planned_attention", count)
+    monkeypatch.setattr(TwoStreamPlan, "attend", count)
     return calls
 
 
 def by_masks(model):
-    model.model._takes_plans = False
+    model.set_route("masked")
     return model
 
 
@@ -57,13 +64,13 @@ def test_equals_the_reference_in_value_and_gradient(rows, heads, dtype):
 
 
 def test_the_plan_of_the_drawing():
-    plan = plan_mmca(
+    plan = make_plan(
         torch.tensor([[1, 1, 0, 0, 1, 0], [0, 0, 1, 0, 0, 0]]), torch.tensor([[1] * 6, [0, 1, 1, 1, 1, 1]])
     )
     assert plan.order.tolist() == [[2, 3, 5, 0], [1, 3, 4, 5]]
-    assert plan.kinds.tolist() == [[2, 2, 1, 1, 2, 1], [0, 1, 2, 1, 1, 1]]
-    assert plan.places.tolist() == [[0, 1, 0, 1, 2, 2], [0, 0, 0, 1, 2, 3]]
-    assert plan.runs == [[(0, 2, 2), (2, 3, 3)], [(0, 1, 0), (1, 4, 1)]]
+    assert plan.token_types.tolist() == [[2, 2, 1, 1, 2, 1], [0, 1, 2, 1, 1, 1]]
+    assert plan.slots.tolist() == [[0, 1, 0, 1, 2, 2], [0, 0, 0, 1, 2, 3]]
+    assert plan.runs == [[(0, 2, 0, 2), (2, 3, 0, 3)], [(0, 1, 0, 0), (1, 4, 0, 1)]]
     assert plan.text_mask is None
 
 
@@ -102,7 +109,7 @@ def test_packed_conversations_learn_what_padded_ones_do(decoder, masked, planned
     hidden = (ids == IMAGE_TOKEN_ID) | (positions == 0)
     images = pixels(0, 1, 2, 3)
     packed_model, padded_model = make_model(decoder).train(), make_model(decoder).train()
-    packed_model.model._takes_plans = not masked
+    packed_model.set_route("masked" if masked else "two_streams")
     packed = packed_model(ids, images, position_ids=positions, labels=ids.masked_fill(hidden, -100))
     packed.loss.backward()
     assert bool(planned_calls) is not masked
@@ -166,7 +173,7 @@ def test_what_is_cached_is_in_the_order_of_the_conversation(decoder, planned_cal
     caches = []
     for masked in (False, True):
         cache = DynamicCache(config=model.config.text_config)
-        model.model._takes_plans = not masked
+        model.set_route("masked" if masked else "two_streams")
         with torch.no_grad():
             model(**batch, pixel_values=pixels(0, 1, 2), past_key_values=cache)
         caches.append(cache)
@@ -213,7 +220,7 @@ def test_a_decoder_that_drops_keyword_arguments_runs_by_masks(monkeypatch, plann
     expected = by_masks(make_model())(ids, images).logits
     compute = MultiModalCausalAttention.__call__
     monkeypatch.setattr(
-        MultiModalCausalAttention, "__call__", lambda *args, mmca_plan=None, **kwargs: compute(*args, **kwargs)
+        MultiModalCausalAttention, "__call__", lambda *args, layer_plan=None, **kwargs: compute(*args, **kwargs)
     )
     cache = DynamicCache(config=model.config.text_config)
     for past in (cache, None):
@@ -309,7 +316,7 @@ def test_training_is_the_same_however_it_is_done(part, reentrant, planned_calls)
         if not masked and reentrant is not None:
             inner.gradient_checkpointing_enable({"use_reentrant": reentrant})
             inner.enable_input_require_grads()
-        inner.model._takes_plans = not masked
+        inner.set_route("masked" if masked else "auto")
         planned_calls.clear()
         results.append(loss_and_gradients(model, batch, labels=labels))
         layers = {None: 2, False: 4, True: 0}[reentrant]  # with checkpoints a layer runs once more for the gradients
@@ -352,7 +359,7 @@ def test_what_is_frozen_keeps_nothing_for_a_backward_pass():
     features = model.get_image_features(pixels(0, 1))
     assert features.last_hidden_state.grad_fn is None and features.pooler_output[0].grad_fn is not None
     model.set_trainable("input_embeddings")
-    states = model.model.read_images(pixels(0, 1))
+    states = model.model.compute_image_states(pixels(0, 1))
     assert all(keys.grad_fn is None for keys in states.keys)
 
 
@@ -360,7 +367,7 @@ def test_queries_of_images_are_not_projected():
     decoder = make_model().model.language_model
     projection = decoder.layers[0].self_attn.q_proj
     states = torch.randn(2, 3, 32)
-    with WithoutQueries(decoder):
+    with SkipQueryProjections(decoder):
         left_out, kept = projection(states), decoder.layers[0].self_attn.k_proj(states)
     assert left_out.shape == projection(states).shape and left_out.stride() == (0, 0, 0)
     torch.testing.assert_close(kept, decoder.layers[0].self_attn.k_proj(states))
@@ -392,7 +399,7 @@ def test_a_layer_that_attends_twice_is_left_to_masks(monkeypatch):
     model, masked = make_model("diffllama"), by_masks(make_model("diffllama"))
     ids, images = tokens(3, "I", 4), pixels(0)
     torch.testing.assert_close(model(ids, images).logits, masked(ids, images).logits)
-    assert not model.model.keeps_apart()
+    assert not model.model.supports_conversation_cache()
 
 
 def test_a_window_that_comes_within_reach_is_kept():
@@ -420,8 +427,8 @@ def test_equal_images_have_gradients_of_their_own():
 
 
 def test_a_gradient_of_the_gradient_is_there():
-    plan = plan_mmca(torch.tensor([[1, 1, 0, 0, 1, 0]]))
+    plan = make_plan(torch.tensor([[1, 1, 0, 0, 1, 0]]))
     text = [torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     images = [torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        assert torch.autograd.gradgradcheck(lambda *inputs: planned_attention(*inputs, plan), (*text, *images))
+        assert torch.autograd.gradgradcheck(lambda *inputs: mmca_text_attention(*inputs, plan), (*text, *images))

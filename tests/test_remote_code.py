@@ -26,8 +26,10 @@ from processing_visualchat import VisualChatProcessor
 
 REPOSITORY = Path(__file__).parent.parent
 CODE = [
+    "attention_types_visualchat.py",
     "attention_visualchat.py",
     "cache_visualchat.py",
+    "chat_session_visualchat.py",
     "chat_template_visualchat.py",
     "configuration_visualchat.py",
     "conversation_visualchat.py",
@@ -37,14 +39,17 @@ CODE = [
     "image_memory_visualchat.py",
     "image_states_visualchat.py",
     "kernels_visualchat.py",
+    "key_rotation_visualchat.py",
     "modeling_visualchat.py",
     "parts_visualchat.py",
     "plan_visualchat.py",
     "processing_visualchat.py",
     "projector_visualchat.py",
-    "streams_visualchat.py",
+    "route_visualchat.py",
     "tensor_store_visualchat.py",
+    "two_streams_visualchat.py",
     "vision_cache_visualchat.py",
+    "weights_key_visualchat.py",
 ]
 
 
@@ -143,14 +148,13 @@ for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
     results[auto_class.__name__] = model(**inputs).logits.tolist()
 results["implementation"] = model.model.language_model.config._attn_implementation
 results["generated"] = model.generate(**inputs, max_new_tokens=6, do_sample=False).tolist()
-memory, cache = (
-    get_class_from_dynamic_module(name, folder)()
-    for name in ("image_memory_visualchat.ImageMemory", "cache_visualchat.ConversationCache")
-)
-for _ in range(2):  # another cache, and the same image
-    options = {"image_memory": memory, "max_new_tokens": 6, "do_sample": False}
-    assert model.generate(**inputs, **options).tolist() == results["generated"]
-    assert model.generate(**inputs, past_key_values=cache, **options).tolist() == results["generated"]
+memory = get_class_from_dynamic_module("image_memory_visualchat.ImageMemory", folder)()
+options = {"max_new_tokens": 6, "do_sample": False}
+session = model.start_chat(processor, memory, **options)
+answer = session.answer(messages)
+for _ in range(2):
+    assert model.generate(**inputs, image_memory=memory, **options).tolist() == results["generated"]
+    assert session.retry() == answer
 assert (memory.hits, memory.misses) == (2, 1), memory  # not looked up where the cache has it
 results["hidden"] = base(**inputs).last_hidden_state.tolist()
 pipe = pipeline("image-text-to-text", model=folder, trust_remote_code=True)

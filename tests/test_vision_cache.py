@@ -88,7 +88,7 @@ def test_a_tower_that_learns_or_drops_out_is_refused():
     model, _ = make_trainee()
     model.model.vision_cache = VisionFeatureCache()
     model.set_trainable("vision_tower")
-    with pytest.raises(ValueError, match="The vision tower learns"):
+    with pytest.raises(ValueError, match="The vision tower is trained"):
         learn(model, 0)
     model.set_trainable()
     next(part for part in model.model.vision_tower.modules() if hasattr(part, "dropout")).dropout = 0.1
@@ -122,7 +122,7 @@ def test_a_hooked_tower_runs_and_says_so_once():
     model, seen = make_trainee()
     model.model.vision_cache = VisionFeatureCache()
     hook = model.model.vision_tower.register_forward_hook(lambda *args: None)
-    with pytest.warns(UserWarning, match="are not kept: .* has hooks"):
+    with pytest.warns(UserWarning, match="are not cached: .* has hooks"):
         learn(model, 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,0 +1,211 @@
+"""
+Late rotation: keys computed at position 0, rotated to another position by the decoder's own rotary embedding.
+
+Rotary embeddings (RoFormer, arXiv 2104.09864) rotate keys by their position and turn nothing at position 0. The layout
+is read from the configuration and the rotary module: a table for each layer type where the module has several, layers
+without rotation, and the leading part of each head where the rotation is partial. [`probe_decoder`] verifies it once
+on a small replica of the decoder, in float32, at far positions and with random weights.
+"""
+
+import copy
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from .attention_visualchat import PlanNotDeliveredError
+
+
+# Decoders in which layers of full attention have no rotation, by model type.
+ROTARY_IN_SLIDING_LAYERS_ONLY = {
+    "afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone4_5_text", "exaone_moe", "flint",
+}  # fmt: skip
+TOLERANCE = 1e-4  # of the relative error in float32
+
+
+class KeyRotation:
+    """
+    How the layers of a decoder rotate their keys.
+
+    Args:
+        decoder (`nn.Module`): A decoder with a rotary module `rotary_emb`.
+
+    Raises:
+        `ValueError`: a decoder without one.
+    """
+
+    def __init__(self, decoder: Any):
+        name = type(decoder).__name__
+        if not hasattr(decoder, "rotary_emb") or not hasattr(sys.modules[type(decoder).__module__], _APPLY):
+            raise ValueError(f"{name} has no module rotary_emb with a function {_APPLY}")
+        config = decoder.config
+        self.decoder = decoder
+        self.num_layers: int = config.num_hidden_layers
+        layer_types = getattr(config, "layer_types", None) or [None] * self.num_layers
+        has_tables = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
+        # For each layer the key of its table, a layer type where the module has a table for each.
+        self.table_of = [layer_type if has_tables else None for layer_type in layer_types]
+        self.is_rotated = [
+            _is_rotated(config, layer, layer_type) for layer, layer_type in enumerate(layer_types[: self.num_layers])
+        ]
+        self._scaling: dict[str | None, tuple[float, int]] = {}
+
+    def tables(self, position_ids: torch.Tensor, like: torch.Tensor) -> dict[str | None, tuple]:
+        """The cosines and sines at positions (B, I), each (B, I, rotated size), by layer type."""
+        # Not by a call of the module, which ZeRO-3 counts: a rank whose batch has no image would fall out of step.
+        rotary = self.decoder.rotary_emb.forward
+        arguments = {key: () if key is None else (key,) for key in dict.fromkeys(self.table_of)}
+        return {key: rotary(like, position_ids, *layer_type) for key, layer_type in arguments.items()}
+
+    def rotate(self, keys: torch.Tensor, layer: int, tables: dict[str | None, tuple]) -> torch.Tensor:
+        """Rotates the keys (B, K, I, D) of a layer."""
+        if not self.is_rotated[layer]:
+            return keys
+        cos, sin = (table.to(keys.device) for table in tables[self.table_of[layer]])
+        apply = getattr(sys.modules[type(self.decoder).__module__], _APPLY)
+        size = cos.shape[-1]
+        rotated = apply(keys[:, :0, :, :size], keys[..., :size], cos, sin)[1]
+        return rotated if size == keys.shape[-1] else torch.cat([rotated, keys[..., size:]], dim=-1)
+
+    def undo_scaling(self, keys: torch.Tensor, layer: int) -> torch.Tensor:
+        """Keys of position 0 without the factor that some rotary embeddings (YaRN) put on their tables."""
+        if not self.is_rotated[layer]:
+            return keys
+        if not self._scaling:
+            origin = self.tables(torch.zeros(1, 1, dtype=torch.long, device=keys.device), keys)
+            self._scaling = {key: (float(cos.max()), cos.shape[-1]) for key, (cos, _) in origin.items()}
+        factor, size = self._scaling[self.table_of[layer]]
+        if factor == 1.0:
+            return keys
+        return torch.cat([keys[..., :size] / factor, keys[..., size:]], dim=-1)
+
+
+_APPLY = "apply_rotary_pos_emb"
+
+
+def _is_rotated(config: Any, layer: int, layer_type: str | None) -> bool:
+    if getattr(config, "no_rope_layers", None):
+        return bool(config.no_rope_layers[layer])
+    if config.model_type in ROTARY_IN_SLIDING_LAYERS_ONLY and config.sliding_window is not None:
+        return layer_type == "sliding_attention"
+    return True
+
+
+def run_with_plan(
+    decoder: Any, embeds: torch.Tensor, position_ids: torch.Tensor, plan: Any, past_key_values=None, **kwargs
+) -> BaseModelOutputWithPast:
+    """Runs a decoder with a plan in place of masks."""
+    no_mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=embeds.device)
+    layer_types = getattr(decoder.config, "layer_types", None)
+    kwargs.setdefault("use_cache", past_key_values is not None)
+    return decoder(
+        inputs_embeds=embeds,
+        attention_mask=no_mask if layer_types is None else dict.fromkeys(layer_types, no_mask),
+        position_ids=position_ids,
+        past_key_values=past_key_values,
+        layer_plan=plan,
+        **kwargs,
+    )
+
+
+@dataclass(frozen=True)
+class DecoderProbe:
+    """
+    What two streams can do with a decoder.
+
+    Args:
+        rotation ([`KeyRotation`], *optional*): Its layout, if it could be read.
+        no_two_streams (`str`, *optional*): Why text and images cannot go through it apart.
+        no_late_rotation (`str`, *optional*): Why keys cannot be rotated late.
+    """
+
+    rotation: KeyRotation | None = None
+    no_two_streams: str | None = None
+    no_late_rotation: str | None = None
+
+
+@torch.no_grad()
+def probe_decoder(decoder: Any, make_stream: Callable[[], Any]) -> DecoderProbe:
+    """
+    Tries a decoder on a small replica with random weights, so that neither its weights nor its hooks matter.
+
+    Args:
+        decoder (`nn.Module`): The decoder.
+        make_stream (`Callable`): Makes an [`ImageStream`].
+    """
+    name = type(decoder).__name__
+    try:
+        rotation = KeyRotation(decoder)
+        replica = build_replica(decoder)
+        last = min(_longest_position(decoder.config), 100_000) - 1
+        positions = torch.tensor([sorted({min(position, last) for position in (1, 17, 1021, last)})])
+        embeds = torch.randn(1, positions.shape[1], replica.config.hidden_size, generator=_seeded())
+        streams = [make_stream(), make_stream()]
+        for stream, position_ids in zip(streams, (torch.zeros_like(positions), positions)):
+            run_with_plan(replica, embeds, position_ids, stream)
+    except PlanNotDeliveredError as error:
+        return DecoderProbe(no_two_streams=str(error).rstrip("."))
+    except Exception as error:  # a replica is foreign code: whatever it raises is the reason
+        return DecoderProbe(no_two_streams=f"{name} cannot be tried: {type(error).__name__}: {error}")
+    num_layers = rotation.num_layers
+    if sorted(streams[0].keys) != list(range(num_layers)) or streams[0].num_calls != num_layers:
+        return DecoderProbe(no_two_streams=f"the layers of {name} do not attend exactly once each")
+    small = KeyRotation(replica)
+    for layer in range(num_layers):
+        expected = streams[1].keys[layer]
+        try:
+            tables = small.tables(positions, expected)
+            actual = small.rotate(small.undo_scaling(streams[0].keys[layer], layer), layer, tables)
+            difference = float((actual - expected).norm() / expected.norm())
+        except (RuntimeError, KeyError) as mismatch:  # shapes that do not fit, a layer type without a table
+            return DecoderProbe(rotation, no_late_rotation=f"the keys of {name} cannot be rotated late: {mismatch}")
+        if not difference <= TOLERANCE:
+            reason = f"keys of {name}, layer {layer}, are off by {difference:.0%} when they are rotated late"
+            return DecoderProbe(rotation, no_late_rotation=reason)
+    return DecoderProbe(rotation)
+
+
+def build_replica(decoder: Any) -> Any:
+    """The decoder with the same layers and head size, but narrow, with random weights in float32 on the CPU."""
+    config = copy.deepcopy(decoder.config)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    narrow = {
+        "hidden_size": 2 * head_dim, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 8,
+        "pad_token_id": None, "intermediate_size": 8, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8,
+    }  # fmt: skip
+    for name, value in narrow.items():
+        if isinstance(getattr(config, name, None), int):
+            setattr(config, name, value)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(0)
+        replica = type(decoder)(config).float().eval()
+    generator = _seeded()
+    for parameter in replica.parameters():
+        values = torch.rand(parameter.shape, generator=generator) + 0.5
+        if parameter.ndim > 1:
+            values = torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5
+        parameter.copy_(values)
+    return replica
+
+
+def _seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def rotary_limit(text_config: Any) -> int | None:
+    """The length from which a rotary embedding changes its frequencies, if it is of a type that does."""
+    parameters = getattr(text_config, "rope_parameters", None) or {}
+    tables = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    tables = [table for table in tables if table.get("rope_type") in ("dynamic", "longrope")]
+    default = getattr(text_config, "original_max_position_embeddings", None) or text_config.max_position_embeddings
+    return min((table.get("original_max_position_embeddings") or default for table in tables), default=None)
+
+
+def _longest_position(text_config: Any) -> int:
+    return rotary_limit(text_config) or getattr(text_config, "max_position_embeddings", None) or 2048

@@ -1,0 +1,172 @@
+"""
+The two-stream route through the decoder: images first, each on its own, then the text, which reads their keys and
+values.
+
+No work is done for image queries, nothing is masked, and an image that occurs twice is computed once. The layers of
+the decoder are called twice in a forward pass, and so are hooks on them.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers.masking_utils import find_packed_sequence_indices
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from .attention_types_visualchat import get_attention_type
+from .cache_visualchat import ConversationCache, is_conversation_cache
+from .image_states_visualchat import ImageStates, ImageStream, place_images, run_image_stream
+from .key_rotation_visualchat import DecoderProbe, probe_decoder, run_with_plan
+from .plan_visualchat import IMAGE, make_plan
+from .route_visualchat import DecoderInputs, is_checkpointed, masked_route_reason
+
+
+class TwoStreamMixin:
+    """What [`VisualChatModel`] needs to take images and text through its decoder in two streams."""
+
+    config: Any
+    language_model: Any
+    training: bool
+    get_image_features: Any
+    get_input_embeddings: Any
+    _choose_attention: Any
+    _probe: tuple[Any, DecoderProbe] | None = None
+
+    @property
+    def probe(self) -> DecoderProbe:
+        """What two streams can do with the decoder, tried once on a small replica."""
+        if self._probe is None or self._probe[0] is not self.language_model:
+            self._choose_attention(self.language_model.config)
+            self._probe = (self.language_model, probe_decoder(self.language_model, self._make_stream))
+        return self._probe[1]
+
+    def _make_stream(self) -> ImageStream:
+        form = get_attention_type(self.config.attention_type).two_streams
+        return ImageStream() if form is None else ImageStream(form.image_attention)
+
+    def supports_conversation_cache(self) -> bool:
+        """Whether a conversation of any length can be kept in a [`ConversationCache`] with separate blocks."""
+        return masked_route_reason(self, None) is None
+
+    def compute_image_states(self, pixel_values: torch.Tensor) -> ImageStates:
+        """
+        The part of images that does not depend on the conversation: vision tower, projector, and per-layer keys and
+        values of the decoder. The result can be passed as `image_states` in any conversation with these images.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(N, channels, height, width)`): Preprocessed pixels.
+
+        Raises:
+            `ValueError`: a model that cannot compute images apart from a conversation.
+        """
+        attention_type = get_attention_type(self.config.attention_type)
+        self._choose_attention(self.language_model.config)
+        implementation = self.config.text_config._attn_implementation
+        form, reason = attention_type.two_streams, None
+        if form is None or implementation != attention_type.implementation(form.kernel):
+            reason = f"attn_implementation is {implementation!r}"
+        else:
+            reason = self.probe.no_two_streams or self.probe.no_late_rotation
+        if reason is not None:
+            raise ValueError(
+                "Images can be computed apart from a conversation only with multi-modal causal attention on the sdpa "
+                f"kernel, in a decoder whose keys can be rotated late; {reason}."
+            )
+        states = ImageStates.from_features(list(self.get_image_features(pixel_values).pooler_output))
+        embedding = self.get_input_embeddings().weight
+        return self._run_image_stream(states, states.features if embedding.is_meta else embedding)
+
+    def _run_image_stream(
+        self, states: ImageStates, like: torch.Tensor, positions: torch.Tensor | None = None
+    ) -> ImageStates:
+        """Images through the decoder, in the dtype and on the device of `like`; at positions (tokens,) if given."""
+        states = replace(states, features=states.features.to(like.device, like.dtype))
+        positions = None if positions is None else positions.view(states.features.shape[:2])
+        rotation: Any = self.probe.rotation
+        checkpointed = is_checkpointed(self.language_model, self.training)
+        return run_image_stream(self._decode, states, self._make_stream(), rotation, positions, checkpointed)
+
+    def _decode(self, embeds, position_ids, plan, past_key_values=None, **kwargs) -> BaseModelOutputWithPast:
+        return run_with_plan(self.language_model, embeds, position_ids, plan, past_key_values, **kwargs)
+
+    def _forward_two_streams(self, inputs: DecoderInputs) -> BaseModelOutputWithPast:
+        """Runs the decoder on images and on text, and scatters its outputs to the positions of the conversation."""
+        embeds, kwargs = inputs.embeds, dict(inputs.kwargs)
+        past_key_values = inputs.past_key_values
+        if past_key_values is None and kwargs.get("use_cache", self.config.text_config.use_cache):
+            past_key_values = ConversationCache()
+        cache: Any = past_key_values
+        if cache is not None and not is_conversation_cache(cache):
+            cache = ConversationCache()
+        kwargs["use_cache"] = cache is not None
+        num_past = 0 if cache is None else cache.get_seq_length()
+        position_ids = inputs.position_ids
+        if position_ids is None:
+            position_ids = torch.arange(num_past, num_past + embeds.shape[1], device=embeds.device)[None]
+        position_ids = position_ids.expand(embeds.shape[:2])
+        assert inputs.mm_token_type_ids is not None
+        mm_token_type_ids = inputs.mm_token_type_ids[:, num_past:]
+        attention_mask = None if inputs.attention_mask is None else inputs.attention_mask[:, num_past:]
+
+        is_image = mm_token_type_ids.cpu().bool()
+        states: Any = self._image_states(inputs, is_image, position_ids)
+        if inputs.blank_features is not None:
+            blank = self._run_image_stream(ImageStates(inputs.blank_features[None], [0]), embeds)
+            computed: list[Any] = [*blank.keys, *blank.values, blank.outputs]
+            embeds = embeds + 0.0 * sum(tensor.sum().to(embeds.device) for tensor in computed)
+
+        past = (None, None)
+        if cache is not None:
+            cache.prepare(embeds.shape[0])
+            past = (cache.slots, cache.token_types)
+        plan = make_plan(mm_token_type_ids, attention_mask, *past, sequence_ids=inputs.sequence_ids)
+        form: Any = get_attention_type(self.config.attention_type).two_streams
+        plan = replace(plan, text_attention=form.text_attention)
+        rotation: Any = self.probe.rotation
+        if states is not None:
+            placed = place_images(states, plan, is_image, position_ids, rotation)
+            plan = replace(plan, image_keys_values=placed)
+        if cache is not None:
+            cache.add_images(plan, rotation.num_layers)
+            plan = replace(plan, image_keys_values=cache.image_keys_values if cache.image_cache.layers else None)
+        outputs = self._decode(plan.gather_text(embeds), plan.gather_text(position_ids), plan, cache, **kwargs)
+        if cache is not None:
+            cache.commit(plan)
+            if cache is not past_key_values:
+                cache.interleave(past_key_values)
+        outputs.past_key_values = past_key_values
+        image_outputs = None
+        if states is not None:
+            tokens = states.outputs.flatten(0, 1)[states.token_index().to(states.outputs.device)]
+            image_outputs = tokens[(plan.token_types == IMAGE)[is_image].to(tokens.device)]
+        outputs.last_hidden_state = plan.scatter(outputs.last_hidden_state, image_outputs)
+        return outputs
+
+    def _image_states(
+        self, inputs: DecoderInputs, is_image: torch.Tensor, position_ids: torch.Tensor
+    ) -> ImageStates | None:
+        """The images of a call with their keys and values, computed here unless they are known."""
+        states = inputs.image_states
+        if states is None and bool(is_image.any()):
+            states = ImageStates(inputs.embeds[is_image.to(inputs.embeds.device)][None], [0])
+        if states is None:
+            return None
+        if len(states.token_index()) != int(is_image.sum()):
+            raise ValueError(
+                f"mm_token_type_ids marks {int(is_image.sum())} of the current tokens as images; the images take "
+                f"{len(states.token_index())}."
+            )
+        if states.keys:
+            return states
+        if states.has_repeats and self.probe.no_late_rotation is None:
+            return self._run_image_stream(states, inputs.embeds)
+        # An image that occurs once is rotated where it is computed.
+        states = ImageStates(states.expand(states.features), list(range(len(states.index))))
+        return self._run_image_stream(states, inputs.embeds, position_ids[is_image.to(position_ids.device)])
+
+
+def find_packed(embeds, attention_mask, position_ids) -> torch.Tensor | None:
+    """Of packed rows, the sequence of each position (B, Q), detected from resets in `position_ids`."""
+    if position_ids is None or attention_mask is not None or torch.compiler.is_compiling():
+        return None
+    return find_packed_sequence_indices(position_ids.expand(embeds.shape[:2]))

@@ -1,0 +1,149 @@
+"""
+The key of a module's weights: what tells everything that its result depends on from anything else.
+
+The image memory, the cache of vision features and a kept conversation use the same key: configuration, adapter state,
+autocast, and a checksum of all weights with their dtype and device. Weights enter by content, so a key sees every way
+of changing them; hooks and replaced forwards, which no weight tells, are listed by [`hooked_modules`].
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import output_capturing
+
+
+DIGEST_SIZE = 20  # bytes
+COLUMNS = (1021, 1009)  # widths of the checksum; primes, so that rows of a matrix that change places change it
+NEUTRAL_HOOK = "make_inputs_require_grads"  # of `enable_input_require_grads`; it changes no value
+
+
+def weights_key(module: Any, description: bytes = b"") -> str:
+    """
+    The key of a module, 40 hexadecimal digits. It reads all weights once, about the cost of one generated token;
+    after [`freeze`] only if one of them is another tensor or has another version.
+
+    Args:
+        module (`PreTrainedModel`): The module.
+        description (`bytes`, *optional*): What else its result depends on.
+
+    Raises:
+        `ValueError`: weights that are offloaded or sharded.
+    """
+    config = module.config
+    described = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    for part in (config, getattr(config, "vision_config", None), getattr(config, "text_config", None)):
+        described += str(getattr(part, "_attn_implementation", None))
+    digest = hashlib.blake2b(description + described.encode(), digest_size=DIGEST_SIZE)
+    digest.update(adapter_state(module).encode())
+    digest.update(_checksum_of_weights(module))
+    return digest.hexdigest()
+
+
+def freeze(module: Any) -> None:
+    """
+    Declares that the weights of a module stay as they are, so that their checksum is taken once. In-place changes and
+    loading are still noticed, by tensor versions; fused optimizers and writes through `.data`, which leave versions
+    as they are, are not.
+    """
+    module._frozen_checksum = (None, b"")
+
+
+def _checksum_of_weights(module: Any) -> bytes:
+    frozen = getattr(module, "_frozen_checksum", None)
+    if frozen is not None:
+        versions = [
+            (id(weight), weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.dtype)
+            for weight in (*module.parameters(), *module.buffers())
+        ]
+        if frozen[0] == versions:
+            return frozen[1]
+    digest = hashlib.blake2b(digest_size=DIGEST_SIZE)
+    for name, part in module.named_modules():
+        if name.endswith("rotary_emb"):
+            continue  # made from the configuration, and changed by it in the course of a run
+        for key, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
+            if is_elsewhere(tensor):
+                raise ValueError(
+                    f"The weight {name}.{key} is offloaded or sharded, so a change of it would not be noticed. Load "
+                    "the model without offloading or ZeRO-3."
+                )
+            digest.update(str((name, key, tensor.dtype, tuple(tensor.shape), tensor.device.type)).encode())
+            digest.update(column_sums(tensor))
+    if frozen is not None:
+        module._frozen_checksum = (versions, digest.digest())
+    return digest.digest()
+
+
+def image_key(pixel_values: torch.Tensor) -> str:
+    """The key of a preprocessed image (channels, height, width), by its content."""
+    digest = hashlib.blake2b(str((pixel_values.dtype, tuple(pixel_values.shape))).encode(), digest_size=DIGEST_SIZE)
+    digest.update(pixel_values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def adapter_state(module: nn.Module) -> str:
+    """The state of adapters, active, disabled or merged, and of autocast."""
+    state: list[Any] = []
+    for name, part in module.named_modules():
+        adapters = [str(getattr(part, what, None)) for what in ("active_adapters", "disable_adapters", "merged")]
+        scaling = getattr(part, "scaling", None)
+        if adapters != ["None"] * 3 or isinstance(scaling, dict):
+            state.append((name, adapters, scaling))
+    device = next(module.parameters()).device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        state.append(torch.get_autocast_dtype(device))
+    return str(state)
+
+
+def hooks_of(module: nn.Module) -> list[Callable]:
+    """The hooks of a module that may change what it computes; not those that only record."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    return [hook for hook in hooks if getattr(hook, "func", hook).__module__ != output_capturing.__name__]
+
+
+def hooked_modules(model: nn.Module) -> list[str]:
+    """The modules with hooks or a replaced forward, by name."""
+
+    def is_hooked(module: nn.Module) -> bool:
+        hooks = [hook for hook in hooks_of(module) if getattr(hook, "__name__", None) != NEUTRAL_HOOK]
+        return bool(hooks) or ("forward" in vars(module) and not hasattr(module, "_hf_hook"))
+
+    return [name or type(module).__name__ for name, module in model.named_modules() if is_hooked(module)]
+
+
+def has_dropout(module: nn.Module) -> bool:
+    """Whether what a module computes is random, or depends on the rest of its batch, as in some training."""
+    if not module.training:
+        return False
+    rates = ("p", "drop_prob", "dropout", "attention_dropout")
+    return any(
+        part.training
+        and (
+            isinstance(part, nn.modules.batchnorm._BatchNorm)
+            or any(isinstance(rate := getattr(part, name, None), float) and rate > 0 for name in rates)
+        )
+        for part in module.modules()
+    )
+
+
+def is_elsewhere(tensor: torch.Tensor) -> bool:
+    """Whether a weight is offloaded, or sharded by ZeRO-3."""
+    return tensor.is_meta or hasattr(tensor, "ds_id")
+
+
+def column_sums(tensor: torch.Tensor) -> bytes:
+    """The bits of a tensor summed up as integers, in columns of two widths, at the speed of memory."""
+    tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    flat = tensor.detach().contiguous().flatten().view(torch.uint8)
+    if flat.data_ptr() % 8 or flat.storage_offset() % 8 or len(flat) % 8:
+        flat = nn.functional.pad(flat, (0, -len(flat) % 8)).clone()
+    words = flat.view(torch.int64)
+    sums = []
+    for width in COLUMNS:
+        whole = len(words) // width * width
+        sums += [words[:whole].view(-1, width).sum(dim=0), words[whole:]]
+    return torch.cat(sums).cpu().numpy().tobytes()
