@@ -77,7 +77,7 @@ MEETING = [
     ("causal", None, {}),
     ("mmca", lambda model: model.set_attn_implementation("eager"), {}),
     ("mmca", None, {"attention_mask": torch.ones(1, 2, 8, 8, dtype=torch.bool)}),
-    None,  # torch.compile: `test_compiled` in test_exactness.py
+    None,  # torch.compile: `test_compiles_without_a_graph_break`
     ("mmca", window, {}),
     ("mmca", None, {"output_hidden_states": True}),
     ("mmca", None, {"position_ids": torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1]]), "past_key_values": ConversationCache()}),
