@@ -3,7 +3,7 @@ Joins a vision encoder and a language model into a VisualChat checkpoint, ready 
 
     python examples/join.py --vision facebook/dinov2-small --text HuggingFaceTB/SmolLM2-135M-Instruct --output joined
 
-Both are names on the Hub or folders; the language model can also be a `.gguf` file. The projector is new and untrained.
+Both are names on the Hub or folders; the language model can also be a `.gguf` file. The new projector is untrained.
 """
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter

@@ -1,4 +1,4 @@
-"""The main job as its user runs it: flags, bad input, resuming, own data, DeepSpeed, and the chat that follows."""
+"""`finetune.py` as users run it: flags, invalid input, resuming, custom data, DeepSpeed, and the chat that follows."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def losses(folder):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Own data: pictures, JSON lines that name them by relative paths, and a checkpoint to train."""
+    """Custom data: pictures, JSON lines that name them by relative paths, and a checkpoint to train."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "pictures").mkdir()
     lines = []
@@ -134,7 +134,7 @@ def test_the_default_runs_and_leaves_everything(tmp_path):
 
 
 def deepspeed(stage):
-    """Flags of the script and of the launcher for two processes that share the parameters out."""
+    """Flags of the script and of the launcher for two processes that partition the parameters."""
     flags = ["--deepspeed", EXAMPLES / "configs" / f"zero{stage}.json"]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -158,7 +158,7 @@ def test_two_processes_with_deepspeed_run_the_main_job(tmp_path, stage):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_processes_with_deepspeed_learn_what_one_learns(tmp_path, data, stage):
-    """One conversation a rank and a step: in one step a rank has text alone beside a rank with an image."""
+    """One conversation per rank and step: in one step, a rank has only text while the other has an image."""
     common = [
         "--config", EXAMPLES / "configs" / "finetune.yaml",
         "--model", data / "checkpoint", "--train_file", data / "train.jsonl", "--max_length", "400",
@@ -171,13 +171,13 @@ def test_two_processes_with_deepspeed_learn_what_one_learns(tmp_path, data, stag
     finetune(*common, "--output_dir", tmp_path / "one", "--per_device_train_batch_size", "2")
     two, one = losses(tmp_path / "two"), losses(tmp_path / "one")
     assert len(two) == 10
-    # The ninth conversation is alone in its step, where two processes repeat another.
+    # The last step has one conversation; two processes pad it with a repeated one.
     torch.testing.assert_close(torch.tensor(two[:4]), torch.tensor(one[:4]), rtol=1e-4, atol=1e-4)
     assert AutoProcessor.from_pretrained(tmp_path / "two").image_token == "<image>"
 
 
 @pytest.mark.slow
-def test_own_data_trains_only_what_is_trainable_and_resumes(tmp_path, data):
+def test_custom_data_trains_only_trainable_modules_and_resumes(tmp_path, data):
     flags = [
         "--config", EXAMPLES / "configs" / "finetune.yaml",
         "--model", data / "checkpoint", "--train_file", data / "train.jsonl",
@@ -206,7 +206,7 @@ def test_own_data_trains_only_what_is_trainable_and_resumes(tmp_path, data):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    (broken / "checkpoint-99").mkdir(exist_ok=True)  # what a kill in the middle of saving leaves behind
+    (broken / "checkpoint-99").mkdir(exist_ok=True)  # left behind by a kill during saving
     finetune(*flags, "--output_dir", broken, "--resume_from_checkpoint", "true")
     resumed = VisualChatForConditionalGeneration.from_pretrained(broken).state_dict()
     for name in after:
@@ -232,8 +232,8 @@ def test_a_mixture_trains_on_two_processes(tmp_path, data):
     assert losses(tmp_path / "out")
 
 
-def write_own(folder):
-    """Conversations of one picture each as LLaVA keeps them, one of a picture that is broken, and one far too long."""
+def write_custom_data(folder):
+    """Conversations in the schema of LLaVA with one picture each, one with a broken picture, and one far too long."""
     turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A picture."}]
     records = []
     for number in range(12):
@@ -247,8 +247,8 @@ def write_own(folder):
 
 
 @pytest.mark.slow
-def test_packs_train_and_the_vision_tower_runs_once_an_image(tmp_path, data):
-    write_own(tmp_path)
+def test_packs_train_and_the_vision_tower_runs_once_per_image(tmp_path, data):
+    write_custom_data(tmp_path)
     completed = finetune(
         "--config", EXAMPLES / "configs" / "finetune.yaml", "--model", data / "checkpoint",
         "--train_file", tmp_path / "own.json", "--packing", "true", "--overlong", "skip", "--max_length", "300",
@@ -265,7 +265,7 @@ def test_packs_train_and_the_vision_tower_runs_once_an_image(tmp_path, data):
 
 @pytest.mark.slow
 def test_a_stream_trains_on_two_processes(tmp_path, data):
-    write_own(tmp_path)
+    write_custom_data(tmp_path)
     recipe = tmp_path / "stream.yaml"
     shutil.copy(tmp_path / "own.jsonl", tmp_path / "own_too.jsonl")
     recipe.write_text("streaming: true\neval_share: 0.5\nsources: [{name: own, path: own*.jsonl}]")
