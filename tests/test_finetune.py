@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,10 @@ from processing_visualchat import load_conversations
 
 
 EXAMPLES = REPOSITORY / "examples"
+DATA_ARGUMENTS = (
+    "model", "train_file", "eval_file", "mixture", "data_root", "packing", "trainable", "vision_features",
+    "attention_type", "projector_type",
+)  # fmt: skip
 SHORT = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--logging_steps", "1"]
 
 
@@ -309,6 +314,18 @@ def test_wrong_flags_are_named_and_nothing_is_written(tmp_path, flags, message):
     assert re.search(message, completed.stderr), completed.stderr[-1500:]
     assert "usage:" not in completed.stderr
     assert not output.exists()
+
+
+def test_processes_that_do_not_know_each_other_are_refused(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from training_arguments import find_conflicts
+
+    arguments = SimpleNamespace(**dict.fromkeys(DATA_ARGUMENTS))
+    training_arguments = SimpleNamespace(label_smoothing_factor=0.0, world_size=1)
+    assert find_conflicts(arguments, training_arguments) == []
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    (conflict,) = find_conflicts(arguments, training_arguments)
+    assert conflict.startswith("3 processes were started and each trains a model of its own")
 
 
 def test_a_checkpoint_of_another_model_type_is_refused(tmp_path):
