@@ -3,7 +3,7 @@ Joins a vision encoder and a language model into a VisualChat checkpoint, ready 
 
     python examples/join.py --vision facebook/dinov2-small --text HuggingFaceTB/SmolLM2-135M-Instruct --output joined
 
-Both are names on the Hub or folders; the language model may also be a `.gguf` file. The projector is new.
+Both are names on the Hub or folders; the language model can also be a `.gguf` file. The new projector is untrained.
 """
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -18,7 +18,7 @@ from processing_visualchat import VisualChatProcessor
 
 @torch.no_grad()
 def check(model: VisualChatForConditionalGeneration, processor: VisualChatProcessor) -> None:
-    """One blank image through both, before anything is written: their lengths have to agree."""
+    """Passes one blank image through both before anything is written: their image lengths have to match."""
     messages = [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (64, 64))}]}]
     model(**processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt"))
 
@@ -28,11 +28,11 @@ def main() -> None:
     parser.add_argument("--vision", required=True, help="name or folder of a vision encoder")
     parser.add_argument("--text", required=True, help="name or folder of a language model, or a .gguf file")
     parser.add_argument("--output", required=True, type=Path, help="folder to write the checkpoint to")
-    parser.add_argument("--projector_type", default="linear", choices=["linear", "mlp", "vit", "perceiver"])
-    parser.add_argument("--attention_type", default="mmca", choices=["mmca", "causal"])
-    parser.add_argument("--vision_feature_layer", type=int, default=-1, help="hidden state of the encoder to read")
-    parser.add_argument("--image_seq_length", type=int, help="tokens of an image, if not what the encoder yields")
-    parser.add_argument("--seed", type=int, default=0, help="of the new projector")
+    parser.add_argument("--projector_type", default="linear", help="linear, mlp, vit, perceiver or a registered name")
+    parser.add_argument("--attention_type", default="mmca", help="mmca or causal")
+    parser.add_argument("--vision_feature_layer", type=int, default=-1, help="hidden state of the encoder to use")
+    parser.add_argument("--image_seq_length", type=int, help="tokens per image, by default what the encoder outputs")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the new projector's weights")
     arguments = parser.parse_args()
     if arguments.output.exists() and any(arguments.output.iterdir()):
         parser.error(f"the output folder {arguments.output} exists and is not empty; choose another --output")

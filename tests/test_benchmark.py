@@ -13,11 +13,13 @@ from modeling_visualchat import mmca_attention
 
 pytestmark = pytest.mark.slow
 
+BENCHMARKS = EXAMPLES / "benchmarks"
+
 
 def test_the_quick_table(tmp_path):
     flags = ["--repeats", "2", "--heads", "2", "--key_heads", "1", "--output", str(tmp_path)]
     completed = subprocess.run(
-        [sys.executable, str(EXAMPLES / "benchmark.py"), *flags],
+        [sys.executable, str(BENCHMARKS / "attention.py"), *flags],
         capture_output=True,
         text=True,
         env=environment(),
@@ -27,7 +29,7 @@ def test_the_quick_table(tmp_path):
     document = json.loads((tmp_path / "benchmark.json").read_text())
     floors = {row["layout"]: round(row["floor"], 3) for row in document["rows"]}
     assert floors == {"1x256+128": 0.333, "4x256+256": 0.201, "8x256+512": 0.2}
-    assert {row["variant"] for row in document["rows"]} == {"mmca", "form of 2023"}
+    assert {row["variant"] for row in document["rows"]} == {"mmca", "original implementation"}
     assert all(row["ratio"] > 0 for row in document["rows"])
     assert (tmp_path / "benchmark.png").stat().st_size > 0
     assert "attention, forward and backward" in completed.stdout
@@ -37,8 +39,8 @@ SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "
 
 
 def test_whole_models_compute_the_same_with_images_known(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    import benchmark
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import attention as benchmark
 
     models = benchmark.Models((2, 4, 7), 2, SHAPE)
     names = [name for name in vars(benchmark.Models) if name.startswith("benchmark_")]
@@ -55,9 +57,9 @@ def test_whole_models_compute_the_same_with_images_known(monkeypatch, tmp_path):
     torch.testing.assert_close(known.logits, expected.logits, rtol=1e-5, atol=1e-5)
 
 
-def test_memory_is_the_most_at_a_time(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    from benchmark import peak_bytes
+def test_memory_is_the_peak_allocation(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from attention import peak_bytes
 
     def run():
         for _ in range(3):
@@ -72,27 +74,27 @@ def test_wrong_flags_are_named():
         ("--repeats", "1"): "--repeats has to be at least 2",
         ("--heads", "5", "--key_heads", "2"): "--key_heads 2 does not divide --heads 5",
     }.items():
-        command = [sys.executable, str(EXAMPLES / "benchmark.py"), *flags]
+        command = [sys.executable, str(BENCHMARKS / "attention.py"), *flags]
         completed = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=100)
         assert completed.returncode == 2 and message in completed.stderr
 
 
-def test_the_form_of_2023_is_another_form_of_the_same(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    from benchmark import attention_of_2023, modalities
+def test_the_original_implementation_computes_the_same(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from attention import modalities, original_attention
 
     ids = modalities((3, 5, 9)).cpu()
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, heads, ids.shape[1], 8, generator=generator) for heads in (4, 2, 2))
     expected = mmca_attention(query, key, value, ids).transpose(1, 2)
-    torch.testing.assert_close(attention_of_2023(query, key, value, ids), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(original_attention(query, key, value, ids), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_what_feeds_a_model_is_measured():
+def test_the_data_pipeline_is_measured():
     completed = subprocess.run(
         [
             sys.executable,
-            str(EXAMPLES / "benchmark_data.py"),
+            str(BENCHMARKS / "data.py"),
             "--records",
             "600",
             "--repeats",

@@ -1,4 +1,4 @@
-"""The main job as its user runs it: flags, bad input, resuming, own data, DeepSpeed, and the chat that follows."""
+"""`finetune.py` as users run it: flags, invalid input, resuming, custom data, DeepSpeed, and the chat that follows."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,10 @@ from processing_visualchat import load_conversations
 
 
 EXAMPLES = REPOSITORY / "examples"
+DATA_ARGUMENTS = (
+    "model", "train_file", "eval_file", "mixture", "data_root", "packing", "trainable", "vision_features",
+    "attention_type", "projector_type",
+)  # fmt: skip
 SHORT = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--logging_steps", "1"]
 
 
@@ -58,7 +63,7 @@ def losses(folder):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Own data: pictures, JSON lines that name them by relative paths, and a checkpoint to train."""
+    """Custom data: pictures, JSON lines that name them by relative paths, and a checkpoint to train."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "pictures").mkdir()
     lines = []
@@ -134,7 +139,7 @@ def test_the_default_runs_and_leaves_everything(tmp_path):
 
 
 def deepspeed(stage):
-    """Flags of the script and of the launcher for two processes that share the parameters out."""
+    """Flags of the script and of the launcher for two processes that partition the parameters."""
     flags = ["--deepspeed", EXAMPLES / "configs" / f"zero{stage}.json"]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -158,7 +163,7 @@ def test_two_processes_with_deepspeed_run_the_main_job(tmp_path, stage):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_processes_with_deepspeed_learn_what_one_learns(tmp_path, data, stage):
-    """One conversation a rank and a step: in one step a rank has text alone beside a rank with an image."""
+    """One conversation per rank and step: in one step, a rank has only text while the other has an image."""
     common = [
         "--config", EXAMPLES / "configs" / "finetune.yaml",
         "--model", data / "checkpoint", "--train_file", data / "train.jsonl", "--max_length", "400",
@@ -171,13 +176,13 @@ def test_two_processes_with_deepspeed_learn_what_one_learns(tmp_path, data, stag
     finetune(*common, "--output_dir", tmp_path / "one", "--per_device_train_batch_size", "2")
     two, one = losses(tmp_path / "two"), losses(tmp_path / "one")
     assert len(two) == 10
-    # The ninth conversation is alone in its step, where two processes repeat another.
+    # The last step has one conversation; two processes pad it with a repeated one.
     torch.testing.assert_close(torch.tensor(two[:4]), torch.tensor(one[:4]), rtol=1e-4, atol=1e-4)
     assert AutoProcessor.from_pretrained(tmp_path / "two").image_token == "<image>"
 
 
 @pytest.mark.slow
-def test_own_data_trains_only_what_is_trainable_and_resumes(tmp_path, data):
+def test_custom_data_trains_only_trainable_modules_and_resumes(tmp_path, data):
     flags = [
         "--config", EXAMPLES / "configs" / "finetune.yaml",
         "--model", data / "checkpoint", "--train_file", data / "train.jsonl",
@@ -206,7 +211,7 @@ def test_own_data_trains_only_what_is_trainable_and_resumes(tmp_path, data):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    (broken / "checkpoint-99").mkdir(exist_ok=True)  # what a kill in the middle of saving leaves behind
+    (broken / "checkpoint-99").mkdir(exist_ok=True)  # left behind by a kill during saving
     finetune(*flags, "--output_dir", broken, "--resume_from_checkpoint", "true")
     resumed = VisualChatForConditionalGeneration.from_pretrained(broken).state_dict()
     for name in after:
@@ -232,8 +237,8 @@ def test_a_mixture_trains_on_two_processes(tmp_path, data):
     assert losses(tmp_path / "out")
 
 
-def write_own(folder):
-    """Conversations of one picture each as LLaVA keeps them, one of a picture that is broken, and one far too long."""
+def write_custom_data(folder):
+    """Conversations in the schema of LLaVA with one picture each, one with a broken picture, and one far too long."""
     turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A picture."}]
     records = []
     for number in range(12):
@@ -247,8 +252,8 @@ def write_own(folder):
 
 
 @pytest.mark.slow
-def test_packs_train_and_the_vision_tower_runs_once_an_image(tmp_path, data):
-    write_own(tmp_path)
+def test_packs_train_and_the_vision_tower_runs_once_per_image(tmp_path, data):
+    write_custom_data(tmp_path)
     completed = finetune(
         "--config", EXAMPLES / "configs" / "finetune.yaml", "--model", data / "checkpoint",
         "--train_file", tmp_path / "own.json", "--packing", "true", "--overlong", "skip", "--max_length", "300",
@@ -265,7 +270,7 @@ def test_packs_train_and_the_vision_tower_runs_once_an_image(tmp_path, data):
 
 @pytest.mark.slow
 def test_a_stream_trains_on_two_processes(tmp_path, data):
-    write_own(tmp_path)
+    write_custom_data(tmp_path)
     recipe = tmp_path / "stream.yaml"
     shutil.copy(tmp_path / "own.jsonl", tmp_path / "own_too.jsonl")
     recipe.write_text("streaming: true\neval_share: 0.5\nsources: [{name: own, path: own*.jsonl}]")
@@ -278,27 +283,27 @@ def test_a_stream_trains_on_two_processes(tmp_path, data):
     completed = finetune(*common, "--max_steps", "20", "--output_dir", tmp_path / "out", *flags, launcher=launcher)
     assert len(losses(tmp_path / "out")) == 20 and "eval_loss" in completed.stdout
     refused = finetune(*common, "--output_dir", tmp_path / "other", check=False)
-    assert "say when to end with --max_steps" in refused.stderr
+    assert "set the number of steps with --max_steps" in refused.stderr
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--label_smoothing_factor", "0.1"], "label_smoothing_factor is not supported"),
-        (["--attention_type", "cross"], "invalid choice: 'cross'"),
-        (["--projector_type", "conv"], "invalid choice: 'conv'"),
+        (["--attention_type", "crossed"], r"'attention_type'[^\n]*\n.*crossed"),
+        (["--projector_type", "conv"], r"'projector_type'[^\n]*\n.*conv"),
         (["--config", "nowhere.yaml"], "no configuration file at nowhere.yaml"),
-        (["--train_file", "x.jsonl"], r"--model and --train_file \(or --mixture\) go together"),
+        (["--train_file", "x.jsonl"], r"--model and --train_file \(or --mixture\) require each other"),
         (["--learning_rat", "1", "--nonsense", "2"], "nonsense"),
         (["--resume_from_checkpoint", "true"], "holds no complete checkpoint"),
-        (["--data_root", "x"], "--data_root goes with --mixture"),
-        (["--packing", "true"], "--packing is of a checkpoint"),
-        (["--vision_features", "x"], "--vision_features needs a frozen vision tower"),
-        (["--mixture", "x.yaml", "--data_root", "x"], r"--model and --train_file \(or --mixture\) go together"),
+        (["--data_root", "x"], "--data_root requires --mixture"),
+        (["--packing", "true"], "--packing requires --model"),
+        (["--vision_features", "x"], "--vision_features requires --model and a frozen vision tower"),
+        (["--mixture", "x.yaml", "--data_root", "x"], r"--model and --train_file \(or --mixture\) require each other"),
         (["--mixture", "x.yaml", "--train_file", "x"], "leave out --train_file and --eval_file"),
         (["--overlong", "cut"], "invalid choice: 'cut'"),
-        (["--trainable", "lm_head"], "--trainable is of a checkpoint"),
-        (["--eval_file", "x.jsonl"], "--eval_file goes with --model and --train_file"),
+        (["--trainable", "lm_head"], "--trainable requires --model"),
+        (["--eval_file", "x.jsonl"], "--eval_file requires --model and --train_file"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -309,6 +314,18 @@ def test_wrong_flags_are_named_and_nothing_is_written(tmp_path, flags, message):
     assert re.search(message, completed.stderr), completed.stderr[-1500:]
     assert "usage:" not in completed.stderr
     assert not output.exists()
+
+
+def test_processes_that_do_not_know_each_other_are_refused(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from training_arguments import find_conflicts
+
+    arguments = SimpleNamespace(**dict.fromkeys(DATA_ARGUMENTS))
+    training_arguments = SimpleNamespace(label_smoothing_factor=0.0, world_size=1)
+    assert find_conflicts(arguments, training_arguments) == []
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    (conflict,) = find_conflicts(arguments, training_arguments)
+    assert conflict.startswith("3 processes were started and each trains a model of its own")
 
 
 def test_a_checkpoint_of_another_model_type_is_refused(tmp_path):

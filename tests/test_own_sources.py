@@ -321,7 +321,7 @@ def test_json_lines_may_have_other_roles(root):
 
 def test_a_folder_to_evaluate_on_gives_its_own_split(root, monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    from finetune_data import choose_split
+    from training_data import choose_split
 
     write_lines(root / "llava" / "talk.jsonl", asked("0.png"))
     wanted = ["validation", "test"]

@@ -1,4 +1,4 @@
-"""What the digits model has learned: accuracy on held-out scans, a picture of its chats, and the loss curve."""
+"""Evaluates the digits model: accuracy on held-out scans, a picture of its chats, and the loss curve."""
 
 import random
 from collections import Counter, defaultdict
@@ -10,7 +10,6 @@ import matplotlib
 matplotlib.use("Agg")
 
 import torch
-from digits import OF_ONE, OF_TWO, DigitConversations, Question
 from matplotlib import pyplot
 from tqdm.auto import tqdm
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -18,17 +17,19 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from modeling_visualchat import VisualChatForConditionalGeneration
 from processing_visualchat import VisualChatProcessor
 
+from .conversations import OF_ONE, OF_TWO, DigitConversations, Question
+
 
 @torch.no_grad()
 def hold_conversations(model, processor, conversations: list[list[dict]], batch_size: int = 64) -> list[list[str]]:
     """
-    The model's answers to the user's turns of finished conversations, round by round, its own answers as history.
+    Answers the user turns of conversations round by round, with the model's own answers as history.
 
     Args:
-        conversations (`list[list[dict]]`): Messages; the assistant's are ignored.
+        conversations (`list[list[dict]]`): Messages; those of the assistant are ignored.
 
     Returns:
-        `list[list[str]]`: for every conversation its answers.
+        `list[list[str]]`: the answers of each conversation.
     """
     answers = [[] for _ in conversations]
     histories = [[] for _ in conversations]
@@ -56,7 +57,7 @@ def hold_conversations(model, processor, conversations: list[list[dict]], batch_
 
 
 def most_frequent_answers(scans: list, num_conversations: int = 2000) -> dict[str, str]:
-    """The best guess from the text alone: for every question its most frequent answer in training."""
+    """The text-only baseline: the most frequent answer to each question in training."""
     counts = defaultdict(Counter)
     conversations = DigitConversations(scans, num_conversations, seed=2)
     for index in range(num_conversations):
@@ -78,9 +79,9 @@ def evaluate(model, processor, train_scans: list, test_scans: list, num_conversa
     Exact match on conversations about held-out scans.
 
     Returns:
-        The rows of the table, `(name, asked, exact match, chance, text-only guess)`: one for each kind of question,
-        then the questions about one image, those across two, and those across two that open a conversation, where no
-        earlier answer has named a digit. And the chats, `(rounds, answers)`.
+        The rows of the table, `(name, asked, exact match, chance, text only)`: one for each question, then all
+        questions about one image, all across two images, and those across two images that open a conversation, where
+        no earlier answer has named a digit. And the chats, `(rounds, answers)`.
     """
     conversations = DigitConversations(test_scans, num_conversations, seed=1)
     messages = [conversations[index]["messages"] for index in range(num_conversations)]
@@ -104,7 +105,7 @@ def evaluate(model, processor, train_scans: list, test_scans: list, num_conversa
 
 
 def summarize(name: str, asked: list[tuple[Question, int, bool, bool]]) -> tuple[str, int, float, float, float]:
-    """One row of the table from `(question, turn, is right, guess is right)`, every question counting once."""
+    """A row of the table from `(question, turn, is right, text-only guess is right)` of each question asked."""
     total = len(asked)
     chance = sum(1 / question.num_answers for question, *_ in asked) / total
     return name, total, sum(entry[2] for entry in asked) / total, chance, sum(entry[3] for entry in asked) / total
@@ -120,7 +121,7 @@ def format_table(rows: list) -> str:
 
 
 def draw_chats(chats: list, path: Path, num_chats: int = 8) -> None:
-    """A picture of some chats: the images as they are shown, the questions, and answers in green or red."""
+    """Draws chats: images where they are shown, questions, and answers in green or red."""
     figure, axes = pyplot.subplots(2, num_chats // 2, figsize=(3.6 * num_chats / 2, 9))
     for axis, (rounds, answers) in zip(axes.flat, chats[:num_chats]):
         axis.set_axis_off()
@@ -133,7 +134,7 @@ def draw_chats(chats: list, path: Path, num_chats: int = 8) -> None:
                 inset.set(xticks=[], yticks=[])
                 inset.set_title(f"Image {number}", fontsize=8, pad=2)
             height -= 0.18 if images else 0.01
-            shown = answer if answer == expected else f"{answer or '(nothing)'}  (it is: {expected})"
+            shown = answer if answer == expected else f"{answer or '(nothing)'}  (expected: {expected})"
             color = "green" if answer == expected else "red"
             axis.text(0.02, height, question, fontsize=10, va="top", family="monospace")
             axis.text(0.02, height - 0.04, shown, fontsize=10, va="top", color=color, weight="bold")
@@ -148,7 +149,7 @@ def draw_loss(log_history: list[dict], path: Path) -> None:
     figure, axis = pyplot.subplots(figsize=(7, 4))
     axis.plot(*zip(*points))
     axis.set_xlabel("optimizer step")
-    axis.set_ylabel("training loss (nats a token)")
+    axis.set_ylabel("training loss (nats/token)")
     axis.set_yscale("log")
     axis.grid(alpha=0.3)
     figure.tight_layout()
@@ -159,7 +160,7 @@ def draw_loss(log_history: list[dict], path: Path) -> None:
 def report(
     folder: str, train_scans: list, test_scans: list, log_history: list[dict], num_conversations: int = 300
 ) -> list:
-    """Loads the checkpoint just saved, evaluates it, and leaves the table, the pictures and some scans beside it."""
+    """Evaluates a saved checkpoint, and writes the table, the pictures and some scans into its folder."""
     folder = Path(folder)
     unset_hf_deepspeed_config()
     model = VisualChatForConditionalGeneration.from_pretrained(folder).eval()
@@ -176,7 +177,7 @@ def report(
         image.resize((128, 128), resample=0).save(pictures / f"{index}-is-{digit}.png")
     first, second = (f"{pictures}/{index}-is-{digit}.png" for index, (_, digit) in enumerate(sample[:2]))
     print(
-        f"\nExact match on {len(test_scans)} scans that training never saw\n\n{table}\n\n"
+        f"\nExact match on {len(test_scans)} held-out scans\n\n{table}\n\n"
         f"Chats: {folder / 'chats.png'}    loss: {folder / 'loss.png'}    checkpoint: {folder}\n"
         f"Talk to it:\n\n    python examples/chat.py {folder} --image {first} --image {second}\n"
     )

@@ -1,17 +1,17 @@
 """
 Measures multi-modal causal attention against plain causal attention, in one run, as ratios.
 
-    python examples/benchmark.py                  # the quick table: attention alone
-    python examples/benchmark.py --full           # also 8 x 576 + 512 and whole models: prefill, decoding, training
-    python examples/benchmark.py --output DIR     # where to leave benchmark.json and benchmark.png
+    python examples/benchmarks/attention.py                # the quick table: attention alone
+    python examples/benchmarks/attention.py --full         # all layouts, and whole models: prefill, decoding, training
+    python examples/benchmarks/attention.py --output DIR   # folder for benchmark.json and benchmark.png
 
-Everything is measured beside the same computation with causal attention: repeats are interleaved, medians are
-compared, and the spread is that of the ratio between its quartiles. On a CPU it is CPU time on one thread, in float32;
-on a GPU it is device time, in bfloat16, and the last column is the part of the chip's measured matrix rate that the
-operations counted reach. Memory is the most that a run has allocated beyond its inputs and weights. Layouts are images
-x tokens of an image + text tokens, the text in equal parts before, between and after the images. The floor counts the
-query-key pairs that MMCA needs over those of causal attention. The form of 2023 computes both softmaxes over full
-score matrices in float32. What feeds a model is measured by benchmark_data.py.
+Each measurement is interleaved with the same computation under causal attention. Ratios compare medians, and quartiles
+are those of the ratio. On a CPU, time is CPU time on one thread, in float32; on a GPU it is device time, in bfloat16.
+"of rate" is the fraction of the measured matrix multiplication rate that the counted operations reach. Memory is the
+peak allocation beyond inputs and weights. Layouts are images x tokens per image + text tokens, with the text in equal
+parts before, between and after the images. The floor is the number of query-key pairs of MMCA over that of causal
+attention. The original implementation computes both softmaxes over full float32 score matrices. The data pipeline is
+measured by data.py.
 """
 
 import itertools
@@ -42,7 +42,7 @@ from modeling_visualchat.plan_visualchat import make_plan
 
 QUICK_LAYOUTS = [(1, 256, 128), (4, 256, 256), (8, 256, 512)]
 FULL_LAYOUTS = [*QUICK_LAYOUTS, (8, 576, 512)]
-LONGEST_OF_2023 = 3000  # tokens; beyond, its score matrices take minutes and gigabytes
+MAX_ORIGINAL_LENGTH = 3000  # tokens; for longer sequences, its score matrices take minutes and gigabytes
 USES_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if USES_GPU else "cpu"
 DTYPE = torch.bfloat16 if USES_GPU else torch.float32
@@ -59,7 +59,7 @@ def modalities(layout: tuple[int, int, int]) -> torch.Tensor:
 
 
 def floor(ids: torch.Tensor) -> float:
-    """Query-key pairs that MMCA computes, over those of causal attention."""
+    """The number of query-key pairs of MMCA over that of causal attention."""
     is_text = ids[0] == 0
     num_pairs = (torch.arange(1, len(is_text) + 1, device=ids.device) * is_text).sum()
     return float(num_pairs) / (len(is_text) * (len(is_text) + 1) / 2)
@@ -72,8 +72,8 @@ def causal_attention(query, key, value):
     return output.transpose(1, 2).contiguous()
 
 
-def attention_of_2023(query, key, value, ids):
-    """Two full float32 score matrices, masked and put through a softmax each."""
+def original_attention(query, key, value, ids):
+    """The original implementation: two full float32 score matrices, each masked and normalized by a softmax."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = (query.float() @ key.float().transpose(2, 3)) / math.sqrt(query.shape[-1])
@@ -105,7 +105,7 @@ def measure(function: Callable[[], object]) -> float:
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
-    """The most that one call has allocated at a time."""
+    """Peak allocation of one call."""
     if USES_GPU:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -129,15 +129,15 @@ def compare(
     operations: float | None = None,
 ) -> list[dict]:
     """
-    Interleaved repeats of every variant; the first is what the others are compared with.
+    Measures all variants in interleaved repeats, and compares the first with each of the others.
 
     Args:
         name (`str`): What is measured.
-        layout (`tuple` of 3 `int`): Images, tokens of an image, text tokens.
+        layout (`tuple` of 3 `int`): Images, tokens per image, text tokens.
         variants (`dict`): Functions of no arguments by name.
-        repeats (`int`): How often to measure each.
-        lower_bound (`float`, *optional*): The ratio that counting query-key pairs allows.
-        operations (`float`, *optional*): Floating-point operations that MMCA needs.
+        repeats (`int`): Number of measurements of each.
+        lower_bound (`float`, *optional*): The ratio of query-key pairs.
+        operations (`float`, *optional*): Floating-point operations of MMCA.
     """
     memory = {}
     for variant, function in variants.items():
@@ -173,8 +173,8 @@ def compare(
 
 def benchmark_attention(layout, num_heads, num_key_heads, head_dim, repeats, backward):
     """
-    Attention alone, as a decoder layer calls it in a training step: for causal attention (B, H, S, D) in, (B, S, H, D)
-    out; for MMCA images and text apart.
+    Attention alone, as a decoder layer calls it in a training step: causal attention maps (B, H, S, D) to
+    (B, S, H, D); MMCA takes images and text separately.
     """
     num_images, image_length, num_text = layout
     ids = modalities(layout)
@@ -211,10 +211,12 @@ def benchmark_attention(layout, num_heads, num_key_heads, head_dim, repeats, bac
             torch.autograd.grad(own.sum() + read.sum(), [*text, *images[1:]])
 
         variants = {"causal": causal_backward, "mmca": mmca_backward}
-    elif ids.shape[1] <= LONGEST_OF_2023:
-        variants["form of 2023"] = lambda: attention_of_2023(*whole, ids)
+    elif ids.shape[1] <= MAX_ORIGINAL_LENGTH:
+        variants["original implementation"] = lambda: original_attention(*whole, ids)
     num_pairs = floor(ids) * ids.shape[1] * (ids.shape[1] + 1) / 2
-    operations = 4 * num_pairs * num_heads * head_dim * (3.5 if backward else 1)  # a backward pass is 2.5 forward ones
+    operations = (
+        4 * num_pairs * num_heads * head_dim * (3.5 if backward else 1)
+    )  # a backward pass costs 2.5 forward passes
     name = f"attention, {'forward and backward' if backward else 'forward'}"
     return compare(name, layout, variants, repeats, floor(ids), operations)
 
@@ -227,7 +229,7 @@ SMALL = {"hidden_size": 512, "intermediate_size": 1365, "num_attention_heads": 8
 
 
 def build(layout, attention_type, num_layers, shape) -> VisualChatForConditionalGeneration:
-    """A decoder of the given shape under a vision tower that costs next to nothing."""
+    """A decoder of the given shape with a vision tower of negligible cost."""
     torch.manual_seed(0)
     config = VisualChatConfig(
         vision_config=CLIPVisionConfig(
@@ -255,7 +257,7 @@ class Models:
     The same decoder with causal attention and with MMCA, and a conversation of the given layout.
 
     Args:
-        layout (`tuple` of 3 `int`): Images, tokens of an image, text tokens.
+        layout (`tuple` of 3 `int`): Images, tokens per image, text tokens.
         num_layers (`int`): Layers of the decoder.
         shape (`dict`): Its sizes.
     """
@@ -270,7 +272,7 @@ class Models:
         self.inputs = {"input_ids": self.ids * 999 + (1 - self.ids) * 7, "pixel_values": self.images}
 
     def compare(self, what: str, step: Callable, repeats: int, **steps: Callable) -> list[dict]:
-        """Times `step(model)` of both, or of MMCA another one."""
+        """Times `step(model)` of both models; `mmca=` replaces the step of the second."""
         variants = {"causal": lambda: step(self.models["causal"])}
         variants["mmca"] = lambda: steps.get("mmca", step)(self.models["mmca"])
         return compare(f"{what} ({self.name})", self.layout, variants, repeats)
@@ -280,12 +282,12 @@ class Models:
         return model(**self.inputs, use_cache=True, logits_to_keep=1)
 
     def benchmark_layer(self, repeats):
-        """A layer in the middle of a decoder: the output is computed at images too."""
+        """A layer in the middle of a decoder, whose output is computed at image tokens too."""
         step = torch.no_grad()(lambda model: model.model(**self.inputs, use_cache=False))
         return self.compare("decoder layer", step, repeats)
 
     def benchmark_new(self, repeats):
-        return self.compare("prefill, images new", self.prefill, repeats)
+        return self.compare("prefill, new images", self.prefill, repeats)
 
     def benchmark_known(self, repeats):
         memory = ImageMemory()
@@ -295,7 +297,7 @@ class Models:
             states = memory.get_states(model.model, self.images)
             return model(self.inputs["input_ids"], image_states=states, use_cache=True, logits_to_keep=1)
 
-        rows = self.compare("prefill, images known", self.prefill, repeats, mmca=prefill_known)
+        rows = self.compare("prefill, cached images", self.prefill, repeats, mmca=prefill_known)
         assert memory.misses == self.layout[0] and memory.hits > 0
         return rows
 
@@ -325,7 +327,7 @@ class Models:
 
 
 def matrix_rate() -> float:
-    """Floating-point operations a second that a large matrix product reaches here."""
+    """Floating-point operations per second of a large matrix multiplication on this machine."""
     size = 8192 if USES_GPU else 1024
     left, right = (torch.randn(size, size, device=DEVICE, dtype=DTYPE) for _ in range(2))
     times = [measure(lambda: left @ right) for _ in range(12)]
@@ -357,7 +359,7 @@ def plan_jobs(arguments) -> list[Callable[[], list[dict]]]:
 
 
 def format_table(rows: list[dict], rate: float) -> str:
-    header = f"{'measured':<56} {'layout':>10} {'variant':>12} {'ratio':>7} {'quartiles':>15} {'floor':>6}"
+    header = f"{'measured':<56} {'layout':>10} {'variant':>23} {'ratio':>7} {'quartiles':>15} {'floor':>6}"
     lines = [f"{header} {'ms':>9} {'MiB':>8} {'of causal':>9} {'of rate':>8}"]
     for row in rows:
         spread = "{:.3f} to {:.3f}".format(*row["spread"])
@@ -365,14 +367,14 @@ def format_table(rows: list[dict], rate: float) -> str:
         memory = row["mebibytes"] / row["causal_mebibytes"]
         speed = "" if row["operations_per_second"] is None else f"{row['operations_per_second'] / rate:.2f}"
         lines.append(
-            f"{row['measured']:<56} {row['layout']:>10} {row['variant']:>12} {row['ratio']:>7.3f} {spread:>15} "
+            f"{row['measured']:<56} {row['layout']:>10} {row['variant']:>23} {row['ratio']:>7.3f} {spread:>15} "
             f"{bound:>6} {row['milliseconds']:>9.1f} {row['mebibytes']:>8.1f} {memory:>9.2f} {speed:>8}"
         )
     return "\n".join(line.rstrip() for line in lines)
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Ratios as bars beside the floor by operations."""
+    """Draws the ratios as bars, with the floor of each."""
     matplotlib.use("Agg")
     rows = [row for row in rows if row["variant"] == "mmca"]
     figure, axis = pyplot.subplots(figsize=(9, 1 + 0.35 * len(rows)))
@@ -380,7 +382,7 @@ def draw(rows: list[dict], path: Path) -> None:
     errors = [[abs(row["ratio"] - row["spread"][end]) for row in rows] for end in (0, 1)]
     axis.barh(labels, [row["ratio"] for row in rows], xerr=errors, ecolor="grey", label="MMCA, with quartiles")
     bounds = [(row["floor"], label) for row, label in zip(rows, labels) if row["floor"] is not None]
-    axis.plot(*zip(*bounds), "k|", markersize=14, label="floor of attention by operations")
+    axis.plot(*zip(*bounds), "k|", markersize=14, label="floor: ratio of query-key pairs")
     axis.axvline(1.0, color="grey", linewidth=1)
     axis.set_xlabel("time, causal attention = 1")
     axis.invert_yaxis()
@@ -392,15 +394,15 @@ def draw(rows: list[dict], path: Path) -> None:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="all layouts, and whole models")
-    parser.add_argument("--repeats", type=int, default=7, help="interleaved repeats of every measurement")
-    parser.add_argument("--heads", type=int, default=32, help="query heads of the attention alone")
-    parser.add_argument("--key_heads", type=int, default=32, help="key/value heads of the attention alone")
+    parser.add_argument("--full", action="store_true", help="measure all layouts, and whole models")
+    parser.add_argument("--repeats", type=int, default=7, help="number of interleaved measurements of each variant")
+    parser.add_argument("--heads", type=int, default=32, help="query heads where attention is measured alone")
+    parser.add_argument("--key_heads", type=int, default=32, help="key/value heads where attention is measured alone")
     parser.add_argument("--shape", choices=["7b", "8b"], default="7b", help="Llama shape of the decoder layer")
     parser.add_argument("--output", type=Path, default=Path(), help="folder for benchmark.json and benchmark.png")
     arguments = parser.parse_args()
     if arguments.repeats < 2:
-        parser.error("--repeats has to be at least 2, to have a spread")
+        parser.error("--repeats has to be at least 2, to compute a spread")
     if arguments.heads % arguments.key_heads:
         parser.error(f"--key_heads {arguments.key_heads} does not divide --heads {arguments.heads}")
     torch.set_num_threads(1)

@@ -1,15 +1,15 @@
 """
-Measures what feeds a model: reading a mixture, collating, packing, and skipping a frozen vision tower.
+Measures the data pipeline: loading a mixture, collation, packing, and cached vision features.
 
-    python examples/benchmark_data.py                     # everything, some minutes
-    python examples/benchmark_data.py --records 2000      # smaller, to try it out
+    python examples/benchmarks/data.py                     # everything, takes minutes
+    python examples/benchmarks/data.py --records 2000      # a smaller mixture, for a first try
 
-- Collation against a training step: CPU time of one thread for the same batch of photographs (JPEG files) and text,
-  interleaved, as ratio of medians. The model is far smaller than any that chats, so a real step takes longer.
-- Packed against padded batches: the training step on the same conversations.
-- A second epoch against the first, with the features of the frozen vision tower kept.
-- Start-up of a mixture and the memory that grows while it is read, each in a process of its own.
-- Padding of the paper's mixture: its numbers of samples (table 1 of arXiv 2309.14327), with simulated lengths.
+- Collation over a training step: CPU time on one thread for the same batch of photographs (JPEG files) and text,
+  interleaved, as a ratio of medians. The model is far smaller than a real one, whose steps take longer.
+- Packed over padded batches: the training step on the same conversations.
+- A later epoch over the first, with cached features of the frozen vision tower.
+- Start-up time of a mixture, and memory growth while it is read, each in its own process.
+- Padding of the paper's mixture: the number of samples of table 1 of arXiv 2309.14327, with simulated lengths.
 """
 
 import json
@@ -42,7 +42,7 @@ IMAGE_LENGTH = (IMAGE_SIZE // PATCH_SIZE) ** 2
 NUM_IMAGES = 200
 WORDS = ("the", "a", "small", "red", "bus", "dog", "street", "next", "to", "under", "bright", "two", "people", "walk")
 
-# Samples, images of one (least, most), rounds (least, most): table 1 of arXiv 2309.14327, and what its sources hold.
+# Number of samples (table 1 of arXiv 2309.14327), range of images per sample, range of rounds per sample.
 PAPER_MIXTURE = {
     "llava": (49_924, (1, 3), (1, 3)),
     "llava_dial": (37_818, (1, 2), (3, 10)),
@@ -57,7 +57,7 @@ PAPER_MIXTURE = {
 
 
 def draw_lengths(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and images of every sample of the paper's mixture: 256 an image, a round log-normal about 80 tokens."""
+    """Tokens and images of each sample of the paper's mixture: 256 tokens per image, log-normal rounds of about 80."""
     rng = np.random.default_rng(seed)
     lengths, images = [], []
     for count, image_range, round_range in PAPER_MIXTURE.values():
@@ -70,7 +70,7 @@ def draw_lengths(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_photographs(folder: Path, count: int) -> list[str]:
-    """Parts of two photographs as JPEG files of 640 by 427 pixels, all different."""
+    """Writes different crops of two photographs as JPEG files of 640 by 427 pixels."""
     folder.mkdir(parents=True)
     photographs = [Image.fromarray(photograph) for photograph in load_sample_images().images]
     rng = random.Random(0)
@@ -86,7 +86,7 @@ def write_text(rng: random.Random, num_words: int) -> str:
 
 
 def make_conversations(paths: list[str], count: int) -> list[dict]:
-    """Each of 1 to 3 photographs and as many rounds."""
+    """Conversations with 1 to 3 photographs and one round for each."""
     rng = random.Random(1)
     conversations = []
     for _ in range(count):
@@ -106,7 +106,7 @@ def make_processor() -> VisualChatProcessor:
 
 
 def make_model() -> VisualChatForConditionalGeneration:
-    """A tower of the size of ViT-S and a decoder of 8 layers, 512 wide."""
+    """A vision tower of the size of ViT-S and a decoder of 8 layers with a hidden size of 512."""
     torch.manual_seed(0)
     config = VisualChatConfig(
         vision_config=CLIPVisionConfig(
@@ -133,7 +133,7 @@ def make_model() -> VisualChatForConditionalGeneration:
 
 
 def compare(variants: dict[str, Callable], repeats: int) -> list[tuple]:
-    """CPU time of interleaved repeats: for every variant but the first its ratio to the first, and the quartiles."""
+    """CPU time of each variant over that of the first, in interleaved repeats, with quartiles."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for function in variants.values():
         function()
@@ -154,7 +154,7 @@ def compare(variants: dict[str, Callable], repeats: int) -> list[tuple]:
 
 
 def measure_batches(folder: Path, batch_size: int, repeats: int) -> list[tuple]:
-    """Collation, packing and kept vision features, each beside a training step on the same conversations."""
+    """Collation, packing and cached vision features, each against a training step on the same conversations."""
     torch.set_num_threads(1)
     conversations = make_conversations(write_photographs(folder / "photographs", 40), batch_size)
     processor, model = make_processor(), make_model()
@@ -181,7 +181,7 @@ def measure_batches(folder: Path, batch_size: int, repeats: int) -> list[tuple]:
 
 
 def write_records(root: Path, count: int) -> None:
-    """One source of that many records about a few hundred photographs."""
+    """Writes one data set of `count` records about a few hundred photographs."""
     (root / "llava").mkdir(parents=True)
     write_photographs(root / "coco" / "train2017", NUM_IMAGES)
     rng = random.Random(0)
@@ -222,7 +222,7 @@ print(json.dumps([seconds, before, own_memory()]))
 
 
 def measure_start(folder: Path, num_records: int) -> list[tuple]:
-    """Seconds of the first and of a second start, and memory before and after reading as many samples as records."""
+    """Time of a first and a second start, and memory before and after reading half as many samples as records."""
     write_records(folder / "data", num_records)
     rows = []
     own = {"HF_DATASETS_CACHE": str(folder / "cache"), "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
@@ -248,19 +248,17 @@ def measure_start(folder: Path, num_records: int) -> list[tuple]:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--records", type=int, default=200_000, help="of the mixture that is started")
-    parser.add_argument("--repeats", type=int, default=7, help="of everything that is compared")
-    parser.add_argument("--batch_size", type=int, default=4, help="conversations of a batch")
+    parser.add_argument("--records", type=int, default=200_000, help="number of records of the mixture")
+    parser.add_argument("--repeats", type=int, default=7, help="number of interleaved measurements of each variant")
+    parser.add_argument("--batch_size", type=int, default=4, help="conversations per batch")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rows = measure_batches(folder, options.batch_size, options.repeats)
-        print(format_table([("CPU time on one thread", "ratio", "quartiles", "ms", "ms of the other"), *rows]))
+        print(format_table([("CPU time on one thread", "ratio", "quartiles", "ms", "ms of baseline"), *rows]))
         rows = measure_start(folder, options.records)
         read = f"after {options.records // 2} samples"
-        print(
-            "\n" + format_table([(f"{options.records} records", "time", "memory of its own", read, "growth"), *rows])
-        )
+        print("\n" + format_table([(f"{options.records} records", "time", "private memory", read, "growth"), *rows]))
     lengths, images = draw_lengths()
     waste = compare_batching(lengths, images, max_length=4096, batch_size=8)
     print(

@@ -1,0 +1,46 @@
+"""Trains and evaluates the digits model; `accelerate launch examples/finetune.py` without a model runs it."""
+
+from pathlib import Path
+
+from training_processes import end_processes
+from transformers import Trainer, TrainingArguments
+
+from processing_visualchat import DataCollatorForVisualChat
+
+from .conversations import DigitConversations, load_scans
+from .model import build_model
+from .report import report
+
+
+DIGITS_CONFIG = Path(__file__).parent / "digits.yaml"
+
+
+def train_digits(arguments, training_arguments: TrainingArguments, checkpoint: str | None) -> None:
+    """
+    Trains all parameters of the model, saves it, and writes the report beside it.
+
+    Args:
+        arguments (`FinetuneArguments`): Those of `finetune.py`.
+        training_arguments (`TrainingArguments`): By default those of digits.yaml.
+        checkpoint (`str`, *optional*): The checkpoint to resume from.
+    """
+    model, processor = build_model(arguments.attention_type or "mmca", arguments.projector_type or "linear")
+    train_scans, test_scans = load_scans()
+    conversations_per_step = (
+        training_arguments.train_batch_size
+        * training_arguments.gradient_accumulation_steps
+        * training_arguments.world_size
+    )
+    trainer = Trainer(
+        model=model,
+        args=training_arguments,
+        train_dataset=DigitConversations(train_scans, max(training_arguments.max_steps, 100) * conversations_per_step),
+        data_collator=DataCollatorForVisualChat(processor, arguments.max_length, arguments.overlong),
+        processing_class=processor,
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        report(training_arguments.output_dir, train_scans, test_scans, trainer.state.log_history)
+    end_processes(trainer)

@@ -1,0 +1,149 @@
+"""The arguments of `finetune.py`: flags override a YAML file, and conflicts are found before anything is loaded."""
+
+import os
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
+from pathlib import Path
+
+import torch
+import yaml
+from training_processes import start_deepspeed
+from transformers import HfArgumentParser, TrainingArguments
+
+
+DATA_FLAGS = ("--model", "--train_file", "--mixture")  # without any of them, the digits demo runs
+
+
+class FinetuneError(SystemExit):
+    """Ends the script with a message instead of a traceback."""
+
+    def __init__(self, message: str):
+        super().__init__(f"finetune.py: error: {message}")
+
+
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Keeps the line breaks of the description and shows every default."""
+
+
+class TrainingArgumentParser(HfArgumentParser):
+    """Reports an error without listing more than a hundred flags before it."""
+
+    def error(self, message: str):
+        raise FinetuneError(f"{message} (see --help)")
+
+
+def parse_arguments(argv: list[str], finetune_class: type, description: str, demo_config: Path) -> tuple:
+    """
+    Parses and checks the command line.
+
+    Args:
+        argv (`list[str]`): The command line, without the name of the script.
+        finetune_class (`type`): Dataclass of the arguments that `TrainingArguments` does not have.
+        description (`str`): What `--help` shows first.
+        demo_config (`Path`): Configuration file of the demo, used if no flag names a configuration, a model or data.
+
+    Returns:
+        An instance of `finetune_class`, and `TrainingArguments`.
+
+    Raises:
+        `FinetuneError`: an unknown flag or key, a value out of range, or flags that exclude each other.
+    """
+    config_parser = ArgumentParser(add_help=False)
+    config_parser.add_argument("--config", type=Path, help="YAML file of arguments; flags override it.")
+    known, flags = config_parser.parse_known_args(argv)
+    parser = TrainingArgumentParser(
+        (finetune_class, TrainingArguments),
+        parents=[config_parser],
+        description=description,
+        formatter_class=HelpFormatter,
+    )
+    names = {flag.split("=")[0] for flag in flags}
+    config_path = demo_config if known.config is None and names.isdisjoint(DATA_FLAGS) else known.config
+    defaults = {} if torch.accelerator.is_available() else {"use_cpu": True}
+    if config_path is not None:
+        if not config_path.is_file():
+            parser.error(f"no configuration file at {config_path}")
+        defaults |= yaml.safe_load(config_path.read_text()) or {}
+    if unknown := sorted(defaults.keys() - {action.dest for action in parser._actions}):
+        parser.error(f"{config_path} has the unknown argument {', '.join(unknown)}")
+    parser.set_defaults(**defaults)
+    if "--deepspeed" in names or defaults.get("deepspeed"):
+        start_deepspeed(use_cpu=defaults.get("use_cpu", False) or "--use_cpu" in flags)
+    arguments, training_arguments = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)[:2]
+    for conflict in find_conflicts(arguments, training_arguments):
+        parser.error(conflict)
+    training_arguments.remove_unused_columns = False  # the collator reads the columns, not the model
+    return arguments, training_arguments
+
+
+def find_conflicts(arguments, training_arguments: TrainingArguments) -> list[str]:
+    """Messages about arguments that exclude or require each other, in the order of the table."""
+    has_model = arguments.model is not None
+    has_data = arguments.train_file is not None or arguments.mixture is not None
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    conditions = (
+        (
+            training_arguments.label_smoothing_factor,
+            "label_smoothing_factor is not supported: for vision-language models, the label smoothing of Trainer "
+            "compares each token with itself instead of the next one; leave it at 0",
+        ),
+        (
+            arguments.mixture and (arguments.train_file or arguments.eval_file),
+            "--mixture has training and evaluation data; leave out --train_file and --eval_file",
+        ),
+        (arguments.data_root and not arguments.mixture, "--data_root requires --mixture"),
+        (
+            has_model != has_data,
+            "--model and --train_file (or --mixture) require each other; without both, the digits demo runs",
+        ),
+        (
+            arguments.eval_file and not has_model,
+            "--eval_file requires --model and --train_file; the digits demo has its own evaluation",
+        ),
+        (
+            arguments.packing and not has_model,
+            "--packing requires --model; the conversations of the digits demo all have the same length",
+        ),
+        (
+            arguments.trainable and not has_model,
+            "--trainable requires --model; the digits demo trains all parameters",
+        ),
+        (
+            arguments.vision_features and (not has_model or "vision_tower" in (arguments.trainable or ())),
+            "--vision_features requires --model and a frozen vision tower; leave it out, or remove vision_tower from "
+            "--trainable",
+        ),
+        (
+            has_model and (arguments.attention_type or arguments.projector_type),
+            "--attention_type and --projector_type are for the digits demo; a checkpoint has its own",
+        ),
+        (
+            training_arguments.world_size != num_processes,
+            f"{num_processes} processes were started and each trains a model of its own. On a CPU, start them with "
+            "`accelerate launch --use_deepspeed --num_processes N … --deepspeed FILE`, or with torchrun",
+        ),
+    )
+    return [message for is_conflict, message in conditions if is_conflict]
+
+
+def find_checkpoint(training_arguments: TrainingArguments) -> str | None:
+    """
+    The checkpoint to resume from; for `--resume_from_checkpoint true`, the newest complete one.
+
+    Raises:
+        `FinetuneError`: no checkpoint is complete, or the output folder is not empty and the run does not resume.
+    """
+    folder, wanted = Path(training_arguments.output_dir), training_arguments.resume_from_checkpoint or "false"
+    if wanted.lower() not in ("true", "false"):
+        return wanted
+    if wanted.lower() == "false":
+        if folder.exists() and any(folder.iterdir()):
+            raise FinetuneError(
+                f"the output folder {folder} exists and is not empty. Choose another --output_dir, or continue from "
+                "its last checkpoint with --resume_from_checkpoint true."
+            )
+        return None
+    needed = ["trainer_state.json"] + (["latest"] if training_arguments.deepspeed else [])
+    complete = [path for path in folder.glob("checkpoint-*") if all((path / name).is_file() for name in needed)]
+    if not complete:
+        raise FinetuneError(f"{folder} holds no complete checkpoint to resume from.")
+    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2])))

@@ -1,0 +1,108 @@
+"""The training and evaluation data of `finetune.py`: files, folders, mixtures and streams, measured and packed."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from training_arguments import FinetuneError
+from transformers import TrainingArguments
+
+from processing_visualchat import (
+    Ingredient,
+    Recipe,
+    load_conversations,
+    load_mixture,
+    measure_lengths,
+    pack_conversations,
+    read_recipe,
+    stream_mixture,
+)
+from processing_visualchat.own_sources import find_splits
+
+
+SAMPLING_BY_LENGTH = ("group_by_length", "batch_rebalance")  # of TrainingArguments.train_sampling_strategy
+
+
+def load_data(arguments, training_arguments: TrainingArguments, collator) -> tuple:
+    """The training data, packed or measured if the arguments ask for it, and the evaluation data or `None`."""
+    if arguments.mixture is not None:
+        train_dataset, eval_dataset = load_mixture_file(arguments, training_arguments)
+    else:
+        train_dataset, eval_dataset = load_file(arguments.train_file, arguments, collator.processor, ["train"]), None
+        if arguments.eval_file is not None:
+            eval_dataset = load_file(arguments.eval_file, arguments, collator.processor, ["validation", "test"])
+    train_dataset = pack_or_measure(train_dataset, arguments, training_arguments, collator)
+    return train_dataset, drop_overlong(eval_dataset, arguments, collator)
+
+
+def load_mixture_file(arguments, training_arguments: TrainingArguments) -> tuple:
+    """Both sides of a mixture; a stream repeats without end, so that a resumed run finds its place."""
+    config = read_recipe(arguments.mixture)
+    if not config.streaming:
+        return report_mixture(load_mixture(config, arguments.data_root, arguments.check_images))
+    if training_arguments.max_steps <= 0:
+        raise FinetuneError("a stream has no known length; set the number of steps with --max_steps")
+    training_arguments.accelerator_config.dispatch_batches = False  # batches differ in shape
+    train_dataset, eval_dataset = stream_mixture(config, arguments.data_root)
+    return train_dataset.repeat(None), eval_dataset
+
+
+def report_mixture(mixture) -> tuple:
+    """Prints the ingestion reports once, and returns both sides."""
+    print_once("\n".join(map(str, [*mixture.reports, mixture])))
+    return mixture.train, mixture.evaluation if len(mixture.evaluation) else None
+
+
+def load_file(name: str, arguments, processor, splits: list[str]):
+    """Conversations of a file or folder; in JSON lines every fault is an error, elsewhere faults are counted."""
+    path = Path(name)
+    if path.suffix == ".jsonl" or not path.exists():
+        check_length = arguments.overlong == "error"
+        return load_conversations(path, processor, arguments.max_length, arguments.check_images, check_length)
+    path = Path(os.path.abspath(path))  # keeps links, whose targets may have other names
+    source = Ingredient(str(path), path.name, split=choose_split(path, splits))
+    config = Recipe((source,), eval_share=0.0, max_images=sys.maxsize)
+    return report_mixture(load_mixture(config, path.parent, arguments.check_images))[0]
+
+
+def choose_split(path: Path, wanted: list[str]) -> str:
+    """The first wanted split that a folder has, or its only split."""
+    if not path.is_dir():
+        return "train"
+    found = find_splits(path)
+    splits = [split for split in wanted if split in found] or list(found)
+    if not found or (len(splits) > 1 and splits[0] not in wanted):
+        raise FinetuneError(f"{path} has no data for {' or '.join(wanted)}; it has {', '.join(found) or 'no data'}")
+    return splits[0]
+
+
+def pack_or_measure(dataset, arguments, training_arguments: TrainingArguments, collator):
+    """Packs conversations, or measures their lengths if batches are made by length."""
+    is_stream = isinstance(dataset, torch.utils.data.IterableDataset)  # packed by the collator
+    if is_stream or not (arguments.packing or training_arguments.train_sampling_strategy in SAMPLING_BY_LENGTH):
+        return dataset
+    dataset = measure_lengths(dataset, collator.processor)
+    if not arguments.packing:
+        return dataset
+    seed = training_arguments.seed if training_arguments.data_seed is None else training_arguments.data_seed
+    packs = pack_conversations(dataset, collator.limit, seed=seed)
+    print_once(f"{len(dataset)} conversations in {len(packs)} packs of up to {collator.limit} tokens")
+    return packs
+
+
+def drop_overlong(dataset, arguments, collator):
+    """Evaluation data without the conversations that the collator would skip: an empty batch has no loss."""
+    if arguments.overlong != "skip" or not hasattr(dataset, "column_names") or not hasattr(dataset, "select"):
+        return dataset
+    lengths = measure_lengths(dataset, collator.processor)["length"][:]
+    kept = [index for index, length in enumerate(lengths) if length <= collator.limit]
+    if not kept:
+        raise FinetuneError(f"every evaluation conversation has more than {collator.limit} tokens")
+    return dataset.select(kept)
+
+
+def print_once(text: str) -> None:
+    """Prints in the first process only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(text)
