@@ -8,16 +8,16 @@ import torch
 from transformers import TrainingArguments
 
 from processing_visualchat import (
-    Ingredient,
-    Recipe,
+    DatasetSpec,
+    MixtureConfig,
     load_conversations,
     load_mixture,
     measure_lengths,
     pack_conversations,
-    read_recipe,
+    read_mixture_config,
     stream_mixture,
 )
-from processing_visualchat.own_sources import find_splits
+from processing_visualchat.data.custom import find_splits
 
 
 BY_LENGTH = ("group_by_length", "batch_rebalance")  # of TrainingArguments.train_sampling_strategy
@@ -26,7 +26,7 @@ BY_LENGTH = ("group_by_length", "batch_rebalance")  # of TrainingArguments.train
 def load_data(arguments, training_arguments: TrainingArguments, processor) -> tuple:
     """The data to train on, and to evaluate on if there is any."""
     if arguments.mixture is not None:
-        recipe = read_recipe(arguments.mixture)
+        recipe = read_mixture_config(arguments.mixture)
         if recipe.streaming:
             if training_arguments.max_steps <= 0:
                 raise SystemExit("finetune.py: error: a stream has no known length; say when to end with --max_steps")
@@ -53,8 +53,8 @@ def load_file(path: Path, arguments, processor, splits: list[str]):
         check_length = arguments.overlong == "error"
         return load_conversations(path, processor, arguments.max_length, arguments.check_images, check_length)
     whole = Path(os.path.abspath(path))  # and not where a link leads
-    source = Ingredient(str(whole), whole.name, split=choose_split(whole, splits))
-    recipe = Recipe((source,), eval_share=0.0, max_images=sys.maxsize)
+    source = DatasetSpec(str(whole), whole.name, split=choose_split(whole, splits))
+    recipe = MixtureConfig((source,), eval_share=0.0, max_images=sys.maxsize)
     return show(load_mixture(recipe, whole.parent, arguments.check_images))[0]
 
 
