@@ -2,9 +2,11 @@
 
 import base64
 import json
+import random
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,16 @@ from test_custom_sources import asked, picture
 from test_finetune import environment
 from torch.utils.data import DataLoader
 
-from processing_visualchat import DataCollatorForVisualChat, DatasetSpec, MixtureConfig, stream_mixture
-from processing_visualchat.data.images import ImageReference
+from processing_visualchat import (
+    DataCollatorForVisualChat,
+    DatasetSpec,
+    ImageReference,
+    MixtureConfig,
+    load_mixture,
+    stream_mixture,
+)
+from processing_visualchat.data.images import digest_of
+from processing_visualchat.data.mixture import group
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*records left out")
@@ -53,8 +63,9 @@ def pictures(stream):
     return found
 
 
-def test_everything_comes_once_and_in_the_same_order_again(root):
-    recipe = MixtureConfig(sources(concatenate=2, weight=3.0), eval_share=0.0, shuffle_buffer=10)
+@pytest.mark.parametrize("weight", [1.0, 3.0])
+def test_everything_comes_once_per_pass_and_in_the_same_order_again(root, weight):
+    recipe = MixtureConfig(sources(concatenate=2, weight=weight), eval_share=0.0, shuffle_buffer=10)
     with pytest.warns(UserWarning, match="lines: 1 records left out: {'a line that is not JSON': 1}"):
         train, evaluation = stream_mixture(recipe, root)
         assert evaluation is None
@@ -63,7 +74,7 @@ def test_everything_comes_once_and_in_the_same_order_again(root):
     expected = [f"{root}/a.jsonl, line {n}" for n in range(1, 21)] + [
         f"{root}/b.jsonl, line {n}" for n in range(1, 21)
     ]
-    assert sorted(seen) == sorted(expected + [f"{root}/c.parquet, row {n}" for n in range(8)])
+    assert sorted(seen) == sorted(int(weight) * expected + [f"{root}/c.parquet, row {n}" for n in range(8)])
     assert {len(group) for group in first} == {1, 2}
     assert [example["where"] for example in stream_mixture(recipe, root)[0]] == first
     other = MixtureConfig(sources(concatenate=2), seed=1, eval_share=0.0, shuffle_buffer=10)
@@ -86,9 +97,10 @@ def test_no_image_is_on_both_sides(root, seed):
     [
         (DatasetSpec("llava"), "published dataset, whose files are read whole"),
         (DatasetSpec("x", "a.jsonl", samples=0.5), "samples of x is a share"),
+        (DatasetSpec("x", "a.jsonl", weight=0.5), "weight of x is 0.5, .* use a whole number of passes"),
         (DatasetSpec("x", "list.json"), "a stream reads .jsonl or .parquet"),
     ],
-    ids=["published", "share", "JSON"],
+    ids=["published", "share", "weight", "JSON"],
 )
 def test_what_a_stream_cannot_do_is_said(root, ingredient, message):
     (root / "list.json").write_text("[]")
@@ -130,11 +142,57 @@ def test_odd_records_and_archives_are_as_in_a_mixture(tmp_path):
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, records)))
     recipe = MixtureConfig((DatasetSpec("x", "x.jsonl"),), eval_share=0.0)
     examples = list(stream_mixture(recipe, tmp_path)[0])
-    assert [example["where"][0].rpartition(" ")[2] for example in examples] == ["2", "3"]
-    with pytest.warns(UserWarning, match="holds no image none"):
-        batch = DataCollatorForVisualChat(make_processor())(examples)
-    assert len(batch["pixel_values"]) == 1
-    stream_mixture(MixtureConfig(recipe.sources, eval_share=0.5), tmp_path)
+    mixture = load_mixture(recipe, tmp_path)
+    assert [example["where"] for example in examples] == [[f"{tmp_path}/x.jsonl, line 2"]]
+    assert [example["where"] for example in mixture.train] == [["x.jsonl, line 2"]]
+    assert mixture.reports[0].dropped == {"text that is not Unicode": 1, "an image is not there": 1}
+    assert len(DataCollatorForVisualChat(make_processor(), max_broken=0)(examples)["pixel_values"]) == 1
+
+
+def test_a_stream_groups_and_samples_as_a_mixture_does(tmp_path):
+    """The same conversations in the same groups where the order is the same, and the limits of both for any order."""
+    for seed in range(9):
+        draw_picture(seed).save(tmp_path / f"{seed}.png")
+    records = [asked(*[f"{(number + place) % 9}.png" for place in range(number % 4)]) for number in range(60)]
+    for number in range(0, 60, 7):
+        records[number]["conversations"].insert(0, {"from": "system", "value": f"Be {number % 2}."})
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, records)))
+    for weight, samples in ((1, "all"), (2, "all"), (1, 20)):
+        spec = DatasetSpec("x", "x.jsonl", concatenate=3, weight=weight, samples=samples)
+        config = MixtureConfig((spec,), max_images=3, eval_share=0.0, shuffle_buffer=1)
+        groups = [[int(where.rpartition(" ")[2]) - 1 for where in example["where"]] for example in
+                  stream_mixture(config, tmp_path)[0]]  # fmt: skip
+        mixed = [where for example in load_mixture(config, tmp_path).train for where in example["where"]]
+        assert sorted(Counter(number for members in groups for number in members).values()) == sorted(
+            Counter(mixed).values()
+        )
+        rng = random.Random("0 x")
+        taken = range(60 if samples == "all" else samples)
+        images = [number % 4 for number in range(60)]
+        systems = [number % 2 if number % 7 == 0 else None for number in range(60)]
+        expected = [
+            members
+            for _ in range(weight)
+            for members in group(taken, 3, 3, rng, images.__getitem__, systems.__getitem__)
+        ]
+        assert groups == expected
+
+
+def test_the_side_of_an_image_is_a_rule_about_its_content(root):
+    """A stream evaluates on the conversations whose images have digests below the share, and on no others."""
+    config = MixtureConfig(sources(), eval_share=0.4, seed=3)
+    contents = load_mixture(replace(config, eval_share=0.0), root).contents
+    held_out = {
+        content.digest
+        for content in contents.values()
+        if int(digest_of(f"3 {content.digest}".encode()), 16) < 0.4 * 2**128
+    }
+    train, evaluation = stream_mixture(config, root)
+    for stream, is_held_out in ((train, False), (evaluation, True)):
+        for example in stream:
+            for block in example["messages"][0]["content"]:
+                if block["type"] == "image":
+                    assert (ImageReference.from_block(block).digest() in held_out) is is_held_out
 
 
 FROM_THE_HUB = """

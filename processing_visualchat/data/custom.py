@@ -62,19 +62,14 @@ def load_custom_source(source: CustomSource, data_root: str | Path) -> tuple[Dat
         The conversations and the [`IngestionReport`], see [`load_source`].
 
     Raises:
-        `ValueError`: a dataset that cannot be downloaded, a file that is broken or unsupported, or no conversation
-            left.
+        `ValueError`: no download, a file that is broken or unsupported, or no conversation left.
         `FileNotFoundError`: there is no file.
     """
     root = Path(os.path.abspath(data_root))
     base = root if source.hub is None else _download(source)
     files = find_files(source, base)
     images = find_images(source, base)
-    options = {
-        "files": [str(file) for file in files],
-        "root": str(root),
-        "images": None if images is None else str(images),
-    }
+    options = {"files": [*map(str, files)], "root": str(root), "images": None if images is None else str(images)}
     inputs = [*files, *list_below({images or file.parent for file in files})]
     return ingest(source.name, _read, root, inputs, options)
 
@@ -90,13 +85,7 @@ def _read(files: list[str], root: str, images: str | None) -> Iterator[IngestedR
 
 
 def find_files(source: CustomSource, base: Path) -> list[Path]:
-    """
-    The files of a dataset.
-
-    Raises:
-        `FileNotFoundError`: there is none.
-        `ValueError`: an unsupported file, one outside of `base`, or a split of what is no folder.
-    """
+    """The files of a dataset; an error if there is none, or one that is unsupported or outside of `base`."""
     path = _find_below(base, source.path or "", source.name)
     if not path.is_dir() and source.split != "train":
         raise ValueError(f"The source {source.name} asks for the split {source.split}, which only a folder has.")

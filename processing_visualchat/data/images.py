@@ -60,9 +60,8 @@ class ImageReference:
         """The reference that a text stands for; `str` is the inverse."""
         if text.startswith(("http://", "https://")):
             return cls("url", text)
-        if text.startswith("data:") or (
-            len(text) > LONGEST_NAME and re.fullmatch(r"[A-Za-z0-9+/_\-\s]+=*\s*", text) is not None
-        ):
+        is_long = len(text) > LONGEST_NAME
+        if text.startswith("data:") or (is_long and re.fullmatch(r"[A-Za-z0-9+/_\-\s]+=*\s*", text)):
             return cls.from_base64(text)
         if match := re.fullmatch(r"inline:([0-9a-f]{32})", text):
             return cls("inline", key=match[1])
@@ -119,15 +118,8 @@ class ImageReference:
 
     def resolve(self, folder: str, record_file: str = "", is_confined: bool = True) -> "ImageReference | None":
         """
-        Resolves the path that a record contains; the only place where this is done.
-
-        Args:
-            folder (`str`): The folder, possibly `hf://…`, that paths are relative to.
-            record_file (`str`, *optional*): The file of the record, which may contain the image.
-            is_confined (`bool`, *optional*, defaults to `True`): Refuses paths that lead out of the folder.
-
-        Returns:
-            The reference with the normalized path, or `None` for a refused path.
+        Resolves the path that a record contains, relative to `folder`, which may be `hf://…`; the only place that does.
+        `None` if a confined path leads out of the folder, except to an image inside `record_file` itself.
         """
         if not self.is_local or (record_file and self.path == record_file):
             return self
@@ -148,13 +140,7 @@ class ImageReference:
         return False
 
     def read(self) -> bytes:
-        """
-        The encoded image; of any kind but a URL.
-
-        Raises:
-            `OSError`: the file cannot be read.
-            `ValueError`: the archive has no such image, or the base64 text is broken.
-        """
+        """The encoded image, of any kind but a URL; an `OSError` or `ValueError` if it cannot be read."""
         if self.kind == "archive":
             return open_archive(self.path)[self.key]
         if self.kind == "inline":
@@ -165,13 +151,7 @@ class ImageReference:
             return file.read()
 
     def open(self) -> Image.Image:
-        """
-        The decoded image in RGB, see [`open_image`].
-
-        Raises:
-            `FileNotFoundError`: it is not there.
-            `ValueError`: it cannot be read, or is one pixel high or wide.
-        """
+        """The decoded image in RGB, see [`open_image`] for the errors."""
         return open_image(self.path if self.kind in ("file", "url") else self.read(), str(self))
 
     def digest(self) -> str:
@@ -222,7 +202,7 @@ def stamp_of(path: Path) -> tuple[int, int] | None:
 
 
 @lru_cache(maxsize=64)
-def _list_folder(folder: Path, stamp: tuple[int, int] | None) -> frozenset[str]:
+def _list_folder(folder: Path, stamp: object) -> frozenset[str]:
     return frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
 
 
@@ -232,18 +212,11 @@ def _decode_inline(text: str) -> bytes:
 
 class ImageArchive:
     """
-    The images of one file: base64 by id, as JSON (`{"id": "base64", …}`) or as parquet with the columns `id` and
-    `base64`; or encoded images in the column `images` or `image` of a parquet file of records, named `row.number`.
+    The images of one file, or of its parquet sibling: base64 by id, as JSON (`{"id": "base64", …}`) or as parquet with
+    the columns `id` and `base64`; or the encoded images of a parquet file of records, named `row.number`.
 
-    The file is read once into memory-mapped Arrow, and every image is decoded once: a broken image, or one of a single
+    The file is read once into memory-mapped Arrow, and every image is decoded once: one that is broken, or a single
     pixel, is not in the archive.
-
-    Args:
-        path (`str`): The file; for a JSON file that does not exist, its parquet sibling is read.
-
-    Raises:
-        `FileNotFoundError`: neither exists.
-        `ValueError`: a file of another form.
     """
 
     def __init__(self, path: str):

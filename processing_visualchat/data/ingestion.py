@@ -22,16 +22,9 @@ ARCHIVE_SUFFIXES = (".json", ".parquet")
 
 @dataclass(frozen=True)
 class IngestedRecord:
-    """
-    The outcome of one raw record, or of the raw records that form one conversation.
+    """The outcome of one raw record, or of the several that form one conversation."""
 
-    Args:
-        where (`str`): The file and the record.
-        num_records (`int`): The number of raw records.
-        outcome (`Conversation` or `Dropped`): The conversation, or why there is none.
-    """
-
-    where: str
+    where: str  # file and record
     num_records: int
     outcome: Conversation | Dropped
 
@@ -134,10 +127,9 @@ def ingest(
     Args:
         name (`str`): The dataset.
         generate (`Callable`): From `options` to the outcome of every record, with image paths absolute or relative to
-            the root. A function of a module, as its name is part of the cache key.
+            the root; a function of a module, since its name is part of the cache key.
         root (`Path`): The data root, absolute.
-        files (`Iterable` of `Path`): All files and folders that the rows depend on.
-        options (`dict`): Everything else that they depend on.
+        files, options: All files, folders and settings that the rows depend on.
 
     Returns:
         The conversations with the columns `messages` (image paths absolute), `images` (references as text, relative to
@@ -154,12 +146,9 @@ def ingest(
     report = IngestionReport.from_rows(name, rows)
     if report.conversations == 0:
         raise ValueError(f"Nothing is left of the source {name}.\n{report}")
-    used = rows.filter(_is_used, input_columns=["num_records", "dropped"], batched=True)
+    columns = ["num_records", "dropped"]
+    used = rows.filter(lambda count, reason: count > 0 and not reason, input_columns=columns)
     return used.select_columns(["messages", "images", "where", "num_records"]), report
-
-
-def _is_used(counts: list[int], reasons: list[str]) -> list[bool]:
-    return [count > 0 and not reason for count, reason in zip(counts, reasons)]
 
 
 def _generate_rows(generate: Callable[..., Iterator[IngestedRecord]], options: dict, root: str, key: str):
@@ -222,12 +211,17 @@ def parse_json(data: bytes, name: str) -> Any:
     """JSON; a `ValueError` says where it breaks."""
     try:
         return json.loads(data)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{name} is not whole JSON: {error.msg} at line {error.lineno}, column {error.colno}. Was the download "
-            "complete?"
-        ) from error
+        place = f"line {error.lineno}, column {error.colno}"
+        raise ValueError(f"{name} is not whole JSON: {error.msg} at {place}. Was the download complete?") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} cannot be read as JSON: {error}.") from error
+        raise ValueError(f"{name} {describe_json_error(error)}.") from error
+
+
+def describe_json_error(error: Exception) -> str:
+    """The fault of a JSON text, as the predicate of a sentence."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"is not UTF-8 text: {error.reason} at byte {error.start}"
+    if isinstance(error, json.JSONDecodeError):
+        return f"is not JSON: {error.msg} at column {error.colno}"
+    return f"cannot be read as JSON: {error}"

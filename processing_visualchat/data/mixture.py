@@ -50,9 +50,7 @@ class DatasetSpec(CustomSource):
 
     Args:
         name, path, hub, revision, split, images: See [`CustomSource`]; without path and hub, one of [`SOURCES`].
-        samples (`str`, `int` or `float`, *optional*, defaults to `"all"`): The number or share of its conversations.
-        concatenate (`int`, *optional*, defaults to 1): Maximum conversations in a group.
-        weight (`float`, *optional*, defaults to 1.0): Passes through its training conversations per epoch.
+        samples, concatenate, weight: Conversations to use, maximum conversations in a group, and passes per epoch.
     """
 
     samples: str | int | float = "all"
@@ -97,11 +95,8 @@ class MixtureConfig:
 
     Args:
         sources (`tuple` of [`DatasetSpec`]): Its datasets.
-        seed (`int`, *optional*, defaults to 0): The seed of every random choice.
-        max_images (`int`, *optional*, defaults to 8): Maximum images of a conversation.
-        eval_share (`float`, *optional*, defaults to 0.1): The share of the images that is kept for evaluation.
-        data_root (`str`, *optional*, defaults to `"data"`): The folder that contains the datasets.
-        streaming (`bool`, *optional*, defaults to `False`): For [`stream_mixture`]: read while it is trained on.
+        seed, max_images, eval_share, data_root: As above.
+        streaming (`bool`, *optional*, defaults to `False`): For [`stream_mixture`], which reads it during training.
         shuffle_buffer (`int`, *optional*, defaults to 1000): The number of conversations of a source among which a
             stream draws the next one.
     """
@@ -179,13 +174,7 @@ def _as_dataset(rows: Dataset, groups: list[list[int]], num_images: list[int]) -
 
 
 def read_mixture_config(path: str | Path) -> MixtureConfig:
-    """
-    Reads the YAML file of a mixture.
-
-    Raises:
-        `FileNotFoundError`: it does not exist.
-        `ValueError`: it is not YAML, or has an unknown key or value; with what is allowed.
-    """
+    """Reads the YAML file of a mixture; a `ValueError` names an unknown key or value, with what is allowed."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"No mixture at {path}.")
@@ -325,9 +314,8 @@ def group(
 
     Args:
         members (`Iterable`): The conversations; each is used once, in order.
-        max_members (`int`): Maximum conversations of a group; each draws its own from 1 to this.
-        max_images (`int`): Maximum images of a group.
-        rng (`random.Random`): Draws the sizes.
+        max_members, max_images (`int`): Maximum conversations and images of a group.
+        rng (`random.Random`): Draws the size of each group, from 1 to `max_members`.
         count_images (`Callable`): The number of images of a conversation.
         get_system (`Callable`, *optional*): Its system message, which all conversations of a group share.
     """

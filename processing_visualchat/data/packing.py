@@ -85,14 +85,8 @@ def plan_packs(
     Assigns every conversation to exactly one pack.
 
     Args:
-        lengths (`Sequence` of N `int`): Tokens per conversation.
-        num_images (`Sequence` of N `int`): Images per conversation.
-        max_length (`int`): Maximum tokens of a pack.
-        max_images (`int`, *optional*): Maximum images of a pack.
-        seed (`int`, *optional*, defaults to 0): The seed of the shuffle before packing.
-
-    Raises:
-        `ValueError`: a limit below 1.
+        lengths, num_images (`Sequence` of N `int`): Tokens and images per conversation.
+        max_length, max_images, seed: As for [`pack_conversations`].
     """
     limits = _check_limits(max_length, max_images)
     sizes = np.stack([np.asarray(lengths, dtype=np.int64), np.asarray(num_images, dtype=np.int64)], axis=1)

@@ -16,7 +16,7 @@ from ..conversation_visualchat import ROLES, drop_nulls, is_image, validate_conv
 from ..processing_visualchat import VisualChatProcessor
 from .conversation import Conversation, Dropped
 from .images import IMAGE_COLUMNS, ImageReference
-from .ingestion import MISSING_IMAGE, IngestedRecord, check_record, parse_json
+from .ingestion import MISSING_IMAGE, IngestedRecord, check_record, describe_json_error, parse_json
 from .lengths import count_tokens
 from .schemas import ROLES as KNOWN_ROLES
 from .schemas import convert_record
@@ -40,21 +40,17 @@ def read_conversations(
     Reads the conversations of a file.
 
     Args:
-        file (`str` or `Path`): An absolute path, or a URL `hf://…`.
+        file (`str` or `Path`): An absolute path, or `hf://…`.
         image_folder (`str`, *optional*): The folder that image paths are relative to and may not leave; by default
             that of the file.
-        name (`str`, *optional*): The name of the file in errors and reports; by default its path.
+        name (`str`, *optional*): The name of the file in reports; by default its path.
         on_error (`str`, *optional*, defaults to `"drop"`): `"drop"` yields a faulty record with the reason; `"raise"`
-            raises the error, and lets image paths leave their folder, since the user named this very file. A file that
-            is broken as a whole always raises.
+            raises a `ValueError` or, for a missing image, a `FileNotFoundError`, and lets image paths leave their
+            folder, since the user named this very file. A file that is broken as a whole always raises.
         refer (`Callable`, *optional*): How to refer to images inside parquet rows; by default as in an archive.
 
     Yields:
         [`IngestedRecord`], with absolute image paths.
-
-    Raises:
-        `ValueError`: a broken or unsupported file, or a faulty record.
-        `FileNotFoundError`: an image of a record that does not exist.
     """
     if on_error not in ON_ERROR:
         raise ValueError(f"on_error is {on_error!r}; choose one of {', '.join(ON_ERROR)}.")
@@ -114,16 +110,8 @@ def _read_lines(contents: BinaryIO, name: str, refer: Refer) -> Iterator[tuple[s
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
-                record = Dropped("a line that is not JSON", _describe(error))
+                record = Dropped("a line that is not JSON", describe_json_error(error))
             yield f"line {number}", record
-
-
-def _describe(error: Exception) -> str:
-    if isinstance(error, UnicodeDecodeError):
-        return f"is not UTF-8 text: {error.reason} at byte {error.start}"
-    if isinstance(error, json.JSONDecodeError):
-        return f"is not JSON: {error.msg} at column {error.colno}"
-    return f"cannot be read as JSON: {error}"
 
 
 def _read_list(contents: BinaryIO, name: str, refer: Refer) -> Iterator[tuple[str, Any]]:
@@ -185,10 +173,9 @@ def load_conversations(
             are relative to it.
         processor (`VisualChatProcessor`): The processor of the model, for the lengths.
         max_length (`int`, *optional*): Maximum tokens of a conversation; by default the model's.
-        check_images (`bool`, *optional*, defaults to `True`): Opens every image once, except URLs; if `False`, it only
-            has to exist.
-        check_length (`bool`, *optional*, defaults to `True`): Refuses over-length conversations; if `False`, the
-            collator has to handle them.
+        check_images (`bool`, *optional*, defaults to `True`): Opens every image once, except URLs.
+        check_length (`bool`, *optional*, defaults to `True`): Refuses over-length conversations, which the collator
+            has to handle otherwise.
 
     Returns:
         `datasets.Dataset` with the column `messages`; image paths are absolute.

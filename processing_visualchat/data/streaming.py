@@ -126,20 +126,19 @@ def _generate(
     """The groups of one side of a dataset, in the order of its files, once per pass."""
     rng = random.Random(f"{config.seed} {spec.name}")
     for _ in range(int(spec.weight) if side == "train" else 1):
-        members = _read_side(files, images, spec, config, side)
-        for joined in group(members, spec.concatenate, config.max_images, rng, _count_images, _get_system):
+        joined_groups = group(
+            _read_side(files, images, spec, config, side),
+            spec.concatenate,
+            config.max_images,
+            rng,
+            count_images=lambda member: len(member[1].images),
+            get_system=lambda member: member[1].system,
+        )
+        for joined in joined_groups:
             yield {
                 "messages": join_messages([conversation.messages() for _, conversation in joined]),
                 "where": [where for where, _ in joined],
             }
-
-
-def _count_images(member: tuple[str, Conversation]) -> int:
-    return len(member[1].images)
-
-
-def _get_system(member: tuple[str, Conversation]) -> list | None:
-    return member[1].system
 
 
 def _read_side(

@@ -1,7 +1,7 @@
 """Reads a whole mixture before training and reports its problems: `python -m processing_visualchat.doctor`."""
 
-from .diagnosis import Diagnosis, compare_images, examine
-from .report import format_table, write_report
+from .diagnosis import Diagnosis, compare_images, examine, format_table
+from .report import write_report
 from .samples import Sample, draw_sample, make_estimating_processor
 
 

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from transformers import AutoProcessor
 
 from .diagnosis import examine
-from .report import format_report, write_report
+from .report import write_report
 
 
 def positive_number(text: str) -> int:
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"doctor: error: {error}", file=sys.stderr)
         return 2
-    print(format_report(diagnosis))
+    print(diagnosis)
     try:
         print(f"\nThe page: {write_report(diagnosis, options.output)}")
     except ImportError as error:

@@ -14,7 +14,7 @@ from ..data.image_contents import ImageContent
 from ..data.ingestion import IngestionReport
 from ..data.lengths import measure_lengths
 from ..data.mixture import DatasetSpec, Mixture, MixtureConfig, load_mixture, read_mixture_config
-from ..data.packing import BatchingStatistics, compare_batching
+from ..data.packing import BatchingStatistics, batching_table, compare_batching
 from ..data.readers import RECORDS
 from ..processing_visualchat import VisualChatProcessor
 from .samples import Sample, draw_samples, make_estimating_processor
@@ -125,6 +125,26 @@ class Diagnosis:
             f"{self.num_dropped} records are dropped"
             + (", each with its reason in dropped.jsonl." if self.num_dropped else "."),
         ]
+
+    def __str__(self) -> str:
+        """The report as text."""
+        tables = (self.source_table(), self.reason_table(), self.length_table(), batching_table(self.batching))
+        problems = [f"PROBLEM: {problem}" for problem in self.problems]
+        parts = [self.name, *(format_table(table) for table in tables if len(table) > 1)]
+        return "\n\n".join([*parts, "\n".join(self.findings()), *(["\n".join(problems)] if problems else [])])
+
+
+def format_table(rows: Sequence[Sequence]) -> str:
+    """Aligned columns, numbers on the right."""
+    texts = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*texts)]
+    is_number = [any(isinstance(cell, (int, float)) for cell in column) for column in zip(*rows)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(row, widths, is_number)
+        ).rstrip()
+        for row in texts
+    )
 
 
 def examine(

@@ -1,4 +1,4 @@
-"""The report of a diagnosis: as text, and as one self-contained page with tables, histograms and conversations."""
+"""The report of a diagnosis as one self-contained page, with tables, histograms and conversations."""
 
 import base64
 import html
@@ -30,34 +30,6 @@ img { max-width: 100%; }
 .where { color: #777; font-size: .85em; }
 mark { background: #c9f0c9; }
 """
-
-
-def format_report(diagnosis: Diagnosis) -> str:
-    """The report as text."""
-    reasons = diagnosis.reason_table()
-    parts = [
-        diagnosis.name,
-        format_table(diagnosis.source_table()),
-        format_table(reasons) if len(reasons) > 1 else "",
-        format_table(diagnosis.length_table()),
-        format_table(batching_table(diagnosis.batching)),
-        "\n".join(diagnosis.findings()),
-        "\n".join(f"PROBLEM: {problem}" for problem in diagnosis.problems),
-    ]
-    return "\n\n".join(part for part in parts if part)
-
-
-def format_table(rows: Sequence[Sequence]) -> str:
-    """Aligned columns, numbers on the right."""
-    texts = [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*texts)]
-    is_number = [any(isinstance(cell, (int, float)) for cell in column) for column in zip(*rows)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(row, widths, is_number)
-        ).rstrip()
-        for row in texts
-    )
 
 
 def write_report(diagnosis: Diagnosis, folder: str | Path) -> Path:
