@@ -26,25 +26,15 @@ class Round(NamedTuple):
 
 @dataclass(frozen=True)
 class Dropped:
-    """
-    A record that cannot be used.
+    """A record that cannot be used."""
 
-    Args:
-        reason (`str`): Why, the same for all records of its kind.
-        detail (`str`, *optional*): What is wrong with this one, as the predicate of a sentence.
-    """
-
-    reason: str
-    detail: str = ""
+    reason: str  # the same for all records with this fault
+    detail: str = ""  # the fault of this one, as the predicate of a sentence
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """
-    Args:
-        turns (`list` of [`Turn`]): An optional system turn, then user and assistant in turn.
-        repairs (`tuple` of `str`, *optional*): What was repaired in the raw record.
-    """
+    """An optional system turn, then user and assistant in turn; and what was repaired in the raw record."""
 
     turns: list[Turn]
     repairs: tuple[str, ...] = ()

@@ -19,7 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from .conversation import Conversation, Dropped
 from .images import is_usable
-from .ingestion import IngestedRecord, IngestionReport, ingest, list_below
+from .ingestion import BROKEN_IMAGE, IngestedRecord, IngestionReport, ingest, list_below
 from .readers import RECORDS, read_conversations
 
 
@@ -80,7 +80,7 @@ def _read(files: list[str], root: str, images: str | None) -> Iterator[IngestedR
         for record in read_conversations(file, images, name):
             inline = record.outcome.images if isinstance(record.outcome, Conversation) else []
             if not all(is_usable(image) for image in inline if image.kind == "inline"):
-                record = replace(record, outcome=Dropped("an image that is broken, or one pixel wide or high"))
+                record = replace(record, outcome=Dropped(BROKEN_IMAGE))
             yield record
 
 

@@ -17,11 +17,7 @@ CHUNK = 1000  # images that one process reads in a row
 
 @dataclass(frozen=True)
 class ImageContent:
-    """
-    Args:
-        digest (`str`): The digest of the encoded image, see [`ImageReference`].
-        is_broken (`bool`): Whether it is missing, cannot be read, or is one pixel wide or high.
-    """
+    """The digest of an image, see [`ImageReference`], and whether it is missing, unreadable or a single pixel wide."""
 
     digest: str
     is_broken: bool = False

@@ -87,9 +87,9 @@ class ImageReference:
     def from_block(cls, block: dict) -> "ImageReference | None":
         """The image of a message's block; `None` if it has none, or an open image."""
         encoded = block.get("base64")
-        return (
-            cls.from_base64(encoded) if isinstance(encoded, str) and encoded else cls.from_source(image_source(block))
-        )
+        if isinstance(encoded, str) and encoded:
+            return cls.from_base64(encoded)
+        return cls.from_source(image_source(block))
 
     def __str__(self) -> str:
         if self.kind == "inline":
@@ -118,8 +118,8 @@ class ImageReference:
 
     def resolve(self, folder: str, record_file: str = "", is_confined: bool = True) -> "ImageReference | None":
         """
-        Resolves the path that a record contains, relative to `folder`, which may be `hf://…`; the only place that does.
-        `None` if a confined path leads out of the folder, except to an image inside `record_file` itself.
+        Resolves a path that a record contains against a folder, which may be `hf://…`; nothing else does that. `None`
+        if a confined path leads out of the folder, unless into `record_file`, the file of the record itself.
         """
         if not self.is_local or (record_file and self.path == record_file):
             return self
@@ -165,13 +165,7 @@ class ImageReference:
 
 
 def open_image(source: Any, name: str = "in memory") -> Image.Image:
-    """
-    Opens what [`load_image`] accepts, for training.
-
-    Raises:
-        `FileNotFoundError`: it is not there.
-        `ValueError`: it cannot be read, or is one pixel high or wide, as placeholders of lost images often are.
-    """
+    """Opens an image as [`load_image`] does; one pixel in height or width, as of a lost image, is a `ValueError`."""
     image = load_image(source)
     if min(image.size) < 2:
         raise ValueError(f"The image {name:.200} has {image.width} x {image.height} pixels; it shows nothing.")

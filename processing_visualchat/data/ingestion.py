@@ -31,28 +31,17 @@ class IngestedRecord:
 
 @dataclass
 class IngestionReport:
-    """
-    The outcome of all records of a dataset; `read` is always `used` plus what was dropped.
-
-    Args:
-        name (`str`): The dataset.
-        read, used (`int`): Raw records.
-        conversations (`int`): The conversations made of them.
-        num_repaired (`int`): Raw records that are used after a repair.
-        dropped, repaired (`dict`): The number of records by reason; a record may be repaired for several.
-        examples (`dict`): The first record, as file and record, by reason.
-        rows (`datasets.Dataset`, *optional*): The outcomes of all records, memory-mapped.
-    """
+    """The outcome of all raw records of a dataset; `read` is always `used` plus what was dropped."""
 
     name: str
     read: int = 0
     used: int = 0
-    conversations: int = 0
-    num_repaired: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    repaired: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, str] = field(default_factory=dict)
-    rows: Dataset | None = field(default=None, repr=False)
+    conversations: int = 0  # made of the used records
+    num_repaired: int = 0  # used after a repair
+    dropped: dict[str, int] = field(default_factory=dict)  # records by reason
+    repaired: dict[str, int] = field(default_factory=dict)  # by reason; a record may have several
+    examples: dict[str, str] = field(default_factory=dict)  # the first file and record, by reason
+    rows: Dataset | None = field(default=None, repr=False)  # the outcomes of all records, memory-mapped
     _dropped_later: list[tuple[str, str]] = field(default_factory=list, repr=False)
 
     def __str__(self) -> str:
@@ -116,6 +105,7 @@ FEATURES = Features(
 )
 EMPTY_ROW = {"messages": [], "images": [], "where": "", "num_records": 0, "dropped": "", "repairs": []}
 MISSING_IMAGE = "an image is not there"
+BROKEN_IMAGE = "an image that is broken, or one pixel wide or high"
 
 
 def ingest(
@@ -146,9 +136,12 @@ def ingest(
     report = IngestionReport.from_rows(name, rows)
     if report.conversations == 0:
         raise ValueError(f"Nothing is left of the source {name}.\n{report}")
-    columns = ["num_records", "dropped"]
-    used = rows.filter(lambda count, reason: count > 0 and not reason, input_columns=columns)
+    used = rows.filter(_is_used, input_columns=["num_records", "dropped"], batched=True)
     return used.select_columns(["messages", "images", "where", "num_records"]), report
+
+
+def _is_used(counts: list[int], reasons: list[str]) -> list[bool]:
+    return [count > 0 and not reason for count, reason in zip(counts, reasons)]
 
 
 def _generate_rows(generate: Callable[..., Iterator[IngestedRecord]], options: dict, root: str, key: str):

@@ -19,7 +19,7 @@ TRANSIENT = ("padding", "truncation")  # tokenizer settings that its last call l
 
 
 def count_tokens(messages: list[dict], processor: VisualChatProcessor) -> int:
-    """The tokens of a conversation, including those of its images, of which none is opened."""
+    """The tokens of a conversation, including those of its images, which are not opened."""
     text = processor.apply_chat_template(messages)
     return len(processor.tokenizer(text, verbose=False)["input_ids"]) + text.count(processor.image_token) * (
         processor.image_seq_length - 1
@@ -54,6 +54,7 @@ def measure_lengths(dataset: Dataset, processor: VisualChatProcessor, num_proc: 
             "num_rounds": sum(message["role"] == "assistant" for message in messages),
         }
 
+    output_format, plain = dataset.format, dataset.with_format(None)
     measured = dataset.map(
         measure,
         remove_columns=dataset.column_names,
@@ -62,8 +63,6 @@ def measure_lengths(dataset: Dataset, processor: VisualChatProcessor, num_proc: 
         new_fingerprint=key,
         desc="Measuring conversations",
     ).with_format(None)
-    output_format = dataset.format
-    plain = dataset.with_format(None)
     for name in MEASURES:
         values = measured[name][:] if name in measured.column_names else []  # without examples there is no column
         if name in plain.column_names:
@@ -71,9 +70,9 @@ def measure_lengths(dataset: Dataset, processor: VisualChatProcessor, num_proc: 
         plain = plain.add_column(name, np.asarray(values, dtype=np.int64))
     if output_format["type"] is None:
         return plain
-    columns = [name for name in output_format["columns"] if name not in MEASURES]
-    options = (columns, output_format["output_all_columns"])
-    return plain.with_format(output_format["type"], *options, **output_format["format_kwargs"])
+    output_format["columns"] = [name for name in output_format["columns"] if name not in MEASURES]
+    options = output_format.pop("format_kwargs")
+    return plain.with_format(**output_format, **options)
 
 
 def _describe(processor: VisualChatProcessor) -> str:

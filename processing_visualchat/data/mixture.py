@@ -38,7 +38,7 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from .conversation import join_messages
 from .custom import CustomSource, load_custom_source
 from .image_contents import ImageContent, read_image_contents
-from .ingestion import IngestionReport
+from .ingestion import BROKEN_IMAGE, IngestionReport
 from .published import SOURCES, get_source, load_source
 from .split import split_by_image
 
@@ -220,10 +220,11 @@ def load_mixture(
     names = [images for dataset, _ in loaded for images in _column(dataset, "images")]
     contents = read_image_contents({image for images in names for image in images}, root, check_images)
     num_images = list(map(len, names))
+    reasons = [_find_fault(images, contents, config.max_images) for images in names]
     usable, start = [], 0
     for dataset, report in loaded:
         members = range(start, start + len(dataset))
-        usable.append(_drop_unusable(members, rows, names, contents, config.max_images, report))
+        usable.append(_drop_unusable(members, reasons, rows, report))
         start += len(dataset)
     kept = [index for indices in usable for index in indices]
     digests = [[contents[image].digest for image in names[index]] for index in kept]
@@ -247,29 +248,21 @@ def load_mixture(
     return Mixture(train, evaluation, reports, sizes, contents)
 
 
-def _drop_unusable(
-    indices: range,
-    rows: Dataset,
-    names: list[list[str]],
-    contents: dict[str, ImageContent],
-    max_images: int,
-    report: IngestionReport,
-) -> list[int]:
-    """The conversations of a dataset without too many or broken images; the others are counted."""
-    usable = []
+def _find_fault(images: list[str], contents: dict[str, ImageContent], max_images: int) -> str | None:
+    """The reason to drop a conversation, if there is one."""
+    if len(images) > max_images:
+        return f"more than {max_images} images"
+    return BROKEN_IMAGE if any(contents[image].is_broken for image in images) else None
+
+
+def _drop_unusable(indices: range, reasons: list[str | None], rows: Dataset, report: IngestionReport) -> list[int]:
+    """The usable conversations of a dataset; the others are counted."""
     for index in indices:
-        reason = None
-        if len(names[index]) > max_images:
-            reason = f"more than {max_images} images"
-        elif any(contents[image].is_broken for image in names[index]):
-            reason = "an image that is broken, or one pixel wide or high"
-        if reason is None:
-            usable.append(index)
-        else:
+        if (reason := reasons[index]) is not None:
             report.drop(rows[index]["where"], rows[index]["num_records"], reason)
-    if not usable:
+    if report.conversations == 0:
         raise ValueError(f"Nothing is left of the source {report.name}.\n{report}")
-    return usable
+    return [index for index in indices if reasons[index] is None]
 
 
 def _get_system(row: dict) -> str:

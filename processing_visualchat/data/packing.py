@@ -134,19 +134,14 @@ def _plan_window(sizes: np.ndarray, limits: np.ndarray) -> list[list[int]]:
 @dataclass(frozen=True)
 class BatchingStatistics:
     """
-    The cost of a batching strategy beyond the conversations themselves.
-
-    Args:
-        padding (`float`): The share of padding among the tokens of all batches.
-        token_spread, image_spread (`float`): Standard deviation over mean of the tokens (including padding) and of the
-            images of a batch, that is, the imbalance between ranks.
-        batches (`int`): The number of batches.
+    The cost of a batching strategy beyond the conversations themselves. A spread is the standard deviation over the
+    mean of a batch, that is, the imbalance between ranks.
     """
 
-    padding: float
-    token_spread: float
+    padding: float  # share of the tokens of all batches
+    token_spread: float  # including padding
     image_spread: float
-    batches: int
+    batches: int  # their number
 
 
 def compare_batching(

@@ -60,7 +60,7 @@ def read_conversations(
         raise ValueError(f"{name} cannot be read; a file of conversations is one of {', '.join(RECORDS)}.")
     folder, is_strict = image_folder or os.path.dirname(file), on_error == "raise"
     refer = refer or (lambda data, row, number: ImageReference("archive", file, f"{row}.{number}"))
-    with fsspec.open(file, "rb") as contents:
+    with fsspec.open(file, "rb") if "://" in file else open(file, "rb") as contents:
         for place, record in RECORDS[suffix](contents, file, refer):
             where = f"{name}, {place}"
             if is_strict:

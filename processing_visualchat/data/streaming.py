@@ -126,19 +126,11 @@ def _generate(
     """The groups of one side of a dataset, in the order of its files, once per pass."""
     rng = random.Random(f"{config.seed} {spec.name}")
     for _ in range(int(spec.weight) if side == "train" else 1):
-        joined_groups = group(
-            _read_side(files, images, spec, config, side),
-            spec.concatenate,
-            config.max_images,
-            rng,
-            count_images=lambda member: len(member[1].images),
-            get_system=lambda member: member[1].system,
-        )
-        for joined in joined_groups:
-            yield {
-                "messages": join_messages([conversation.messages() for _, conversation in joined]),
-                "where": [where for where, _ in joined],
-            }
+        members = _read_side(files, images, spec, config, side)
+        count, system = (lambda member: len(member[1].images)), (lambda member: member[1].system)
+        for joined in group(members, spec.concatenate, config.max_images, rng, count, system):
+            messages = join_messages([conversation.messages() for _, conversation in joined])
+            yield {"messages": messages, "where": [where for where, _ in joined]}
 
 
 def _read_side(
@@ -166,7 +158,7 @@ def _read_side(
         if found == side:
             yield where, conversation
         elif found is None:
-            drop("images of which some are to train and some to evaluate on")
+            drop("images on both sides of the split")
 
 
 def _embed(data: bytes, row: int, number: int) -> ImageReference:

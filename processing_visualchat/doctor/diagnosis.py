@@ -26,36 +26,20 @@ MANY = 20_000  # conversations; with fewer, starting processes takes longer than
 
 @dataclass
 class Diagnosis:
-    """
-    The result of [`examine`].
+    """The result of [`examine`]."""
 
-    Args:
-        name (`str`): The mixture.
-        reports (`list` of [`IngestionReport`]): The report of each readable dataset.
-        failures (`dict`): The reasons why datasets are unreadable, by name.
-        sides (`dict` of `datasets.Dataset`): `train` and `evaluation`, measured.
-        sizes (`dict`): The number of conversations on the two sides, by dataset.
-        contents (`dict` of [`ImageContent`]): The digest of every image by its reference.
-        leaked (`list` of `list` of `str`): References to the same image, on both sides of the split.
-        duplicates (`list` of `list` of `str`): References to the same image.
-        max_length (`int`): Maximum tokens of a conversation.
-        batching (`dict` of [`BatchingStatistics`]): The cost of each batching strategy.
-        samples (`list` of [`Sample`]): The first conversations.
-        is_estimated (`bool`): Whether tokens were counted without the model's tokenizer.
-    """
-
-    name: str
-    reports: list[IngestionReport]
-    failures: dict[str, str]
-    sides: dict[str, Dataset]
-    sizes: dict[str, tuple[int, int]]
-    contents: dict[str, ImageContent]
-    leaked: list[list[str]]
-    duplicates: list[list[str]]
-    max_length: int
-    batching: dict[str, BatchingStatistics]
-    samples: list[Sample]
-    is_estimated: bool
+    name: str  # of the mixture
+    reports: list[IngestionReport]  # of each readable dataset
+    failures: dict[str, str]  # reasons of unreadable datasets, by name
+    sides: dict[str, Dataset]  # `train` and `evaluation`, measured
+    sizes: dict[str, tuple[int, int]]  # conversations on the two sides, by dataset
+    contents: dict[str, ImageContent]  # of every image, by its reference
+    leaked: list[list[str]]  # references to the same image, on both sides of the split
+    duplicates: list[list[str]]  # references to the same image
+    max_length: int  # tokens of a conversation
+    batching: dict[str, BatchingStatistics]  # by strategy
+    samples: list[Sample]  # the first conversations
+    is_estimated: bool  # tokens were counted without the model's tokenizer
 
     @property
     def problems(self) -> list[str]:
@@ -169,8 +153,7 @@ def examine(
         check_images (`bool`, *optional*, defaults to `True`): Decodes every image.
 
     Raises:
-        `ValueError`: an invalid configuration, or one without a readable dataset.
-        `FileNotFoundError`: no configuration, or no data root.
+        `ValueError` or `FileNotFoundError`: an invalid configuration, or no readable dataset.
     """
     name = "The mixture" if isinstance(config, MixtureConfig) else str(config)
     if not isinstance(config, MixtureConfig):

@@ -20,21 +20,13 @@ ESTIMATED_IMAGE_LENGTH = 256  # tokens, as of a vision tower with 14-pixel patch
 
 @dataclass
 class Sample:
-    """
-    A conversation as the model gets it.
+    """A conversation as the model gets it."""
 
-    Args:
-        where (`list` of `str`): Files and records.
-        pieces (`list` of `(text, has_loss)`): Its text, and whether the loss is on it; `<image>` for an image.
-        images (`list` of [`ImageReference`]): Its images, in order.
-        num_tokens, num_learned (`int`): The number of tokens, and of those with a loss.
-    """
-
-    where: list[str]
-    pieces: list[tuple[str, bool]]
+    where: list[str]  # files and records
+    pieces: list[tuple[str, bool]]  # its text, with `<image>` for an image, and whether the loss is on it
     images: list[ImageReference]
     num_tokens: int
-    num_learned: int
+    num_learned: int  # tokens with a loss
 
 
 def draw_samples(mixture: Mixture, processor: VisualChatProcessor, count: int) -> list[Sample]:

@@ -1,5 +1,5 @@
 """
-COCO captions in Karpathy's splits, of which train and restval are read: the first caption that is not empty.
+COCO captions, Karpathy's train and restval splits: the first caption that is not empty.
 
     {"images": [{"filepath": "val2014", "filename": "COCO_val2014_000000000042.jpg", "split": "restval",
                  "sentences": [{"raw": "A dog."}, …]}, …]}

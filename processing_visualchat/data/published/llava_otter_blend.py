@@ -52,11 +52,11 @@ def _read(files: dict[str, Any], images: str, check: Check) -> Iterator[Ingested
     """A pair of CGD with the LLaVA records that it uses; unused records are dropped."""
     *llava_files, pairs_file = files
     about: dict[ImageReference, list[Conversation]] = {}
-    places: dict[int, str] = {}
+    sources: dict[int, str] = {}
     for record in LLAVA.read({file: files[file] for file in llava_files}, images, check):
         if isinstance(record.outcome, Conversation):
             about.setdefault(record.outcome.images[0], []).append(record.outcome)
-            places[id(record.outcome)] = record.where
+            sources[id(record.outcome)] = record.where
         else:
             yield record
     rng = random.Random(SEED)
@@ -69,7 +69,7 @@ def _read(files: dict[str, Any], images: str, check: Check) -> Iterator[Ingested
             num_records += num_waiting - sum(len(about.get(image, ())) for image in pair_images)
         yield check(IngestedRecord(record.where, num_records, outcome))
     for conversation in (conversation for waiting in about.values() for conversation in waiting):
-        yield IngestedRecord(places[id(conversation)], 1, Dropped("no pair speaks of its image"))
+        yield IngestedRecord(sources[id(conversation)], 1, Dropped("no pair contains its image"))
 
 
 BLEND = PublishedSource(

@@ -24,26 +24,15 @@ Reader = Callable[[dict[str, Any], str, Check], Iterator[IngestedRecord]]
 
 @dataclass(frozen=True)
 class PublishedSource:
-    """
-    A published dataset.
+    """A published dataset."""
 
-    Args:
-        name (`str`): Its name in mixtures.
-        annotations (`tuple` of `str`): Its files of records under the data root.
-        images (`str`): The folder of its images, or their archive.
-        read (`Callable`): From the parsed files by name, `images` and a check of each record to [`IngestedRecord`]s.
-        homepage (`str`): Where to get it.
-        attribution (`str`): What to cite.
-        license (`str`): The terms of its records and images, as their authors state them; no legal advice.
-    """
-
-    name: str
-    annotations: tuple[str, ...]
-    images: str
-    read: Reader
+    name: str  # in mixtures
+    annotations: tuple[str, ...]  # files of records under the data root
+    images: str  # folder, or archive, under the data root
+    read: Reader  # from the parsed files by name, `images` and a check of each record to the outcomes
     homepage: str
-    attribution: str
-    license: str
+    attribution: str  # what to cite
+    license: str  # of records and images, as their authors state it; no legal advice
 
 
 def list_reader(convert: Callable[[Any, str], Conversation | Dropped], key: str | None = None) -> Reader:
