@@ -22,7 +22,14 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["configuration_visualchat", "modeling_visualchat", "processing_visualchat"],
+    packages=[
+        "configuration_visualchat",
+        "modeling_visualchat",
+        "processing_visualchat",
+        "processing_visualchat.data",
+        "processing_visualchat.data.published",
+        "processing_visualchat.doctor",
+    ],
     package_data={"modeling_visualchat": ["hub_card.md"]},
     install_requires=[
         "torch>=2.13,<2.14",

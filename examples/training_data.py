@@ -9,16 +9,16 @@ from training_arguments import FinetuneError
 from transformers import TrainingArguments
 
 from processing_visualchat import (
-    Ingredient,
-    Recipe,
+    DatasetSpec,
+    MixtureConfig,
     load_conversations,
     load_mixture,
     measure_lengths,
     pack_conversations,
-    read_recipe,
+    read_mixture_config,
     stream_mixture,
 )
-from processing_visualchat.own_sources import find_splits
+from processing_visualchat.data.custom import find_splits
 
 
 SAMPLING_BY_LENGTH = ("group_by_length", "batch_rebalance")  # of TrainingArguments.train_sampling_strategy
@@ -38,7 +38,7 @@ def load_data(arguments, training_arguments: TrainingArguments, collator) -> tup
 
 def load_mixture_file(arguments, training_arguments: TrainingArguments) -> tuple:
     """Both sides of a mixture; a stream repeats without end, so that a resumed run finds its place."""
-    config = read_recipe(arguments.mixture)
+    config = read_mixture_config(arguments.mixture)
     if not config.streaming:
         return report_mixture(load_mixture(config, arguments.data_root, arguments.check_images))
     if training_arguments.max_steps <= 0:
@@ -61,8 +61,8 @@ def load_file(name: str, arguments, processor, splits: list[str]):
         check_length = arguments.overlong == "error"
         return load_conversations(path, processor, arguments.max_length, arguments.check_images, check_length)
     path = Path(os.path.abspath(path))  # keeps links, whose targets may have other names
-    source = Ingredient(str(path), path.name, split=choose_split(path, splits))
-    config = Recipe((source,), eval_share=0.0, max_images=sys.maxsize)
+    source = DatasetSpec(str(path), path.name, split=choose_split(path, splits))
+    config = MixtureConfig((source,), eval_share=0.0, max_images=sys.maxsize)
     return report_mixture(load_mixture(config, path.parent, arguments.check_images))[0]
 
 

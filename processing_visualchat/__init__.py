@@ -1,20 +1,22 @@
-"""The VisualChat processor and what feeds it, registered with transformers' `AutoProcessor` on import."""
+"""The VisualChat processor and its training data, registered with transformers' `AutoProcessor` on import."""
 
 from transformers import AutoProcessor
 
 from configuration_visualchat import VisualChatConfig
 
-from .conversation_files import load_conversations
 from .conversation_visualchat import validate_conversation
-from .data_collator import OVERLONG, DataCollatorForVisualChat
+from .data.collator import OVERLONG, DataCollatorForVisualChat
+from .data.custom import CustomSource, load_custom_source
+from .data.images import ImageReference
+from .data.ingestion import IngestionReport
+from .data.lengths import measure_lengths
+from .data.mixture import DatasetSpec, Mixture, MixtureConfig, load_mixture, read_mixture_config
+from .data.packing import pack_conversations
+from .data.published import SOURCES, load_source
+from .data.readers import load_conversations
+from .data.streaming import stream_mixture
 from .image_loading_visualchat import load_image
-from .mixture import Ingredient, Mixture, Recipe, load_mixture, read_recipe
-from .own_sources import OwnSource, load_own_source
-from .packing import measure_lengths, pack_conversations
 from .processing_visualchat import VisualChatProcessor
-from .readings import SourceReport
-from .sources import SOURCES, load_source
-from .streaming import stream_mixture
 
 
 AutoProcessor.register(VisualChatConfig, VisualChatProcessor, exist_ok=True)
@@ -22,21 +24,22 @@ AutoProcessor.register(VisualChatConfig, VisualChatProcessor, exist_ok=True)
 __all__ = [
     "OVERLONG",
     "SOURCES",
+    "CustomSource",
     "DataCollatorForVisualChat",
-    "Ingredient",
+    "DatasetSpec",
+    "ImageReference",
+    "IngestionReport",
     "Mixture",
-    "OwnSource",
-    "Recipe",
-    "SourceReport",
+    "MixtureConfig",
     "VisualChatProcessor",
     "load_conversations",
+    "load_custom_source",
     "load_image",
     "load_mixture",
-    "load_own_source",
     "load_source",
     "measure_lengths",
     "pack_conversations",
-    "read_recipe",
+    "read_mixture_config",
     "stream_mixture",
     "validate_conversation",
 ]

@@ -1,5 +1,5 @@
 """
-The one form of a conversation, and what is wrong with one that is not of that form.
+The message format of a conversation, and its validation.
 
     [{"role": "system", "content": "Answer in one word."},                        # optional, first
      {"role": "user", "content": [{"type": "image", "path": "cat.png"},           # path, url, base64 or image
@@ -16,12 +16,12 @@ IMAGE_SOURCES = ("image", "path", "url", "base64")
 
 def validate_conversation(messages: list[dict], image_token: str = "<image>", name: str = "The conversation") -> None:
     """
-    Checks a conversation once, where it enters.
+    Validates a conversation once, where it enters.
 
     Args:
         messages (`list[dict]`): The messages, as above; OpenAI's `image_url` blocks are images too.
         image_token (`str`, *optional*, defaults to `"<image>"`): The placeholder, which no text may hold.
-        name (`str`, *optional*): What to call the conversation in an error.
+        name (`str`, *optional*): The name of the conversation in errors.
 
     Raises:
         `ValueError`: says which message is wrong, what was found and what is allowed.
@@ -59,17 +59,17 @@ def is_image(block) -> bool:
 
 
 def image_source(block: dict) -> Any:
-    """What an image block is to be read from, as [`load_image`] takes it; nothing if it does not say."""
-    address = block.get("image_url")
+    """The source of an image block, as [`load_image`] accepts it; `None` if it has none."""
+    url = block.get("image_url")
     sources = (
         *(block.get(name) for name in IMAGE_SOURCES),
-        address.get("url") if isinstance(address, dict) else address,
+        url.get("url") if isinstance(url, dict) else url,
     )
     return next((source for source in sources if source is not None), None)
 
 
 def drop_nulls(messages: list[dict]) -> list[dict]:
-    """Messages without the keys of their blocks whose value is null, which `datasets` adds to give all one schema."""
+    """Messages without the null keys of their blocks, which `datasets` adds for a common schema."""
     if not isinstance(messages, (list, tuple)):
         return messages
     return [
@@ -103,7 +103,7 @@ def _validate_content(message: dict, image_token: str, where: str) -> None:
             if role != "user":
                 raise ValueError(f"{where} shows an image as {role}; only the user shows images.")
             if kind == "image_url" and not block.get("image_url"):
-                raise ValueError(f"{where} has an image_url block without an address: {block!r:.80}.")
+                raise ValueError(f"{where} has an image_url block without a URL: {block!r:.80}.")
             if sum(source in block for source in (*IMAGE_SOURCES, "image_url")) > 1:
                 raise ValueError(
                     f"{where} has an image with more than one source; give one of {', '.join(IMAGE_SOURCES)}."

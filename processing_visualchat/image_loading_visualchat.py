@@ -30,7 +30,7 @@ def load_image(source) -> Image.Image:
 
     Args:
         source (`str`, `Path`, `bytes`, `PIL.Image.Image` or array):
-            A path, an http(s) address, a `data:` URI or base64 text, an encoded file in memory, an image, or an array
+            A path, an http(s) URL, a `data:` URI or base64 text, an encoded file in memory, an image, or an array
             of shape (height, width) or (height, width, channels).
 
     Returns:
@@ -57,17 +57,15 @@ def load_image(source) -> Image.Image:
         )
     if hasattr(source, "__array__"):
         return _from_array(np.asarray(source))
-    raise ValueError(
-        f"An image must be a path, an address, bytes, a PIL image or an array, got {type(source).__name__}."
-    )
+    raise ValueError(f"An image must be a path, a URL, bytes, a PIL image or an array, got {type(source).__name__}.")
 
 
-def _fetch(address: str) -> Image.Image:
+def _fetch(url: str) -> Image.Image:
     try:
-        response = httpx.get(address, follow_redirects=True, timeout=30).raise_for_status()
+        response = httpx.get(url, follow_redirects=True, timeout=30).raise_for_status()
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ValueError(f"The image at {address} cannot be fetched: {error}.") from error
-    return _decode(response.content, f"The image at {address}")
+        raise ValueError(f"The image at {url} cannot be downloaded: {error}.") from error
+    return _decode(response.content, f"The image at {url}")
 
 
 def _is_file(path: Path) -> bool:

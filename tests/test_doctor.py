@@ -10,7 +10,7 @@ from conftest import draw_picture, make_processor
 from published_data import write_published_data
 from test_finetune import EXAMPLES, environment
 
-from processing_visualchat import Ingredient, Recipe, load_mixture
+from processing_visualchat import DatasetSpec, MixtureConfig, load_mixture
 from processing_visualchat.doctor import compare_images, draw_sample, examine, format_table
 
 
@@ -75,10 +75,10 @@ def test_one_run_finds_all_sources_that_are_missing(root, tmp_path):
     draw_picture(0, (1, 5)).save(root / "thin.png")
     turns = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "x"}]
     (root / "thin.json").write_text(json.dumps([{"conversations": turns, "image": "thin.png"}]))
-    thin = examine(Recipe((Ingredient("thin", "thin.json"), Ingredient("llava_dial"))), root)
+    thin = examine(MixtureConfig((DatasetSpec("thin", "thin.json"), DatasetSpec("llava_dial"))), root)
     assert list(thin.failures) == ["thin"] and [report.name for report in thin.reports] == ["llava_dial"]
     with pytest.raises(ValueError, match=r"No source can be read.*\n.*gone.jsonl"):
-        examine(Recipe((Ingredient("mine", "gone.jsonl"),)), root)
+        examine(MixtureConfig((DatasetSpec("mine", "gone.jsonl"),)), root)
 
 
 def test_images_on_both_sides_and_duplicates_are_found_by_content(tmp_path):
@@ -87,7 +87,7 @@ def test_images_on_both_sides_and_duplicates_are_found_by_content(tmp_path):
     turns = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "x"}]
     records = [{"conversations": turns, "image": f"{name}.png"} for name in "abcd"]
     (tmp_path / "x.json").write_text(json.dumps(records))
-    recipe = Recipe((Ingredient("mine", "x.json"),), eval_share=0.0)
+    recipe = MixtureConfig((DatasetSpec("mine", "x.json"),), eval_share=0.0)
     mixture = load_mixture(recipe, tmp_path)
     assert compare_images(mixture) == ([["a.png", "b.png"]], [])
     order = [example["images"][0] for example in mixture.train]
@@ -104,7 +104,9 @@ def test_samples_show_what_is_learned_token_by_token(chat):
     assert learned == [" It's a circle.<eos>", " The colors are different.<eos>"]
     # One token a byte, and one for the end.
     assert sample.num_learned == sum(len(text.removesuffix("<eos>")) + 1 for text in learned)
-    assert sample.images == [block["path"] for turn in chat[::2] for block in turn["content"] if "path" in block]
+    assert list(map(str, sample.images)) == [
+        block["path"] for turn in chat[::2] for block in turn["content"] if "path" in block
+    ]
 
 
 def test_tables_align():

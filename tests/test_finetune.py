@@ -380,7 +380,7 @@ ANSWER = message("A thing.", "assistant")
         (
             {"messages": [message([{"type": "image", "base64": "!"}]), ANSWER]},
             ValueError,
-            "line 2: No image file at !",
+            "line 2: The image inside its record is not base64 text: '!'",
         ),
         ({"messages": [message("Hi")]}, ValueError, "line 2 does not end with an answer"),
         (
@@ -427,7 +427,7 @@ def test_image_paths_are_relative_to_the_data_file(data, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     dataset = load_conversations(data / "train.jsonl", make_processor())
     assert len(dataset) == 9
-    first = json.loads(dataset[0]["messages"])
+    first = dataset[0]["messages"]
     assert first[0]["content"][0]["path"] == str(data / "pictures" / "0.png")
     for block in (
         {"type": "image", "url": "pictures/1.png"},
@@ -435,5 +435,5 @@ def test_image_paths_are_relative_to_the_data_file(data, monkeypatch, tmp_path):
     ):
         line = {"messages": [message([block]), ANSWER]}
         (data / "other.jsonl").write_text(json.dumps(line))
-        read = json.loads(load_conversations(data / "other.jsonl", make_processor())[0]["messages"])
+        read = load_conversations(data / "other.jsonl", make_processor())[0]["messages"]
         assert read[0]["content"] == [{"type": "image", "path": str(data / "pictures" / "1.png")}]

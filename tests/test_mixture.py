@@ -17,17 +17,19 @@ from test_finetune import EXAMPLES, environment
 
 from processing_visualchat import (
     DataCollatorForVisualChat,
-    Recipe,
+    DatasetSpec,
+    MixtureConfig,
     load_mixture,
     measure_lengths,
     pack_conversations,
-    read_recipe,
+    read_mixture_config,
     validate_conversation,
 )
-from processing_visualchat.conversation_files import count_tokens
-from processing_visualchat.image_archives import open_archive, split_archived
-from processing_visualchat.image_contents import read_image_contents
-from processing_visualchat.mixture import Ingredient, choose, group, split_by_image
+from processing_visualchat.data.image_contents import read_image_contents
+from processing_visualchat.data.images import ImageReference
+from processing_visualchat.data.lengths import count_tokens
+from processing_visualchat.data.mixture import choose, group
+from processing_visualchat.data.split import split_by_image
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +44,14 @@ def contents(mixed, root):
     digests = set()
     for example in mixed:
         for image in example["images"]:
-            archived = split_archived(image)
-            data = open_archive(str(root / archived[0]))[archived[1]] if archived else (root / image).read_bytes()
-            digests.add(hashlib.sha256(data).hexdigest())
+            digests.add(hashlib.sha256(ImageReference.parse(image).under(root).read()).hexdigest())
     return digests
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_no_image_is_on_both_sides_and_no_conversation_twice(root, seed):
-    recipe = read_recipe(EXAMPLES / "configs" / "paper_set2.yaml")
-    mixture = load_mixture(Recipe(recipe.sources, seed=seed, max_images=3, eval_share=0.4), root)
+    recipe = read_mixture_config(EXAMPLES / "configs" / "paper_set2.yaml")
+    mixture = load_mixture(MixtureConfig(recipe.sources, seed=seed, max_images=3, eval_share=0.4), root)
     assert len(mixture.train) > 0 and len(mixture.evaluation) > 0
     assert not contents(mixture.train, root) & contents(mixture.evaluation, root)
     used = Counter()
@@ -91,7 +91,9 @@ def test_the_same_seed_gives_the_same_mixture_in_any_process(root):
 
 
 def test_too_many_images_are_counted_as_dropped(root):
-    (report,) = load_mixture(Recipe((Ingredient("otter_mimicit_sd"),), max_images=1, eval_share=0.0), root).reports
+    (report,) = load_mixture(
+        MixtureConfig((DatasetSpec("otter_mimicit_sd"),), max_images=1, eval_share=0.0), root
+    ).reports
     assert report.dropped["more than 1 images"] == 1 and report.read == report.used + sum(report.dropped.values())
 
 
@@ -111,7 +113,7 @@ def test_own_conversations_mix_with_published_ones(root, tmp_path):
         f"data_root: {root}\nmax_images: 4\neval_share: 0.3\n"
         "sources: [{name: llava_dial}, {name: mine, path: own/data.json}]"
     )
-    recipe = read_recipe(tmp_path / "mixture.yaml")
+    recipe = read_mixture_config(tmp_path / "mixture.yaml")
     for seed in range(4):
         mixture = load_mixture(replace(recipe, seed=seed))
         report = mixture.reports[1]
@@ -121,7 +123,7 @@ def test_own_conversations_mix_with_published_ones(root, tmp_path):
         assert len(mixture.train) + len(mixture.evaluation) == mixture.reports[0].conversations + 1
     with pytest.raises(ValueError, match="broken, or one pixel"):
         (own / "broken.json").write_text(json.dumps(records[1:]))
-        load_mixture(replace(recipe, sources=(Ingredient("mine", "own/broken.json"),)))
+        load_mixture(replace(recipe, sources=(DatasetSpec("mine", "own/broken.json"),)))
     with pytest.raises(FileNotFoundError, match="No data root at nowhere"):
         load_mixture(recipe, "nowhere")
 
@@ -134,10 +136,10 @@ def test_what_is_dropped_takes_no_place_in_the_split(tmp_path):
     records = [{"conversations": turns, "images": [f"{number}.png"]} for number in range(10)]
     records.append({"conversations": turns, "images": [f"{number}.png" for number in range(10, 100)]})
     (tmp_path / "x.json").write_text(json.dumps(records))
-    mixture = load_mixture(Recipe((Ingredient("x", "x.json"),), eval_share=0.1), tmp_path)
+    mixture = load_mixture(MixtureConfig((DatasetSpec("x", "x.json"),), eval_share=0.1), tmp_path)
     assert (len(mixture.train), len(mixture.evaluation)) == (9, 1)
-    few = Ingredient("x", "x.json", samples=0.01, weight=0.01)
-    assert len(load_mixture(Recipe((few,), eval_share=0.0), tmp_path).train) == 1
+    few = DatasetSpec("x", "x.json", samples=0.01, weight=0.01)
+    assert len(load_mixture(MixtureConfig((few,), eval_share=0.0), tmp_path).train) == 1
 
 
 def test_only_conversations_with_the_same_system_message_are_joined(tmp_path):
@@ -146,7 +148,7 @@ def test_only_conversations_with_the_same_system_message_are_joined(tmp_path):
         return {"messages": [{"role": "system", "content": system}, *turns] if system else turns}
 
     (tmp_path / "x.json").write_text(json.dumps([record(system) for system in ["A"] * 20 + ["B"] * 20 + [""] * 20]))
-    mixture = load_mixture(Recipe((Ingredient("x", "x.json", concatenate=3),), eval_share=0.0), tmp_path)
+    mixture = load_mixture(MixtureConfig((DatasetSpec("x", "x.json", concatenate=3),), eval_share=0.0), tmp_path)
     rounds = 0
     for example in mixture.train:
         validate_conversation(example["messages"])
@@ -164,8 +166,8 @@ def test_an_archive_that_is_parquet_is_read_anew_when_it_changes(tmp_path):
 
 def test_weights_say_how_often_an_epoch_goes_through_a_source(root):
     def count(weight, **options):
-        ingredient = Ingredient("llava", weight=weight, **options)
-        mixture = load_mixture(Recipe((ingredient,), eval_share=0.4), root)
+        ingredient = DatasetSpec("llava", weight=weight, **options)
+        mixture = load_mixture(MixtureConfig((ingredient,), eval_share=0.4), root)
         return Counter(where for example in mixture.train for where in example["where"]), len(mixture.evaluation)
 
     once, num_eval = count(1)
@@ -211,11 +213,12 @@ def test_images_that_are_joined_stay_together():
 
 def test_groups_use_everything_once_and_stay_within_limits():
     counts = [1, 2, 0, 3, 1, 1, 8, 1, 1] * 20
-    groups = group(counts, 3, 4, random.Random(0))
+    groups = list(group(range(len(counts)), 3, 4, random.Random(0), counts.__getitem__))
     assert [place for places in groups for place in places] == list(range(len(counts)))
     assert all(sum(counts[place] for place in places) <= 4 or len(places) == 1 for places in groups)
     assert {len(places) for places in groups} == {1, 2, 3}
-    assert group(counts, 1, 4, random.Random(0)) == [[place] for place in range(len(counts))]
+    alone = group(range(len(counts)), 1, 4, random.Random(0), counts.__getitem__)
+    assert list(alone) == [[place] for place in range(len(counts))]
 
 
 def test_samples_are_all_a_number_or_a_share():
@@ -249,14 +252,16 @@ def test_samples_are_all_a_number_or_a_share():
 def test_what_is_wrong_with_a_recipe_is_named(tmp_path, text, message):
     (tmp_path / "mixture.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
-        read_recipe(tmp_path / "mixture.yaml")
+        read_mixture_config(tmp_path / "mixture.yaml")
     with pytest.raises(FileNotFoundError, match="No mixture at"):
-        read_recipe(tmp_path / "gone.yaml")
+        read_mixture_config(tmp_path / "gone.yaml")
 
 
 def test_the_recipes_that_come_along_are_valid():
     recipes = [
-        read_recipe(path) for path in sorted((EXAMPLES / "configs").glob("*.yaml")) if "sources" in path.read_text()
+        read_mixture_config(path)
+        for path in sorted((EXAMPLES / "configs").glob("*.yaml"))
+        if "sources" in path.read_text()
     ]
     assert len(recipes) == 3
     assert [ingredient.concatenate for ingredient in recipes[1].sources] == [3, 2, 1, 1, 1, 1, 1, 1, 1]

@@ -9,8 +9,8 @@ from datasets import Dataset
 from test_data_collator import ask
 
 from processing_visualchat import DataCollatorForVisualChat, measure_lengths, pack_conversations
-from processing_visualchat.conversation_files import count_tokens
-from processing_visualchat.packing import compare_batching, plan_packs
+from processing_visualchat.data.lengths import count_tokens
+from processing_visualchat.data.packing import compare_batching, plan_packs
 
 
 def draw_lengths(count, seed=0):

@@ -288,7 +288,7 @@ def test_an_image_by_address_is_treated_as_one_by_path(tmp_path):
         loaded = load_image(f"{address}/half.png")
         with pytest.raises(ValueError, match=r"words\.png is not an image"):
             load_image(f"{address}/words.png")
-        with pytest.raises(ValueError, match=r"nowhere\.png cannot be fetched: .*404"):
+        with pytest.raises(ValueError, match=r"nowhere\.png cannot be downloaded: .*404"):
             load_image(f"{address}/nowhere.png")
         server.shutdown()
     assert loaded.getpixel((1, 1)) == PIXEL and loaded.getpixel((5, 1)) == (255, 255, 255)

@@ -14,8 +14,12 @@ from PIL import Image
 from published_data import BOOKS, CGD, DETAIL, DIALOGUES, REASONING, SPARKLES_CC, aokvqa, encoded, write_published_data
 
 from processing_visualchat import SOURCES, DataCollatorForVisualChat, load_source, validate_conversation
-from processing_visualchat.source_converters import Conversation, Dropped, blend, convert_llava, group_mimicit
-from processing_visualchat.sources import read_source
+from processing_visualchat.data.conversation import Conversation, Dropped, Round
+from processing_visualchat.data.images import ImageReference
+from processing_visualchat.data.published import read_source
+from processing_visualchat.data.published.llava import convert_llava
+from processing_visualchat.data.published.llava_otter_blend import blend
+from processing_visualchat.data.published.mimicit import group_mimicit
 
 
 COCO = "coco/train2017/{:012d}.jpg".format
@@ -25,6 +29,21 @@ CAPTION_THIS = "Please describe the image in one sentence."
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     return write_published_data(tmp_path_factory.mktemp("data"))
+
+
+def rounds_of(conversation):
+    """Images, question and answer of every round."""
+    rounds = []
+    for question, answer in zip(conversation.turns[::2], conversation.turns[1::2]):
+        images = [str(block) for block in question.content if not isinstance(block, str)]
+        words = [block for block in question.content if isinstance(block, str)]
+        assert question.role == "user" and answer.role == "assistant" and len(words) <= 1
+        rounds.append((images, "".join(words), *answer.content))
+    return rounds
+
+
+def talk(*rounds):
+    return Conversation.from_rounds([Round([*map(ImageReference.parse, images)], *said) for images, *said in rounds])
 
 
 EXPECTED = {
@@ -147,19 +166,18 @@ EXPECTED = {
 def test_every_record_is_accounted_for(name, root):
     conversations, dropped, repaired = EXPECTED[name]
     outcomes = [reading.outcome for reading in read_source(SOURCES[name], root)]
-    assert [outcome.rounds for outcome in outcomes if isinstance(outcome, Conversation)] == conversations
+    assert [rounds_of(outcome) for outcome in outcomes if isinstance(outcome, Conversation)] == conversations
     dataset, report = load_source(name, root)
     assert (report.dropped, report.repaired) == (dropped, repaired)
     assert report.read == report.used + sum(report.dropped.values())
     assert report.conversations == len(conversations) == len(dataset)
     for row, rounds in zip(dataset, conversations):
-        messages = json.loads(row["messages"])
+        messages = row["messages"]
         validate_conversation(messages)
         assert row["images"] == [image for images, _, _ in rounds for image in images]
-        paths = [block["path"] for message in messages for block in message["content"]
-                 if message["role"] == "user" and block["type"] == "image"]  # fmt: skip
+        paths = [block["path"] for message in messages for block in message["content"] if "path" in block]
         assert paths == [str(root / image) for image in row["images"]]
-    for reason, (where, *_) in report.examples.items():
+    for reason, where in report.examples.items():
         assert where.startswith(SOURCES[name].annotations) and (not reason or reason in str(report))
 
 
@@ -177,7 +195,7 @@ def test_the_blend_shows_each_image_once_and_uses_no_record_twice(root):
     assert report.dropped["an image is not there"] == 2 and report.dropped["image id of an unknown form"] == 1
     said = Counter()
     for row in dataset:
-        messages = json.loads(row["messages"])
+        messages = row["messages"]
         validate_conversation(messages)
         assert len(set(row["images"])) == len(row["images"])
         answers = [message["content"] for message in messages if message["role"] == "assistant"]
@@ -186,9 +204,9 @@ def test_the_blend_shows_each_image_once_and_uses_no_record_twice(root):
             if pair in answers:
                 assert answers.index(pair) > 0  # first a conversation about the first image
     assert said["The bus left."] == said["A dog came."] == 1 and said["Other images."] == 1 and max(said.values()) == 1
-    first = next(row for row in dataset if "The bus left." in row["messages"])
+    first = next(row for row in dataset if "The bus left." in str(row["messages"]))
     assert first["images"] == [COCO(1), COCO(2)]
-    assert dataset["messages"] == load_source("llava_otter_blend", root)[0]["messages"]
+    assert dataset["messages"][:] == load_source("llava_otter_blend", root)[0]["messages"][:]
 
 
 def test_rounds_of_related_records_are_used_once():
@@ -293,25 +311,26 @@ def test_a_record_of_any_type_is_dropped_and_not_a_crash(record):
             file: schemas.get(name, wrapped if file.startswith("MIMIC-IT") else [record])
             for file in source.annotations
         }
-        readings = list(source.read(contents, source.images, lambda images: True))
+        readings = list(source.read(contents, source.images, lambda record: record))
         assert len(readings) == len(contents) and all(isinstance(reading.outcome, Dropped) for reading in readings)
 
 
 def test_a_blend_takes_what_is_about_its_images():
-    pair = Conversation([(["a", "b"], "Compare.", "Same.")])
+    pair = talk((["a", "b"], "Compare.", "Same."))
+    a, b = pair.images
 
     def about(*images):
-        return {image: [Conversation([([image], f"{image}{n}?", "Yes.")]) for n in range(3)] for image in images}
+        return {image: [talk(([str(image)], f"{image}{n}?", "Yes.")) for n in range(3)] for image in images}
 
-    assert blend(pair, about("b"), random.Random(0)) == Dropped("no LLaVA conversation about an image")
+    assert blend(pair, about(b), random.Random(0)) == Dropped("no LLaVA conversation about an image")
     for seed in range(20):
-        waiting = about("a", "b")
+        waiting = about(a, b)
         blended = blend(pair, waiting, random.Random(seed))
-        asked = [question for _, question, _ in blended.rounds]
-        num_first = 3 - len(waiting["a"])
+        asked = [question for _, question, _ in rounds_of(blended)]
+        num_first = 3 - len(waiting[a])
         assert num_first >= 1 and asked[:num_first] == [f"a{n}?" for n in range(num_first)]
-        assert asked[num_first:] == [f"b{n}?" for n in range(3 - len(waiting["b"]))] + ["Compare."]
-        assert blended.images == ["a", "b"] and blended.rounds[0][0] == ["a"]
+        assert asked[num_first:] == [f"b{n}?" for n in range(3 - len(waiting[b]))] + ["Compare."]
+        assert blended.images == [a, b] and rounds_of(blended)[0][0] == ["a"]
 
 
 def test_paths_stay_under_their_folder():
@@ -350,8 +369,8 @@ def test_odd_texts_never_reach_a_batch(tmp_path):
     for name, rounds in expected.items():
         dataset, report = load_source(name, root)
         first = next(iter(read_source(SOURCES[name], root))).outcome
-        assert rounds is None or first.rounds == rounds
-        assert "<image>" not in "".join(dataset["messages"]) and report.used >= 1
+        assert rounds is None or rounds_of(first) == rounds
+        assert "<image>" not in str(dataset["messages"][:]) and report.used >= 1
         DataCollatorForVisualChat(make_processor())(list(dataset))
 
 

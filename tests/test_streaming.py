@@ -2,9 +2,11 @@
 
 import base64
 import json
+import random
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +14,20 @@ from accelerate.data_loader import prepare_data_loader
 from conftest import draw_picture, make_processor
 from datasets import Dataset
 from hub_stand_in import HubStandIn
+from test_custom_sources import asked, picture
 from test_finetune import environment
-from test_own_sources import asked, picture
 from torch.utils.data import DataLoader
 
-from processing_visualchat import DataCollatorForVisualChat, Ingredient, Recipe, stream_mixture
-from processing_visualchat.image_archives import open_training_image
+from processing_visualchat import (
+    DataCollatorForVisualChat,
+    DatasetSpec,
+    ImageReference,
+    MixtureConfig,
+    load_mixture,
+    stream_mixture,
+)
+from processing_visualchat.data.images import digest_of
+from processing_visualchat.data.mixture import group
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*records left out")
@@ -40,21 +50,22 @@ def root(tmp_path_factory):
 
 
 def sources(**options):
-    return (Ingredient("lines", "[ab].jsonl", **options), Ingredient("rows", "c.parquet"))
+    return (DatasetSpec("lines", "[ab].jsonl", **options), DatasetSpec("rows", "c.parquet"))
 
 
 def pictures(stream):
     found = []
     for example in stream:
-        for message in json.loads(example["messages"]):
+        for message in example["messages"]:
             for block in message["content"] if not isinstance(message["content"], str) else ():
                 if block["type"] == "image":
-                    found.append(open_training_image(block.get("path") or block["base64"]).tobytes())
+                    found.append(ImageReference.from_block(block).open().tobytes())
     return found
 
 
-def test_everything_comes_once_and_in_the_same_order_again(root):
-    recipe = Recipe(sources(concatenate=2, weight=3.0), eval_share=0.0, shuffle_buffer=10)
+@pytest.mark.parametrize("weight", [1.0, 3.0])
+def test_everything_comes_once_per_pass_and_in_the_same_order_again(root, weight):
+    recipe = MixtureConfig(sources(concatenate=2, weight=weight), eval_share=0.0, shuffle_buffer=10)
     with pytest.warns(UserWarning, match="lines: 1 records left out: {'a line that is not JSON': 1}"):
         train, evaluation = stream_mixture(recipe, root)
         assert evaluation is None
@@ -63,10 +74,10 @@ def test_everything_comes_once_and_in_the_same_order_again(root):
     expected = [f"{root}/a.jsonl, line {n}" for n in range(1, 21)] + [
         f"{root}/b.jsonl, line {n}" for n in range(1, 21)
     ]
-    assert sorted(seen) == sorted(expected + [f"{root}/c.parquet, row {n}" for n in range(8)])
+    assert sorted(seen) == sorted(int(weight) * expected + [f"{root}/c.parquet, row {n}" for n in range(8)])
     assert {len(group) for group in first} == {1, 2}
     assert [example["where"] for example in stream_mixture(recipe, root)[0]] == first
-    other = Recipe(sources(concatenate=2), seed=1, eval_share=0.0, shuffle_buffer=10)
+    other = MixtureConfig(sources(concatenate=2), seed=1, eval_share=0.0, shuffle_buffer=10)
     assert [example["where"] for example in stream_mixture(other, root)[0]] != first
     batch = DataCollatorForVisualChat(make_processor(), packing=True, max_broken=0)(list(train.take(9)))
     assert batch["input_ids"].shape[0] == 1 and len(batch["pixel_values"]) >= 9
@@ -75,7 +86,7 @@ def test_everything_comes_once_and_in_the_same_order_again(root):
 @pytest.mark.parametrize("seed", range(3))
 def test_no_image_is_on_both_sides(root, seed):
     """Also those that lie in a file here and inside of a record there."""
-    train, evaluation = stream_mixture(Recipe(sources(), seed=seed, eval_share=0.4), root)
+    train, evaluation = stream_mixture(MixtureConfig(sources(), seed=seed, eval_share=0.4), root)
     sides = [Counter(pictures(stream)) for stream in (train, evaluation)]
     assert all(sides) and not sides[0].keys() & sides[1].keys()
     assert sum(map(Counter.total, sides)) == 48
@@ -84,24 +95,25 @@ def test_no_image_is_on_both_sides(root, seed):
 @pytest.mark.parametrize(
     ("ingredient", "message"),
     [
-        (Ingredient("llava"), "published data set, whose files are read whole"),
-        (Ingredient("x", "a.jsonl", samples=0.5), "samples of x is a share"),
-        (Ingredient("x", "list.json"), "a stream reads .jsonl or .parquet"),
+        (DatasetSpec("llava"), "published dataset, whose files are read whole"),
+        (DatasetSpec("x", "a.jsonl", samples=0.5), "samples of x is a share"),
+        (DatasetSpec("x", "a.jsonl", weight=0.5), "weight of x is 0.5, .* use a whole number of passes"),
+        (DatasetSpec("x", "list.json"), "a stream reads .jsonl or .parquet"),
     ],
-    ids=["published", "share", "JSON"],
+    ids=["published", "share", "weight", "JSON"],
 )
 def test_what_a_stream_cannot_do_is_said(root, ingredient, message):
     (root / "list.json").write_text("[]")
     with pytest.raises(ValueError, match=message):
-        stream_mixture(Recipe((ingredient,)), root)
+        stream_mixture(MixtureConfig((ingredient,)), root)
     with pytest.raises(FileNotFoundError, match=r"has its images in .*nowhere"):
-        stream_mixture(Recipe((Ingredient("x", "a.jsonl", images="nowhere"),)), root)
+        stream_mixture(MixtureConfig((DatasetSpec("x", "a.jsonl", images="nowhere"),)), root)
 
 
 def test_samples_are_of_the_source_and_evaluation_has_a_limit(root):
-    numbered = Recipe((Ingredient("x", "[ab].jsonl", samples=3),), eval_share=0.0)
+    numbered = MixtureConfig((DatasetSpec("x", "[ab].jsonl", samples=3),), eval_share=0.0)
     assert len(list(stream_mixture(numbered, root)[0])) == 3
-    split = Recipe((*sources(), Ingredient("again", "a.jsonl")), eval_share=0.5)
+    split = MixtureConfig((*sources(), DatasetSpec("again", "a.jsonl")), eval_share=0.5)
     assert len(list(stream_mixture(split, root, num_evaluation=4)[1])) == 4
 
 
@@ -110,7 +122,7 @@ def test_ranks_share_out_one_order(root, num_processes):
     """As Trainer has it done; several files are not several shards."""
 
     def batches(count, index):
-        stream = stream_mixture(Recipe((Ingredient("x", "[ab].jsonl"),), eval_share=0.0), root)[0]
+        stream = stream_mixture(MixtureConfig((DatasetSpec("x", "[ab].jsonl"),), eval_share=0.0), root)[0]
         loader = DataLoader(stream, 4 // count, collate_fn=lambda examples: [one["where"] for one in examples])
         if count > 1:
             options = {"num_processes": count, "process_index": index, "dispatch_batches": False}
@@ -128,21 +140,67 @@ def test_odd_records_and_archives_are_as_in_a_mixture(tmp_path):
     (tmp_path / "store.json").write_text(json.dumps({"k": base64.b64encode(picture(0)).decode()}))
     records = [surrogate, asked("store.json#k"), asked("store.json#none")]
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, records)))
-    recipe = Recipe((Ingredient("x", "x.jsonl"),), eval_share=0.0)
+    recipe = MixtureConfig((DatasetSpec("x", "x.jsonl"),), eval_share=0.0)
     examples = list(stream_mixture(recipe, tmp_path)[0])
-    assert [example["where"][0].rpartition(" ")[2] for example in examples] == ["2", "3"]
-    with pytest.warns(UserWarning, match="holds no image none"):
-        batch = DataCollatorForVisualChat(make_processor())(examples)
-    assert len(batch["pixel_values"]) == 1
-    stream_mixture(Recipe(recipe.sources, eval_share=0.5), tmp_path)
+    mixture = load_mixture(recipe, tmp_path)
+    assert [example["where"] for example in examples] == [[f"{tmp_path}/x.jsonl, line 2"]]
+    assert [example["where"] for example in mixture.train] == [["x.jsonl, line 2"]]
+    assert mixture.reports[0].dropped == {"text that is not Unicode": 1, "an image is not there": 1}
+    assert len(DataCollatorForVisualChat(make_processor(), max_broken=0)(examples)["pixel_values"]) == 1
+
+
+def test_a_stream_groups_and_samples_as_a_mixture_does(tmp_path):
+    """The same conversations in the same groups where the order is the same, and the limits of both for any order."""
+    for seed in range(9):
+        draw_picture(seed).save(tmp_path / f"{seed}.png")
+    records = [asked(*[f"{(number + place) % 9}.png" for place in range(number % 4)]) for number in range(60)]
+    for number in range(0, 60, 7):
+        records[number]["conversations"].insert(0, {"from": "system", "value": f"Be {number % 2}."})
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, records)))
+    for weight, samples in ((1, "all"), (2, "all"), (1, 20)):
+        spec = DatasetSpec("x", "x.jsonl", concatenate=3, weight=weight, samples=samples)
+        config = MixtureConfig((spec,), max_images=3, eval_share=0.0, shuffle_buffer=1)
+        groups = [[int(where.rpartition(" ")[2]) - 1 for where in example["where"]] for example in
+                  stream_mixture(config, tmp_path)[0]]  # fmt: skip
+        mixed = [where for example in load_mixture(config, tmp_path).train for where in example["where"]]
+        assert sorted(Counter(number for members in groups for number in members).values()) == sorted(
+            Counter(mixed).values()
+        )
+        rng = random.Random("0 x")
+        taken = range(60 if samples == "all" else samples)
+        images = [number % 4 for number in range(60)]
+        systems = [number % 2 if number % 7 == 0 else None for number in range(60)]
+        expected = [
+            members
+            for _ in range(weight)
+            for members in group(taken, 3, 3, rng, images.__getitem__, systems.__getitem__)
+        ]
+        assert groups == expected
+
+
+def test_the_side_of_an_image_is_a_rule_about_its_content(root):
+    """A stream evaluates on the conversations whose images have digests below the share, and on no others."""
+    config = MixtureConfig(sources(), eval_share=0.4, seed=3)
+    contents = load_mixture(replace(config, eval_share=0.0), root).contents
+    held_out = {
+        content.digest
+        for content in contents.values()
+        if int(digest_of(f"3 {content.digest}".encode()), 16) < 0.4 * 2**128
+    }
+    train, evaluation = stream_mixture(config, root)
+    for stream, is_held_out in ((train, False), (evaluation, True)):
+        for example in stream:
+            for block in example["messages"][0]["content"]:
+                if block["type"] == "image":
+                    assert (ImageReference.from_block(block).digest() in held_out) is is_held_out
 
 
 FROM_THE_HUB = """
 import sys
 sys.path[:0] = sys.argv[1:]
 from conftest import make_processor
-from processing_visualchat import DataCollatorForVisualChat, Ingredient, Recipe, stream_mixture
-recipe = Recipe((Ingredient("theirs", hub="user/chats"),), eval_share=0.0)
+from processing_visualchat import DataCollatorForVisualChat, DatasetSpec, MixtureConfig, stream_mixture
+recipe = MixtureConfig((DatasetSpec("theirs", hub="user/chats"),), eval_share=0.0)
 examples = list(stream_mixture(recipe)[0])
 batch = DataCollatorForVisualChat(make_processor(), max_broken=1)(examples)
 print(len(examples), len(batch["pixel_values"]))

@@ -33,8 +33,8 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig
 from configuration_visualchat import VisualChatConfig
 from modeling_visualchat import VisionFeatureCache, VisualChatForConditionalGeneration
 from processing_visualchat import DataCollatorForVisualChat, VisualChatProcessor
+from processing_visualchat.data.packing import batching_table, compare_batching
 from processing_visualchat.doctor import format_table, make_estimating_processor
-from processing_visualchat.packing import batching_table, compare_batching
 
 
 IMAGE_SIZE, PATCH_SIZE = 224, 14  # pixels; 256 tokens an image
@@ -202,9 +202,9 @@ def write_records(root: Path, count: int) -> None:
 
 START = """
 import json, sys, time
-from processing_visualchat import Ingredient, Recipe, load_mixture
+from processing_visualchat import DatasetSpec, MixtureConfig, load_mixture
 start = time.perf_counter()
-mixture = load_mixture(Recipe((Ingredient("llava", concatenate=3),)), sys.argv[1])
+mixture = load_mixture(MixtureConfig((DatasetSpec("llava", concatenate=3),)), sys.argv[1])
 seconds = time.perf_counter() - start
 
 def own_memory():

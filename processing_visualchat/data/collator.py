@@ -1,6 +1,5 @@
-"""Turns conversations into training batches: padded, or packed into one row."""
+"""Collates conversations into training batches: padded, or packed into one row."""
 
-import json
 import warnings
 from dataclasses import dataclass, field
 
@@ -8,10 +7,11 @@ import torch
 from torch.utils.data import get_worker_info
 from transformers import BatchFeature
 
-from .conversation_files import count_tokens
-from .conversation_visualchat import image_source, is_image
-from .image_archives import decode_image_text, open_training_image
-from .processing_visualchat import IGNORE_INDEX, VisualChatProcessor
+from ..conversation_visualchat import image_source, is_image
+from ..processing_visualchat import IGNORE_INDEX, VisualChatProcessor
+from .conversation import messages_of
+from .images import ImageReference, open_image
+from .lengths import count_tokens
 
 
 OVERLONG = ("error", "drop_first_rounds", "drop_last_rounds", "skip")
@@ -24,20 +24,20 @@ class DataCollatorForVisualChat:
     """
     Renders, tokenizes and batches conversations; the loss is on answers and their end-of-sequence token.
 
-    A conversation that cannot be used is left out and counted, so that a long run does not end over it. Of a batch of
-    which nothing is left there is one padding token without a label; in training its loss is zero.
+    An unusable conversation is left out and counted, so that it does not end a long run. An empty batch consists of
+    one padding token without a label; in training its loss is zero.
 
     Args:
         processor (`VisualChatProcessor`): The processor of the model.
-        max_length (`int`, *optional*): The most tokens that a conversation may have; by default what the model reads.
-        overlong (`str`, *optional*, defaults to `"error"`): What becomes of a conversation that has more:
+        max_length (`int`, *optional*): Maximum tokens of a conversation; by default the model's.
+        overlong (`str`, *optional*, defaults to `"error"`): How over-length conversations are handled:
             `"drop_first_rounds"` and `"drop_last_rounds"` leave out whole rounds, with their images, until it fits; no
-            cut goes through an image or an answer. `"skip"` leaves it out, as the others do if not one round fits.
-        packing (`bool`, *optional*, defaults to `False`): Puts all conversations of a batch into one row, one after
-            the other without padding, which no attention crosses: `position_ids` start anew with each.
-        max_broken (`int`, *optional*, defaults to 100): How many conversations with an image that is not there, cannot
-            be read or is one pixel high or wide are left out, each with a warning, before one is an error. Every rank
-            counts its own.
+            cut goes through an image or an answer. `"skip"` leaves it out, as the others do if no single round fits.
+        packing (`bool`, *optional*, defaults to `False`): Packs all conversations of a batch into one row without
+            padding. `position_ids` restart with each, and no attention crosses from one to another.
+        max_broken (`int`, *optional*, defaults to 100): Maximum conversations with an image that is missing, cannot be
+            read or is one pixel high or wide; they are left out, each with a warning, and one more is an error. Every
+            rank counts its own.
 
     Raises:
         `ValueError`: a conversation longer than `max_length`, or without an answer; or one broken image too many.
@@ -48,7 +48,7 @@ class DataCollatorForVisualChat:
     overlong: str = "error"
     packing: bool = False
     max_broken: int = 100
-    # A row for every worker of a data loader, in shared memory: what workers count is seen here.
+    # One row per data loader worker, in shared memory, so that their counts are seen here.
     _counts: torch.Tensor = field(init=False, repr=False)
 
     def __post_init__(self):
@@ -60,14 +60,14 @@ class DataCollatorForVisualChat:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Conversations so far: `shortened` by rounds, `skipped` because too long, left out as `broken`."""
+        """Conversations so far: `shortened` by rounds, `skipped` as over-length, left out as `broken`."""
         return dict(zip(COUNTS, self._counts.sum(dim=0).tolist()))
 
     @property
     def limit(self) -> int:
-        """The most tokens of a conversation."""
-        most = self.processor.tokenizer.model_max_length
-        return most if self.max_length is None else min(self.max_length, most)
+        """Maximum tokens of a conversation."""
+        model_limit = self.processor.tokenizer.model_max_length
+        return model_limit if self.max_length is None else min(self.max_length, model_limit)
 
     def __call__(self, examples: list[dict]) -> BatchFeature:
         """
@@ -82,12 +82,11 @@ class DataCollatorForVisualChat:
         """
         conversations = []
         for example in (part for entry in examples for part in entry.get("pack", [entry])):
-            messages = example["messages"]
-            messages = self._fit(json.loads(messages) if isinstance(messages, str) else messages)
+            messages = self._shorten(messages_of(example))
             if messages is not None and (opened := self._open_images(messages)) is not None:
                 conversations.append(opened)
         if not conversations:
-            return self._of_nothing()
+            return self._empty_batch()
         batch: BatchFeature = self.processor.apply_chat_template(
             conversations,
             return_labels=True,
@@ -106,13 +105,13 @@ class DataCollatorForVisualChat:
                 raise ValueError(f"A conversation has no answer to learn from: {messages!r:.200}…")
         return _pack(batch) if self.packing else batch
 
-    def _fit(self, messages: list[dict]) -> list[dict] | None:
-        """What is left of a conversation that is too long: fewer rounds, or nothing."""
+    def _shorten(self, messages: list[dict]) -> list[dict] | None:
+        """A conversation within the limit, with fewer rounds if need be; `None` if it has to be skipped."""
         if self.overlong == "error" or count_tokens(messages, self.processor) <= self.limit:
             return messages
         start = int(messages[0]["role"] == "system")
         system, rest = messages[:start], messages[start:]
-        rounds = [rest[place : place + 2] for place in range(0, len(rest), 2)]
+        rounds = [rest[index : index + 2] for index in range(0, len(rest), 2)]
         while self.overlong != "skip" and len(rounds) > 1:
             rounds = rounds[1:] if self.overlong == "drop_first_rounds" else rounds[:-1]
             shortened = [*system, *(message for turns in rounds for message in turns)]
@@ -123,7 +122,7 @@ class DataCollatorForVisualChat:
         return None
 
     def _open_images(self, messages: list[dict]) -> list[dict] | None:
-        """Messages in which every image is open, or nothing if one cannot be opened."""
+        """Messages with all images opened, or `None` if one cannot be opened."""
         try:
             return [
                 {**message, "content": [self._open_image(block) for block in message["content"]]}
@@ -147,16 +146,15 @@ class DataCollatorForVisualChat:
     def _open_image(self, block):
         if not is_image(block) or (source := image_source(block)) is None:
             return block
-        if isinstance(block.get("base64"), str):
-            source = decode_image_text(source)  # and not a file of that name
-        return {"type": "image", "image": open_training_image(source)}
+        reference = ImageReference.from_block(block)
+        return {"type": "image", "image": open_image(source) if reference is None else reference.open()}
 
     def _count(self, what: str) -> None:
         worker = get_worker_info()
         row = 0 if worker is None else 1 + worker.id % MAX_WORKERS
         self._counts[row, COUNTS.index(what)] += 1
 
-    def _of_nothing(self) -> BatchFeature:
+    def _empty_batch(self) -> BatchFeature:
         row = torch.tensor([[self.processor.tokenizer.pad_token_id]])
         batch = {"input_ids": row, "mm_token_type_ids": torch.zeros_like(row)}
         batch["labels"] = torch.full_like(row, IGNORE_INDEX)
@@ -165,7 +163,7 @@ class DataCollatorForVisualChat:
 
 
 def _pack(batch: BatchFeature) -> BatchFeature:
-    """Padded rows (B, S) one after the other, (1, S) without padding."""
+    """Padded rows (B, S) as one row (1, S) without padding."""
     mask = batch.pop("attention_mask").bool()
     batch["position_ids"] = torch.arange(mask.shape[1]).expand(mask.shape)
     for name in ("input_ids", "mm_token_type_ids", "labels", "position_ids"):

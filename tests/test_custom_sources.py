@@ -14,14 +14,14 @@ from hub_stand_in import HubStandIn
 from test_finetune import EXAMPLES, environment
 
 from processing_visualchat import (
+    CustomSource,
     DataCollatorForVisualChat,
-    OwnSource,
     load_conversations,
-    load_own_source,
+    load_custom_source,
     validate_conversation,
 )
-from processing_visualchat.record_shapes import Messages, convert_record
-from processing_visualchat.source_converters import Dropped
+from processing_visualchat.data.conversation import Conversation, Dropped
+from processing_visualchat.data.schemas import convert_record
 
 
 def text(words):
@@ -147,7 +147,7 @@ SHAPES = {
 def test_shapes_become_conversations(record, expected, repairs):
     before = json.dumps(record)
     outcome = convert_record(record)
-    assert isinstance(outcome, Messages), outcome
+    assert isinstance(outcome, Conversation), outcome
     if expected is None:
         expected = [{"role": "system", "content": "Hm."}, user("1 + 1?"), assistant("2")]
     assert outcome.messages() == expected and outcome.repairs == repairs
@@ -181,7 +181,7 @@ DROPS = {
     ),
     "an image that is a number": (
         share(("human", "<image>?"), ("gpt", "x"), image=[5]),
-        "an image without a path, an address or base64 text",
+        "an image without a path, a URL or base64 text",
     ),
 }
 
@@ -230,7 +230,7 @@ def root(tmp_path):
 
 @pytest.mark.parametrize(("path", "num_records"), [("mine/train.jsonl", 10), ("mine/list.json", 9)])
 def test_files_are_read_and_every_record_is_accounted_for(root, path, num_records):
-    dataset, report = load_own_source(OwnSource("mine", path), root)
+    dataset, report = load_custom_source(CustomSource("mine", path), root)
     assert report.read == num_records == report.used + sum(report.dropped.values())
     broken_line = {"a line that is not JSON": 1} if num_records == 10 else {}
     assert report.dropped == broken_line | {
@@ -245,7 +245,7 @@ def test_files_are_read_and_every_record_is_accounted_for(root, path, num_record
     assert dict(report.list_dropped())[f"{path}, {'line 2' if broken_line else 'record 8'}"] in report.dropped
     batch = DataCollatorForVisualChat(make_processor(), max_broken=0)(list(dataset))
     assert len(batch["pixel_values"]) == 5
-    again, _ = load_own_source(OwnSource("mine", path), root)
+    again, _ = load_custom_source(CustomSource("mine", path), root)
     assert again._fingerprint == dataset._fingerprint
 
 
@@ -265,7 +265,7 @@ def test_no_name_leads_out_of_the_folder(root):
         {"messages": [user({"type": "image", "base64": "/" * 300 + str(root / "secret")}, text("?")), assistant("x")]},
         asked("pictures/0.png"),
     )
-    dataset, report = load_own_source(OwnSource("odd", "mine/odd.jsonl"), root)
+    dataset, report = load_custom_source(CustomSource("odd", "mine/odd.jsonl"), root)
     assert dataset["images"][:] == [["mine/pictures/0.png"]] and report.read == 5
     collator = DataCollatorForVisualChat(make_processor(), max_broken=9)
     hidden = {"messages": [user({"type": "image", "base64": str(root / "secret")}, text("?")), assistant("x")]}
@@ -279,20 +279,20 @@ def test_one_odd_record_does_not_take_the_others_along(root):
     write_lines(root / "mine" / "odd.jsonl", *map(asked, names), asked("pictures/0.png"))
     with (root / "mine" / "odd.jsonl").open("a") as file:
         file.write("\n" + "[" * 100_000 + "\n" + '{"id": 1' + "0" * 5000 + "}")
-    dataset, report = load_own_source(OwnSource("odd", "mine/odd.jsonl"), root)
+    dataset, report = load_custom_source(CustomSource("odd", "mine/odd.jsonl"), root)
     assert report.dropped == {"an image is not there": 5, "a line that is not JSON": 2} and len(dataset) == 1
 
 
 def test_images_that_come_later_are_noticed_in_any_folder(root):
     write_lines(root / "mine" / "deep.jsonl", asked("a/b/c/new.png"), asked("pictures/0.png"), asked("store.json#k"))
     (root / "mine" / "a" / "b" / "c").mkdir(parents=True)
-    assert load_own_source(OwnSource("deep", "mine/deep.jsonl"), root)[1].used == 1
+    assert load_custom_source(CustomSource("deep", "mine/deep.jsonl"), root)[1].used == 1
     (root / "mine" / "a" / "b" / "c" / "new.png").write_bytes(picture(1))
-    assert load_own_source(OwnSource("deep", "mine/deep.jsonl"), root)[1].used == 2
+    assert load_custom_source(CustomSource("deep", "mine/deep.jsonl"), root)[1].used == 2
     (root / "mine" / "store.json").write_text(json.dumps({"k": base64.b64encode(picture(2)).decode()}))
-    assert load_own_source(OwnSource("deep", "mine/deep.jsonl"), root)[1].used == 3
+    assert load_custom_source(CustomSource("deep", "mine/deep.jsonl"), root)[1].used == 3
     (root / "mine" / "pictures" / "0.png").unlink()
-    assert load_own_source(OwnSource("deep", "mine/deep.jsonl"), root)[1].used == 2
+    assert load_custom_source(CustomSource("deep", "mine/deep.jsonl"), root)[1].used == 2
 
 
 def test_common_layouts_are_read(root):
@@ -303,20 +303,20 @@ def test_common_layouts_are_read(root):
     (lines / "train.json").symlink_to(root / "blobs" / "abc")
     (lines / "dataset_infos.json").write_text("{}")
     for images in ("mine/pictures", "hub/../mine/pictures"):
-        dataset, _ = load_own_source(OwnSource("hub", "hub/snapshot", images=images), root)
+        dataset, _ = load_custom_source(CustomSource("hub", "hub/snapshot", images=images), root)
         assert dataset["images"][:] == [["mine/pictures/0.png"], ["mine/pictures/1.png"]]
     (root / "link").symlink_to(root / "mine")
-    assert load_own_source(OwnSource("linked", str(root / "link/test.jsonl")), root / "link")[1].used == 1
+    assert load_custom_source(CustomSource("linked", str(root / "link/test.jsonl")), root / "link")[1].used == 1
     columns = {"id": ["7"], "base64": ["x"], **{key: [value] for key, value in asked("x").items() if key != "image"}}
     Dataset.from_dict({**columns, "images": [[{"bytes": picture(0), "path": None}]]}).to_parquet(root / "wide.parquet")
-    assert load_own_source(OwnSource("wide", "wide.parquet"), root)[1].used == 1
+    assert load_custom_source(CustomSource("wide", "wide.parquet"), root)[1].used == 1
 
 
 def test_json_lines_may_have_other_roles(root):
     turns = [{"role": "human", "content": "Hm?"}, {"role": "gpt", "content": "Ah."}]
     write_lines(root / "roles.jsonl", {"messages": turns}, turns)
     rows = load_conversations(root / "roles.jsonl", make_processor())
-    assert [json.loads(text) for text in rows["messages"]] == [[user("Hm?"), assistant("Ah.")]] * 2
+    assert rows["messages"][:] == [[user("Hm?"), assistant("Ah.")]] * 2
 
 
 def test_a_folder_to_evaluate_on_gives_its_own_split(root, monkeypatch):
@@ -335,21 +335,21 @@ def test_parquet_that_breaks_in_the_middle_is_named(root):
     table = {"conversations": [asked("x")["conversations"]] * 500, "image": ["pictures/0.png"] * 500}
     path = root / "mine" / "rows.parquet"
     Dataset.from_dict({**table, "time": [2**62] * 500}).to_parquet(path)
-    assert load_own_source(OwnSource("rows", "mine/rows.parquet"), root)[1].used == 500
+    assert load_custom_source(CustomSource("rows", "mine/rows.parquet"), root)[1].used == 500
     data = bytearray(path.read_bytes())
     data[30:400] = b"\xff" * 370
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"rows.parquet is not whole parquet"):
-        load_own_source(OwnSource("rows", "mine/rows.parquet"), root)
+        load_custom_source(CustomSource("rows", "mine/rows.parquet"), root)
 
 
 def test_a_folder_has_splits_and_a_pattern_has_files(root):
-    assert load_own_source(OwnSource("mine", "mine", split="test"), root)[1].read == 1
-    assert load_own_source(OwnSource("mine", "mine"), root)[1].read == 19
-    assert load_own_source(OwnSource("mine", "mine/*.jsonl"), root)[1].read == 11
+    assert load_custom_source(CustomSource("mine", "mine", split="test"), root)[1].read == 1
+    assert load_custom_source(CustomSource("mine", "mine"), root)[1].read == 19
+    assert load_custom_source(CustomSource("mine", "mine/*.jsonl"), root)[1].read == 11
     (root / "other").mkdir()
     (root / "other" / "talk.jsonl").write_text(json.dumps(asked("0.png")))
-    dataset, _ = load_own_source(OwnSource("other", "other", images="mine/pictures"), root)
+    dataset, _ = load_custom_source(CustomSource("other", "other", images="mine/pictures"), root)
     assert dataset[0]["images"] == ["mine/pictures/0.png"]
 
 
@@ -367,10 +367,10 @@ def test_parquet_holds_its_images(root):
         {"messages": [[user("Hm?"), assistant("Ah.")]], "image": [{"bytes": picture(3), "path": None}]}
     )
     single.cast_column("image", Image()).to_parquet(root / "mine" / "one.parquet")
-    dataset, report = load_own_source(OwnSource("mine", "mine/many.parquet"), root)
+    dataset, report = load_custom_source(CustomSource("mine", "mine/many.parquet"), root)
     assert report.dropped == {"an image is not there": 1} and report.used == 2
     assert dataset["images"][:] == [["mine/many.parquet#0.0"], ["mine/many.parquet#1.0", "mine/many.parquet#1.1"]]
-    (one,) = load_own_source(OwnSource("one", "mine/one.parquet"), root)[0]
+    (one,) = load_custom_source(CustomSource("one", "mine/one.parquet"), root)[0]
     assert one["images"] == ["mine/one.parquet#0.0"]
     batch = DataCollatorForVisualChat(make_processor(), max_broken=0)([*dataset, one])
     expected = make_processor().image_processor([draw_picture(seed) for seed in range(4)], return_tensors="pt")
@@ -381,10 +381,10 @@ FROM_THE_HUB = """
 import sys
 sys.path[:0] = sys.argv[2:]
 from conftest import make_processor
-from processing_visualchat import DataCollatorForVisualChat, OwnSource, load_own_source
-dataset, report = load_own_source(OwnSource("theirs", hub="user/chats"), sys.argv[1])
+from processing_visualchat import DataCollatorForVisualChat, CustomSource, load_custom_source
+dataset, report = load_custom_source(CustomSource("theirs", hub="user/chats"), sys.argv[1])
 print(report.read, report.used, len(DataCollatorForVisualChat(make_processor())([dataset[0]])["pixel_values"]))
-load_own_source(OwnSource("theirs", hub="user/none"), sys.argv[1])
+load_custom_source(CustomSource("theirs", hub="user/none"), sys.argv[1])
 """
 
 
@@ -398,30 +398,30 @@ def test_a_data_set_comes_from_the_hub(root):
             capture_output=True, text=True, timeout=100,
         )  # fmt: skip
     assert completed.stdout.split() == ["10", "3", "1"], completed.stderr[-2000:]
-    assert "cannot be fetched from the Hub, data set user/none. Is the name right" in completed.stderr
+    assert "cannot be downloaded from the Hub, dataset user/none. Is the name right" in completed.stderr
 
 
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [
-        (OwnSource("mine", "nowhere.jsonl"), FileNotFoundError, "mine has no file at .*nowhere.jsonl"),
+        (CustomSource("mine", "nowhere.jsonl"), FileNotFoundError, "mine has no file at .*nowhere.jsonl"),
         (
-            OwnSource("mine", "mine", split="night"),
+            CustomSource("mine", "mine", split="night"),
             FileNotFoundError,
             "no split night in .*; it has the splits test, train",
         ),
-        (OwnSource("mine", "mine/*.jsonl", split="test"), ValueError, "the split test, which only a folder has"),
-        (OwnSource("mine", "m*/../*.jsonl"), ValueError, "which leads out of"),
-        (OwnSource("mine", "mine/pictures"), FileNotFoundError, "it has no data files"),
-        (OwnSource("mine", "secret.png"), ValueError, "it can be one of .jsonl, .json, .parquet"),
-        (OwnSource("mine", "../x.jsonl"), ValueError, "which leads out of"),
-        (OwnSource("mine", "mine/train.jsonl", images="none"), FileNotFoundError, "has its images in .*none"),
-        (OwnSource("mine", "half.json"), ValueError, "not whole JSON.*fetched to its end"),
-        (OwnSource("mine", "dict.json"), ValueError, "not a list of records at its top, but a dict"),
-        (OwnSource("mine", "half.parquet"), ValueError, "not whole parquet"),
-        (OwnSource("mine", "nothing.jsonl"), ValueError, "Nothing is left of the source mine"),
+        (CustomSource("mine", "mine/*.jsonl", split="test"), ValueError, "the split test, which only a folder has"),
+        (CustomSource("mine", "m*/../*.jsonl"), ValueError, "which leads out of"),
+        (CustomSource("mine", "mine/pictures"), FileNotFoundError, "it has no data files"),
+        (CustomSource("mine", "secret.png"), ValueError, "it can be one of .jsonl, .json, .parquet"),
+        (CustomSource("mine", "../x.jsonl"), ValueError, "which leads out of"),
+        (CustomSource("mine", "mine/train.jsonl", images="none"), FileNotFoundError, "has its images in .*none"),
+        (CustomSource("mine", "half.json"), ValueError, "not whole JSON.*download complete"),
+        (CustomSource("mine", "dict.json"), ValueError, "not a list of records at its top, but a dict"),
+        (CustomSource("mine", "half.parquet"), ValueError, "not whole parquet"),
+        (CustomSource("mine", "nothing.jsonl"), ValueError, "Nothing is left of the source mine"),
     ],
-    ids=lambda value: value.path if isinstance(value, OwnSource) else "",
+    ids=lambda value: value.path if isinstance(value, CustomSource) else "",
 )
 def test_what_is_wrong_with_a_source_is_named(root, source, error, message):
     (root / "half.json").write_text('[{"messages": ')
@@ -429,4 +429,4 @@ def test_what_is_wrong_with_a_source_is_named(root, source, error, message):
     (root / "half.parquet").write_bytes(b"PAR1 and no more")
     (root / "nothing.jsonl").write_text("{}\n")
     with pytest.raises(error, match=message):
-        load_own_source(source, root)
+        load_custom_source(source, root)

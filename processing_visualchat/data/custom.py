@@ -1,0 +1,151 @@
+"""
+Custom datasets: a file, a folder or a dataset of the Hub, of any schema in `schemas.py`.
+
+Image paths are relative to the file, or to a folder that is named. Images inside parquet files stay there. Splits of a
+folder are told by the names of its files, with the keywords of `datasets`.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from glob import has_magic
+from pathlib import Path, PurePosixPath
+
+from datasets import Dataset
+from datasets.data_files import SPLIT_KEYWORDS
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from .conversation import Conversation, Dropped
+from .images import is_usable
+from .ingestion import BROKEN_IMAGE, IngestedRecord, IngestionReport, ingest, list_below
+from .readers import RECORDS, read_conversations
+
+
+METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")  # of `datasets`
+
+
+@dataclass(frozen=True)
+class CustomSource:
+    """
+    A custom dataset.
+
+    Args:
+        name (`str`): Its name in reports.
+        path (`str`, *optional*): A file, a folder, or a pattern like `train-*.parquet`, under the data root or, with
+            `hub`, in the repository.
+        hub (`str`, *optional*): A dataset on the Hub, `user/name`, which is downloaded as a whole.
+        revision (`str`, *optional*): Its branch, tag or commit.
+        split (`str`, *optional*, defaults to `"train"`): The split of a folder.
+        images (`str`, *optional*): The folder that image paths are relative to, under the data root or, with `hub`, in
+            the repository; by default the folder of each file.
+    """
+
+    name: str
+    path: str | None = None
+    hub: str | None = None
+    revision: str | None = None
+    split: str = "train"
+    images: str | None = None
+
+
+def load_custom_source(source: CustomSource, data_root: str | Path) -> tuple[Dataset, IngestionReport]:
+    """
+    Reads a custom dataset, as [`load_source`] reads a published one.
+
+    Args:
+        source ([`CustomSource`]): The dataset.
+        data_root (`str` or `Path`): The folder that paths are relative to.
+
+    Returns:
+        The conversations and the [`IngestionReport`], see [`load_source`].
+
+    Raises:
+        `ValueError`: no download, a file that is broken or unsupported, or no conversation left.
+        `FileNotFoundError`: there is no file.
+    """
+    root = Path(os.path.abspath(data_root))
+    base = root if source.hub is None else _download(source)
+    files = find_files(source, base)
+    images = find_images(source, base)
+    options = {"files": [*map(str, files)], "root": str(root), "images": None if images is None else str(images)}
+    inputs = [*files, *list_below({images or file.parent for file in files})]
+    return ingest(source.name, _read, root, inputs, options)
+
+
+def _read(files: list[str], root: str, images: str | None) -> Iterator[IngestedRecord]:
+    for file in map(Path, files):
+        name = str(file.relative_to(root)) if file.is_relative_to(root) else str(file)
+        for record in read_conversations(file, images, name):
+            inline = record.outcome.images if isinstance(record.outcome, Conversation) else []
+            if not all(is_usable(image) for image in inline if image.kind == "inline"):
+                record = replace(record, outcome=Dropped(BROKEN_IMAGE))
+            yield record
+
+
+def find_files(source: CustomSource, base: Path) -> list[Path]:
+    """The files of a dataset; an error if there is none, or one that is unsupported or outside of `base`."""
+    path = _find_below(base, source.path or "", source.name)
+    if not path.is_dir() and source.split != "train":
+        raise ValueError(f"The source {source.name} asks for the split {source.split}, which only a folder has.")
+    if path.is_file():
+        files = [path]
+    elif path.is_dir():
+        splits = find_splits(path)
+        if source.split not in splits:
+            found = f"it has the splits {', '.join(sorted(splits))}" if splits else "it has no data files"
+            raise FileNotFoundError(f"The source {source.name} has no split {source.split} in {path}; {found}.")
+        files = splits[source.split]
+    else:
+        files = sorted(found for found in base.glob(str(path.relative_to(base))) if found.is_file())
+    if not files:
+        raise FileNotFoundError(f"The source {source.name} has no file at {path}.")
+    for file in files:
+        if file.suffix not in RECORDS:
+            raise ValueError(f"The source {source.name} has the file {file}; it can be one of {', '.join(RECORDS)}.")
+    return files
+
+
+def find_images(source: CustomSource, base: Path) -> Path | None:
+    """The image folder that a dataset names, if any; a `FileNotFoundError` if it does not exist."""
+    images = None if source.images is None else _find_below(base, source.images, source.name)
+    if images is not None and not images.is_dir():
+        raise FileNotFoundError(f"The source {source.name} has its images in {images}; there is no such folder.")
+    return images
+
+
+def _find_below(base: Path, name: str, source: str) -> Path:
+    path = Path(os.path.normpath(base / name))
+    if not path.is_relative_to(base) or (".." in PurePosixPath(name).parts and has_magic(name)):
+        raise ValueError(f"The source {source} has the path {name}, which leads out of {base}.")
+    return path
+
+
+def find_splits(folder: Path) -> dict[str, list[Path]]:
+    """The data files of a folder by split, see [`group_by_split`]."""
+    names = (str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    return {split: [folder / name for name in files] for split, files in group_by_split(names).items()}
+
+
+def group_by_split(names: Iterable[str]) -> dict[str, list[str]]:
+    """The data files among the files of a folder, by split; a file whose name has no keyword is for training."""
+    splits: dict[str, list[str]] = {}
+    for name in sorted(names):
+        path = PurePosixPath(name)
+        is_hidden = any(part.startswith(".") for part in path.parts)
+        if path.suffix in RECORDS and not is_hidden and path.name not in METADATA:
+            words = set(re.split(r"[^a-z]+", name.lower()))
+            found = (str(split) for split, keywords in SPLIT_KEYWORDS.items() if words & set(keywords))
+            splits.setdefault(next(found, "train"), []).append(name)
+    return splits
+
+
+def _download(source: CustomSource) -> Path:
+    try:
+        return Path(snapshot_download(source.hub, repo_type="dataset", revision=source.revision))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"The source {source.name} cannot be downloaded from the Hub, dataset {source.hub}. Is the name right, "
+            f"and are you logged in if it is private or gated? {error}"
+        ) from error

@@ -1,0 +1,297 @@
+"""
+Image references: where an encoded image is, as a value that opens itself.
+
+    kind       text                               the image
+    file       a.png                              a local file
+    archive    a.json#id, a.parquet#row.number    one of many in a file, see [`ImageArchive`]
+    url        https://…                          downloaded when it is opened
+    hub        hf://datasets/…                    a file of a repository on the Hub
+    inline     data:… or base64                   inside its record; named `inline:` and its digest
+
+The text is what records contain and what is stored in columns; only this file parses it.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import posixpath
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from datasets import Dataset, Features, Value
+from datasets.exceptions import DatasetGenerationError
+from PIL import Image
+from pyarrow import parquet
+
+from ..conversation_visualchat import image_source
+from ..image_loading_visualchat import decode_base64, load_image
+from . import DATA_VERSION
+
+
+LONGEST_NAME = 255  # characters; longer text in the base64 alphabet is an image, not a path
+IMAGE_COLUMNS = ("images", "image")  # of parquet files with images inside
+
+
+@dataclass(frozen=True)
+class ImageReference:
+    """
+    Where an image is.
+
+    Args:
+        kind (`str`): `"file"`, `"archive"`, `"url"`, `"hub"` or `"inline"`, see above.
+        path (`str`, *optional*): The path or URL of the file.
+        key (`str`, *optional*): The id in an archive; for an inline image the digest of its bytes.
+        data (`str`, *optional*): The base64 text of an inline image, not compared.
+    """
+
+    kind: str
+    path: str = ""
+    key: str = ""
+    data: str = field(default="", repr=False, compare=False)
+
+    @classmethod
+    def parse(cls, text: str) -> "ImageReference":
+        """The reference that a text stands for; `str` is the inverse."""
+        if text.startswith(("http://", "https://")):
+            return cls("url", text)
+        is_long = len(text) > LONGEST_NAME
+        if text.startswith("data:") or (is_long and re.fullmatch(r"[A-Za-z0-9+/_\-\s]+=*\s*", text)):
+            return cls.from_base64(text)
+        if match := re.fullmatch(r"inline:([0-9a-f]{32})", text):
+            return cls("inline", key=match[1])
+        text = text.removeprefix("file://")
+        if match := re.fullmatch(r"(?s)(.+?\.(?:json|parquet))#(.+)", text):
+            return cls("archive", match[1], match[2])
+        return cls("hub" if text.startswith("hf://") else "file", text)
+
+    @classmethod
+    def from_base64(cls, text: str) -> "ImageReference":
+        """An inline image from base64 text or a `data:` URI."""
+        return cls("inline", key=digest_of(_decode_inline(text)), data=text)
+
+    @classmethod
+    def from_source(cls, source: Any) -> "ImageReference | None":
+        """What a record gives as an image: a text, a dict with a path, or a reference; `None` for anything else."""
+        if isinstance(source, ImageReference):
+            return source
+        source = source.get("path") if isinstance(source, dict) else source
+        return cls.parse(source) if isinstance(source, str) and source else None
+
+    @classmethod
+    def from_block(cls, block: dict) -> "ImageReference | None":
+        """The image of a message's block; `None` if it has none, or an open image."""
+        encoded = block.get("base64")
+        if isinstance(encoded, str) and encoded:
+            return cls.from_base64(encoded)
+        return cls.from_source(image_source(block))
+
+    def __str__(self) -> str:
+        if self.kind == "inline":
+            return f"inline:{self.key}"
+        return f"{self.path}#{self.key}" if self.key else self.path
+
+    def block(self) -> dict:
+        """The image as a block of a message."""
+        if self.kind == "inline":
+            return {"type": "image", "base64": self.data}
+        return {"type": "image", "url" if self.kind == "url" else "path": str(self)}
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is in a file on this machine."""
+        return self.kind in ("file", "archive")
+
+    def under(self, root: str | Path) -> "ImageReference":
+        """The same image with an absolute path; a relative one is relative to `root`."""
+        return replace(self, path=os.path.join(root, self.path)) if self.is_local else self
+
+    def relative_to(self, root: str | Path) -> "ImageReference":
+        """The same image with its path relative to `root`, or unchanged if it is elsewhere."""
+        path = Path(self.path)
+        return replace(self, path=str(path.relative_to(root))) if self.is_local and path.is_relative_to(root) else self
+
+    def resolve(self, folder: str, record_file: str = "", is_confined: bool = True) -> "ImageReference | None":
+        """
+        Resolves a path that a record contains against a folder, which may be `hf://…`; nothing else does that. `None`
+        if a confined path leads out of the folder, unless into `record_file`, the file of the record itself.
+        """
+        if not self.is_local or (record_file and self.path == record_file):
+            return self
+        scheme, separator, base = folder.rpartition("://")
+        module = posixpath if scheme else os.path
+        path = module.normpath(module.join(base, self.path))
+        if is_confined and not path.startswith(module.join(base, "")):
+            return None
+        return replace(self, kind="hub" if scheme and not self.key else self.kind, path=f"{scheme}{separator}{path}")
+
+    def exists(self) -> bool:
+        """Whether a local image is there; in an archive, whether it is whole too. Others are found out by opening."""
+        with contextlib.suppress(OSError, ValueError):  # a path that no file can have, or a broken archive
+            if self.kind == "archive":
+                return find_archive(Path(self.path)) is not None and self.key in open_archive(self.path)
+            path = Path(self.path)
+            return self.kind != "file" or path.name in _list_folder(path.parent, stamp_of(path.parent))
+        return False
+
+    def read(self) -> bytes:
+        """The encoded image, of any kind but a URL; an `OSError` or `ValueError` if it cannot be read."""
+        if self.kind == "archive":
+            return open_archive(self.path)[self.key]
+        if self.kind == "inline":
+            if data := _decode_inline(self.data):
+                return data
+            raise ValueError(f"The image inside its record is not base64 text: {self.data!r:.60}.")
+        with fsspec.open(self.path, "rb") if self.kind == "hub" else open(self.path, "rb") as file:
+            return file.read()
+
+    def open(self) -> Image.Image:
+        """The decoded image in RGB, see [`open_image`] for the errors."""
+        return open_image(self.path if self.kind in ("file", "url") else self.read(), str(self))
+
+    def digest(self) -> str:
+        """The digest of the encoded image; of the text of the reference where the image cannot be read."""
+        if self.kind == "inline":
+            return self.key
+        with contextlib.suppress(OSError, ValueError):
+            if self.kind != "url":
+                return digest_of(self.read())
+        return digest_of(str(self).encode("utf-8", "replace"))
+
+
+def open_image(source: Any, name: str = "in memory") -> Image.Image:
+    """Opens an image as [`load_image`] does; one pixel in height or width, as of a lost image, is a `ValueError`."""
+    image = load_image(source)
+    if min(image.size) < 2:
+        raise ValueError(f"The image {name:.200} has {image.width} x {image.height} pixels; it shows nothing.")
+    return image
+
+
+def is_usable(source: Any) -> bool:
+    """Whether an image can be opened for training."""
+    try:
+        source.open() if isinstance(source, ImageReference) else open_image(source)
+    except (ValueError, OSError):
+        return False
+    return True
+
+
+def digest_of(data: bytes) -> str:
+    """128 bits of BLAKE2b, in hexadecimal."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def stamp_of(path: Path) -> tuple[int, int] | None:
+    """Size and modification time of a file or folder."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+@lru_cache(maxsize=64)
+def _list_folder(folder: Path, stamp: object) -> frozenset[str]:
+    return frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
+
+
+def _decode_inline(text: str) -> bytes:
+    return decode_base64(text.rpartition(",")[2]) or b""
+
+
+class ImageArchive:
+    """
+    The images of one file, or of its parquet sibling: base64 by id, as JSON (`{"id": "base64", …}`) or as parquet with
+    the columns `id` and `base64`; or the encoded images of a parquet file of records, named `row.number`.
+
+    The file is read once into memory-mapped Arrow, and every image is decoded once: one that is broken, or a single
+    pixel, is not in the archive.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        file = find_archive(Path(path))
+        if file is None:
+            raise FileNotFoundError(f"No image archive at {path}, nor as parquet beside it.")
+        options = {"path": str(file.resolve()), "key": f"{stamp_of(file)} {DATA_VERSION}"}
+        try:
+            self.rows = Dataset.from_generator(_generate_images, features=ARCHIVE_FEATURES, gen_kwargs=options)
+        except DatasetGenerationError as error:
+            raise (error.__cause__ or error) from None
+        names = zip(self.rows["id"], self.rows["is_image"])
+        self.indices = {name: index for index, (name, is_image) in enumerate(names) if is_image}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.indices
+
+    def __getitem__(self, name: str) -> bytes:
+        """The encoded image."""
+        if name not in self:
+            raise ValueError(f"{self.path} holds no image {name}, or a broken one.")
+        return self.rows[self.indices[name]]["data"]
+
+
+def open_archive(path: str) -> ImageArchive:
+    """An archive, opened once as long as its file is unchanged."""
+    file = find_archive(Path(path))
+    return _open_archive(path, None if file is None else stamp_of(file))
+
+
+@lru_cache(maxsize=16)
+def _open_archive(path: str, stamp: tuple[int, int] | None) -> ImageArchive:
+    return ImageArchive(path)
+
+
+def find_archive(path: Path) -> Path | None:
+    """The file itself or, if it does not exist, its parquet sibling."""
+    return next((file for file in (path, path.with_suffix(".parquet")) if file.is_file()), None)
+
+
+ARCHIVE_FEATURES = Features({"id": Value("string"), "data": Value("large_binary"), "is_image": Value("bool")})
+
+
+def _generate_images(path: str, key: str) -> Iterator[dict]:
+    yield {"id": "", "data": b"", "is_image": False}  # `datasets` cannot build an empty dataset
+    for name, data in _read_parquet(path) if path.endswith(".parquet") else _read_json(path):
+        yield {"id": name.encode("utf-8", "replace").decode(), "data": data, "is_image": is_usable(data)}
+
+
+def _read_json(path: str) -> Iterator[tuple[str, bytes]]:
+    try:
+        images = json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not whole JSON: {error}. Was the download complete?") from error
+    if not isinstance(images, dict):
+        raise ValueError(f"{path} has another schema: at its top it should have a dict of base64 by image id.")
+    yield from ((name, _decode(text)) for name, text in images.items())
+
+
+def _read_parquet(path: str) -> Iterator[tuple[str, bytes]]:
+    file = parquet.ParquetFile(path)
+    columns = file.schema_arrow.names
+    image_columns = [name for name in IMAGE_COLUMNS if name in columns]
+    names = [name for name in ("id", "__index_level_0__") if name in columns]
+    if names and "base64" in columns:
+        for batch in file.iter_batches(batch_size=64, columns=[names[0], "base64"]):
+            yield from ((str(row[names[0]]), _decode(row["base64"])) for row in batch.to_pylist())
+    elif not image_columns:
+        raise ValueError(f"{path} has the columns {', '.join(columns)}; it should have id and base64, or images.")
+    batches = file.iter_batches(batch_size=64, columns=image_columns) if image_columns else ()
+    rows = (row for batch in batches for row in batch.to_pylist())
+    for number, row in enumerate(rows):
+        values: Any = next((row[name] for name in image_columns if row[name]), [])
+        for index, value in enumerate(values if isinstance(values, list) else [values]):
+            data = value.get("bytes") if isinstance(value, dict) else value
+            if isinstance(data, bytes):
+                yield f"{number}.{index}", data
+
+
+def _decode(text: Any) -> bytes:
+    if isinstance(text, bytes):
+        text = text.decode("ascii", "replace")
+    return (decode_base64(text) if isinstance(text, str) else None) or b""

@@ -1,0 +1,220 @@
+"""The ingestion of a dataset: its records are read once, cached by `datasets`, and all accounted for."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, Json, List, Value
+from datasets.exceptions import DatasetGenerationError
+
+from ..conversation_visualchat import validate_conversation
+from . import DATA_VERSION
+from .conversation import Conversation, Dropped
+from .images import stamp_of
+
+
+ARCHIVE_SUFFIXES = (".json", ".parquet")
+
+
+@dataclass(frozen=True)
+class IngestedRecord:
+    """The outcome of one raw record, or of the several that form one conversation."""
+
+    where: str  # file and record
+    num_records: int
+    outcome: Conversation | Dropped
+
+
+@dataclass
+class IngestionReport:
+    """The outcome of all raw records of a dataset; `read` is always `used` plus what was dropped."""
+
+    name: str
+    read: int = 0
+    used: int = 0
+    conversations: int = 0  # made of the used records
+    num_repaired: int = 0  # used after a repair
+    dropped: dict[str, int] = field(default_factory=dict)  # records by reason
+    repaired: dict[str, int] = field(default_factory=dict)  # by reason; a record may have several
+    examples: dict[str, str] = field(default_factory=dict)  # the first file and record, by reason
+    rows: Dataset | None = field(default=None, repr=False)  # the outcomes of all records, memory-mapped
+    _dropped_later: list[tuple[str, str]] = field(default_factory=list, repr=False)
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {self.read} records read, {self.used} used in {self.conversations} conversations"]
+        for title, reasons in (("dropped", self.dropped), ("repaired", self.repaired)):
+            for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
+                lines.append(f"  {count:>8} {title}: {reason} (as in {self.examples[reason]})")
+        return "\n".join(lines)
+
+    @property
+    def num_dropped(self) -> int:
+        """Raw records that were dropped."""
+        return sum(self.dropped.values())
+
+    def drop(self, where: str, num_records: int, reason: str) -> None:
+        """Counts a conversation, used so far, as dropped."""
+        self.used -= num_records
+        self.conversations -= 1
+        self._count(self.dropped, reason, where, num_records)
+        self._dropped_later.append((where, reason))
+
+    def list_dropped(self) -> Iterator[tuple[str, str]]:
+        """Every record, or first of several, that was dropped, and the reason."""
+        if self.rows is not None:
+            for batch in self.rows.select_columns(["where", "dropped"]).iter(10_000):
+                yield from ((where, reason) for where, reason in zip(batch["where"], batch["dropped"]) if reason)
+        yield from self._dropped_later
+
+    def _count(self, counts: dict[str, int], reason: str, where: str, num_records: int) -> None:
+        counts[reason] = counts.get(reason, 0) + num_records
+        self.examples.setdefault(reason, where)
+
+    @classmethod
+    def from_rows(cls, name: str, rows: Dataset) -> "IngestionReport":
+        """Sums up the cached rows."""
+        report = cls(name, rows=rows)
+        columns = ["where", "num_records", "dropped", "repairs"]
+        for batch in rows.select_columns(columns).with_format("arrow").iter(10_000):
+            for where, count, reason, repairs in zip(*(batch[column].to_pylist() for column in columns)):
+                report.read += count
+                if reason:
+                    report._count(report.dropped, reason, where, count)
+                elif count:
+                    report.used += count
+                    report.conversations += 1
+                    report.num_repaired += count if repairs else 0
+                    for repair in dict.fromkeys(repairs):
+                        report._count(report.repaired, repair, where, count)
+        return report
+
+
+FEATURES = Features(
+    {
+        "messages": Json(),
+        "images": List(Value("string")),
+        "where": Value("string"),
+        "num_records": Value("int64"),
+        "dropped": Value("string"),
+        "repairs": List(Value("string")),
+    }
+)
+EMPTY_ROW = {"messages": [], "images": [], "where": "", "num_records": 0, "dropped": "", "repairs": []}
+MISSING_IMAGE = "an image is not there"
+BROKEN_IMAGE = "an image that is broken, or one pixel wide or high"
+
+
+def ingest(
+    name: str, generate: Callable[..., Iterator[IngestedRecord]], root: Path, files: Iterable[Path], options: dict
+) -> tuple[Dataset, IngestionReport]:
+    """
+    Reads a dataset, or finds its cached rows.
+
+    Args:
+        name (`str`): The dataset.
+        generate (`Callable`): From `options` to the outcome of every record, with image paths absolute or relative to
+            the root; a function of a module, since its name is part of the cache key.
+        root (`Path`): The data root, absolute.
+        files, options: All files, folders and settings that the rows depend on.
+
+    Returns:
+        The conversations with the columns `messages` (image paths absolute), `images` (references as text, relative to
+        the data root), `where` and `num_records` (raw records that it stands for); and the [`IngestionReport`].
+
+    Raises:
+        `ValueError`: no conversation is left.
+    """
+    arguments = {"generate": generate, "options": options, "root": str(root), "key": cache_key(files)}
+    try:
+        rows = Dataset.from_generator(_generate_rows, features=FEATURES, gen_kwargs=arguments)
+    except DatasetGenerationError as error:
+        raise (error.__cause__ or error) from None
+    report = IngestionReport.from_rows(name, rows)
+    if report.conversations == 0:
+        raise ValueError(f"Nothing is left of the source {name}.\n{report}")
+    used = rows.filter(_is_used, input_columns=["num_records", "dropped"], batched=True)
+    return used.select_columns(["messages", "images", "where", "num_records"]), report
+
+
+def _is_used(counts: list[int], reasons: list[str]) -> list[bool]:
+    return [count > 0 and not reason for count, reason in zip(counts, reasons)]
+
+
+def _generate_rows(generate: Callable[..., Iterator[IngestedRecord]], options: dict, root: str, key: str):
+    yield EMPTY_ROW  # `datasets` cannot build an empty dataset
+    for record in generate(**options):
+        row = {**EMPTY_ROW, "num_records": record.num_records}
+        row["where"] = record.where.encode("utf-8", "replace").decode()
+        if isinstance(record.outcome, Dropped):
+            row["dropped"] = record.outcome.reason
+        else:
+            row["images"] = [str(image.relative_to(root)) for image in record.outcome.images]
+            row["messages"] = record.outcome.under(root).messages()
+            row["repairs"] = list(record.outcome.repairs)
+        yield row
+
+
+def check_record(record: IngestedRecord, root: str | Path = "") -> IngestedRecord:
+    """The record itself if its conversation is valid and all images exist, else the reason to drop it."""
+    if isinstance(record.outcome, Dropped):
+        return record
+    try:
+        messages = record.outcome.messages()
+        validate_conversation(messages)
+        json.dumps(messages, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return replace(record, outcome=Dropped("text that is not Unicode"))
+    except ValueError as error:
+        return replace(
+            record, outcome=Dropped("a round without text, or with a literal <image>", f"is invalid: {error}")
+        )
+    missing = next((image for image in record.outcome.images if not image.under(root).exists()), None)
+    if missing is not None:
+        name = missing.key or os.path.basename(missing.path)
+        return replace(
+            record, outcome=Dropped(MISSING_IMAGE, f"names the image {name}; there is no file at {missing}")
+        )
+    return record
+
+
+def cache_key(files: Iterable[Path]) -> str:
+    """The digest of the state of files and folders, and of `DATA_VERSION`."""
+    digest = hashlib.blake2b(str(DATA_VERSION).encode(), digest_size=16)
+    for path in files:
+        digest.update(str((str(path), stamp_of(path))).encode())
+    return digest.hexdigest()
+
+
+def list_below(folders: Iterable[Path]) -> list[Path]:
+    """Folders, all folders inside them, and files that may hold images: everywhere that an image is looked for."""
+    found: set[Path] = set()
+    for folder in folders:
+        for path, names, files in os.walk(folder):
+            names[:] = [name for name in names if not name.startswith(".")]
+            found.add(Path(path))
+            found.update(Path(path, file) for file in files if file.endswith(ARCHIVE_SUFFIXES))
+    return sorted(found)
+
+
+def parse_json(data: bytes, name: str) -> Any:
+    """JSON; a `ValueError` says where it breaks."""
+    try:
+        return json.loads(data)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise ValueError(f"{name} is not whole JSON: {error.msg} at {place}. Was the download complete?") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} {describe_json_error(error)}.") from error
+
+
+def describe_json_error(error: Exception) -> str:
+    """The fault of a JSON text, as the predicate of a sentence."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"is not UTF-8 text: {error.reason} at byte {error.start}"
+    if isinstance(error, json.JSONDecodeError):
+        return f"is not JSON: {error.msg} at column {error.colno}"
+    return f"cannot be read as JSON: {error}"

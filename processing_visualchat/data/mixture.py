@@ -1,0 +1,346 @@
+"""
+A training mixture: several datasets, split by image, sampled, and grouped into longer conversations.
+
+A mixture is one YAML file:
+
+    data_root: data              # the folder that everything is relative to
+    seed: 0                      # the same seed gives the same mixture, on any number of processes
+    max_images: 8                # conversations with more are dropped, and groups never have more
+    eval_share: 0.1              # of the images; no image is on both sides
+    sources:
+      - name: llava              # one of `SOURCES`
+        samples: all             # or a number, or a share like 0.5
+        concatenate: 3           # groups of 1 to 3 conversations, each used once
+        weight: 1.0              # passes per epoch; 2 is twice, 0.5 half of the conversations
+      - name: mine               # a custom dataset, of a schema in schemas.py
+        path: mine/train.jsonl   # a file (.jsonl, .json, .parquet), a folder, or a pattern like mine/*.parquet
+        images: pictures         # its image folder; by default that of the file
+      - name: theirs
+        hub: user/data-set       # the same from the Hub; also `revision`, and `split` (train)
+
+With `streaming: true` it is read while it is trained on, see `streaming.py`.
+
+Data flows one way: datasets → split by image → samples → groups. Images are told apart by their content, so one with
+two paths is one image.
+"""
+
+import json
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from datasets import Dataset, Features, List, Value, concatenate_datasets
+
+from .conversation import join_messages
+from .custom import CustomSource, load_custom_source
+from .image_contents import ImageContent, read_image_contents
+from .ingestion import BROKEN_IMAGE, IngestionReport
+from .published import SOURCES, get_source, load_source
+from .split import split_by_image
+
+
+@dataclass(frozen=True)
+class DatasetSpec(CustomSource):
+    """
+    A dataset of a mixture.
+
+    Args:
+        name, path, hub, revision, split, images: See [`CustomSource`]; without path and hub, one of [`SOURCES`].
+        samples, concatenate, weight: Conversations to use, maximum conversations in a group, and passes per epoch.
+    """
+
+    samples: str | int | float = "all"
+    concatenate: int = 1
+    weight: float = 1.0
+
+    @property
+    def is_published(self) -> bool:
+        """Whether it is one of [`SOURCES`]."""
+        return self.path is None and self.hub is None
+
+    def __post_init__(self):
+        for name in ("name", "path", "hub", "revision", "split", "images"):
+            if not isinstance(value := getattr(self, name), str) and (value is not None or name in ("name", "split")):
+                raise ValueError(f"{name} of the source {self.name!r} is {value!r}; use text.")
+        if self.is_published:
+            get_source(self.name)
+            if given := [name for name in ("revision", "images") if getattr(self, name) is not None]:
+                raise ValueError(f"{self.name} is a published source; it takes no {' and no '.join(given)}.")
+        elif self.name in SOURCES:
+            raise ValueError(f"{self.name} is the name of a published source; choose another name for yours.")
+        samples: Any = self.samples
+        is_share = isinstance(samples, float) and 0 < samples <= 1
+        if not (samples == "all" or is_share or (_is_number(samples) and samples > 0 and int(samples) == samples)):
+            raise ValueError(
+                f"samples of {self.name} is {self.samples!r}; use all, a number, or a share between 0 and 1."
+            )
+        if not isinstance(self.concatenate, int) or isinstance(self.concatenate, bool) or self.concatenate < 1:
+            raise ValueError(f"concatenate of {self.name} is {self.concatenate!r}; use a number from 1 up.")
+        if not _is_number(self.weight) or not 0 < self.weight <= 100:
+            raise ValueError(f"weight of {self.name} is {self.weight!r}; use a number above 0, 1 for one pass.")
+
+    def load(self, data_root: Path) -> tuple[Dataset, IngestionReport]:
+        """All its conversations, and the report of its records."""
+        return load_source(self.name, data_root) if self.is_published else load_custom_source(self, data_root)
+
+
+@dataclass(frozen=True)
+class MixtureConfig:
+    """
+    The configuration of a mixture; the fields of its YAML file.
+
+    Args:
+        sources (`tuple` of [`DatasetSpec`]): Its datasets.
+        seed, max_images, eval_share, data_root: As above.
+        streaming (`bool`, *optional*, defaults to `False`): For [`stream_mixture`], which reads it during training.
+        shuffle_buffer (`int`, *optional*, defaults to 1000): The number of conversations of a source among which a
+            stream draws the next one.
+    """
+
+    sources: tuple[DatasetSpec, ...]
+    seed: int = 0
+    max_images: int = 8
+    eval_share: float = 0.1
+    data_root: str = "data"
+    streaming: bool = False
+    shuffle_buffer: int = 1000
+
+    def __post_init__(self):
+        if not self.sources:
+            raise ValueError("A mixture needs sources.")
+        names = [spec.name for spec in self.sources]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"The mixture names {', '.join(repeated)} more than once.")
+        if not isinstance(self.data_root, str):
+            raise ValueError(f"data_root is {self.data_root!r}; use the path of a folder.")
+        for name in ("max_images", "shuffle_buffer"):
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; use a number from 1 up.")
+        if not isinstance(self.eval_share, (int, float)) or not 0 <= self.eval_share < 1:
+            raise ValueError(f"eval_share is {self.eval_share!r}; use a share from 0 to below 1.")
+
+
+@dataclass
+class Mixture:
+    """
+    Args:
+        train, evaluation (`datasets.Dataset`): The two sides of the split. Each example is a group of conversations,
+            read as one: `messages` (`list[dict]`), `images` (references as text, relative to the data root), `where`
+            (files and records), and the number `num_images`.
+        reports (`list` of [`IngestionReport`]): The report of each dataset; conversations with too many images or
+            broken ones are counted as dropped.
+        sizes (`dict`): The number of groups for training and for evaluation, by dataset.
+        contents (`dict` of [`ImageContent`]): The digest of every image by its reference.
+    """
+
+    train: Dataset
+    evaluation: Dataset
+    reports: list[IngestionReport]
+    sizes: dict[str, tuple[int, int]]
+    contents: dict[str, ImageContent] = field(repr=False)
+
+    def __str__(self) -> str:
+        lines = [f"{'source':<20} {'records':>9} {'dropped':>9} {'train':>9} {'eval':>9}"]
+        for report in self.reports:
+            train, evaluation = self.sizes[report.name]
+            lines.append(f"{report.name:<20} {report.read:>9} {report.num_dropped:>9} {train:>9} {evaluation:>9}")
+        return "\n".join([*lines, f"{'all':<40} {len(self.train):>9} {len(self.evaluation):>9}"])
+
+
+@dataclass
+class ReadGroups:
+    """From row numbers to groups of conversations; a transform of `datasets`."""
+
+    rows: Dataset
+
+    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+        groups = [[self.rows[row] for row in numbers] for numbers in batch["rows"]]
+        return {
+            "messages": [join_messages([row["messages"] for row in group]) for group in groups],
+            "images": [[image for row in group for image in row["images"]] for group in groups],
+            "where": [[row["where"] for row in group] for group in groups],
+        }
+
+
+def _as_dataset(rows: Dataset, groups: list[list[int]], num_images: list[int]) -> Dataset:
+    columns = {"rows": groups, "num_images": [sum(num_images[row] for row in group) for group in groups]}
+    features = Features({"rows": List(Value("int64")), "num_images": Value("int32")})
+    numbers = Dataset.from_dict(columns, features=features)
+    return numbers.with_transform(ReadGroups(rows), columns=["rows"], output_all_columns=True)
+
+
+def read_mixture_config(path: str | Path) -> MixtureConfig:
+    """Reads the YAML file of a mixture; a `ValueError` names an unknown key or value, with what is allowed."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"No mixture at {path}.")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    _check_keys(values, MixtureConfig, str(path))
+    entries = values.get("sources")
+    if not isinstance(entries, list):
+        raise ValueError(f"{path} needs a list of sources.")
+    for entry in entries:
+        _check_keys(entry, DatasetSpec, f"A source of {path}")
+        if "name" not in entry:
+            raise ValueError(f"A source of {path} has no name: {entry!r}.")
+    return MixtureConfig(**{**values, "sources": tuple(DatasetSpec(**entry) for entry in entries)})
+
+
+def load_mixture(
+    config: MixtureConfig | str | Path, data_root: str | Path | None = None, check_images: bool = True
+) -> Mixture:
+    """
+    Loads a mixture.
+
+    Args:
+        config (`MixtureConfig`, `str` or `Path`): The configuration, or its YAML file.
+        data_root (`str` or `Path`, *optional*): The folder that contains the datasets; by default as configured.
+        check_images (`bool`, *optional*, defaults to `True`): Decodes every image once, when the mixture is loaded for
+            the first time, and drops conversations with broken ones.
+
+    Raises:
+        `ValueError`: an invalid configuration, or a dataset without a conversation left.
+        `FileNotFoundError`: the configuration, or a file of a dataset, does not exist.
+    """
+    if not isinstance(config, MixtureConfig):
+        config = read_mixture_config(config)
+    root = Path(data_root or config.data_root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"No data root at {root}; the mixture names it as data_root, or pass another.")
+    loaded = [spec.load(root) for spec in config.sources]
+    reports = [report for _, report in loaded]
+    rows = concatenate_datasets([dataset for dataset, _ in loaded])
+    names = [images for dataset, _ in loaded for images in _column(dataset, "images")]
+    contents = read_image_contents({image for images in names for image in images}, root, check_images)
+    num_images = list(map(len, names))
+    reasons = [_find_fault(images, contents, config.max_images) for images in names]
+    usable, start = [], 0
+    for dataset, report in loaded:
+        members = range(start, start + len(dataset))
+        usable.append(_drop_unusable(members, reasons, rows, report))
+        start += len(dataset)
+    kept = [index for indices in usable for index in indices]
+    digests = [[contents[image].digest for image in names[index]] for index in kept]
+    is_eval = split_by_image(digests, config.eval_share, config.seed)
+    held_out = {index for index, is_held_out in zip(kept, is_eval) if is_held_out}
+
+    sides: tuple[list, list] = ([], [])
+    sizes = {}
+    for spec, indices in zip(config.sources, usable):
+        rng = random.Random(f"{config.seed} {spec.name}")
+        chosen = choose(indices, spec.samples, rng)
+        is_joined = spec.concatenate > 1 and not spec.is_published  # published conversations have no system message
+        systems = {index: _get_system(rows[index]) for index in chosen} if is_joined else {}
+        before = [len(side) for side in sides]
+        for side, wanted in zip(sides, (False, True)):
+            of_side = [index for index in chosen if (index in held_out) is wanted]
+            for taken in _passes(of_side, 1.0 if wanted else spec.weight, rng):
+                side += group(taken, spec.concatenate, config.max_images, rng, num_images.__getitem__, systems.get)
+        sizes[spec.name] = (len(sides[0]) - before[0], len(sides[1]) - before[1])
+    train, evaluation = (_as_dataset(rows, side, num_images) for side in sides)
+    return Mixture(train, evaluation, reports, sizes, contents)
+
+
+def _find_fault(images: list[str], contents: dict[str, ImageContent], max_images: int) -> str | None:
+    """The reason to drop a conversation, if there is one."""
+    if len(images) > max_images:
+        return f"more than {max_images} images"
+    return BROKEN_IMAGE if any(contents[image].is_broken for image in images) else None
+
+
+def _drop_unusable(indices: range, reasons: list[str | None], rows: Dataset, report: IngestionReport) -> list[int]:
+    """The usable conversations of a dataset; the others are counted."""
+    for index in indices:
+        if (reason := reasons[index]) is not None:
+            report.drop(rows[index]["where"], rows[index]["num_records"], reason)
+    if report.conversations == 0:
+        raise ValueError(f"Nothing is left of the source {report.name}.\n{report}")
+    return [index for index in indices if reasons[index] is None]
+
+
+def _get_system(row: dict) -> str:
+    """The system message of a conversation."""
+    first = row["messages"][0]
+    return json.dumps(first["content"]) if first["role"] == "system" else ""
+
+
+def _passes(members: list[int], weight: float, rng: random.Random) -> list[list[int]]:
+    """`weight` passes, each in another order; the last one may be a part."""
+    passes = [members] if weight >= 1 else []
+    while len(passes) + 1 <= weight:
+        passes.append(rng.sample(members, len(members)))
+    rest = round((weight - len(passes)) * len(members))
+    if not passes and members:
+        rest = max(rest, 1)
+    return [*passes, rng.sample(members, rest)] if rest else passes
+
+
+def choose(indices: Sequence[int], samples: str | int | float, rng: random.Random) -> list[int]:
+    """All, a number or a share of them, in random order."""
+    if samples == "all":
+        count = len(indices)
+    else:
+        count = round(float(samples) * len(indices)) if isinstance(samples, float) and samples <= 1 else int(samples)
+    return rng.sample(list(indices), min(max(count, 1), len(indices)))
+
+
+Member = TypeVar("Member")
+
+
+def group(
+    members: Iterable[Member],
+    max_members: int,
+    max_images: int,
+    rng: random.Random,
+    count_images: Callable[[Member], int],
+    get_system: Callable[[Member], Any] = lambda member: None,
+) -> Iterator[list[Member]]:
+    """
+    Groups conversations as they come, for mixtures and streams alike.
+
+    Args:
+        members (`Iterable`): The conversations; each is used once, in order.
+        max_members, max_images (`int`): Maximum conversations and images of a group.
+        rng (`random.Random`): Draws the size of each group, from 1 to `max_members`.
+        count_images (`Callable`): The number of images of a conversation.
+        get_system (`Callable`, *optional*): Its system message, which all conversations of a group share.
+    """
+    current: list[Member] = []
+    size = 0
+    for member in members:
+        if current and (
+            len(current) == size
+            or sum(map(count_images, current)) + count_images(member) > max_images
+            or get_system(current[0]) != get_system(member)
+        ):
+            yield current
+            current = []
+        if not current:
+            size = rng.randint(1, max_members)
+        current.append(member)
+    if current:
+        yield current
+
+
+def _column(rows: Dataset, name: str) -> list:
+    """A column as a list; much faster than row by row."""
+    return rows.select_columns([name]).with_format("arrow")[:][name].to_pylist()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_keys(values: Any, expected: type, where: str) -> None:
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} is not a mapping: {values!r:.80}.")
+    allowed = [entry.name for entry in fields(expected)]
+    if unknown := sorted(map(str, values.keys() - set(allowed))):
+        raise ValueError(f"{where} has the unknown key {', '.join(unknown)}; there are {', '.join(allowed)}.")

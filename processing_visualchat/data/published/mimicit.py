@@ -1,0 +1,114 @@
+"""
+MIMIC-IT: instructions about one or more images, with related ones that continue the conversation.
+
+    {"meta": …, "data": {"SD_INS_1": {"instruction": "What changed?", "answer": "The car left.",
+                                      "image_ids": ["SD_IMG_1_1", "SD_IMG_1_2"], "rel_ins_ids": ["SD_INS_2"]}, …}}
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..conversation import Conversation, Dropped
+from ..images import ImageReference
+from ..ingestion import IngestedRecord
+from .source import COCO, IMAGE_TAG, Check, PublishedSource, expect, filter_rounds, get_field
+
+
+HOMEPAGE = "https://huggingface.co/datasets/pufanyi/MIMICIT"
+ATTRIBUTION = "Li et al., MIMIC-IT: Multi-Modal In-Context Instruction Tuning, arXiv 2306.05425"
+LICENSE = "MIT, with an agreement to research use only"
+ORIGINS = {
+    "cgd": "COCO (Flickr)",
+    "sd": "Spot-the-Diff",
+    "sn": "ScanNet, not commercial",
+    "tvc": "TVQA",
+    "vst": "VIST",
+}
+
+
+def group_mimicit(instructions: dict[str, Any]) -> list[list[str]]:
+    """
+    Groups the records of one conversation each: those that name one another in `rel_ins_ids`, in either direction, and
+    have the same images. Every record is in exactly one group, which begins with its first record.
+    """
+    partners: dict[str, list[str]] = {name: [] for name in instructions}
+    for name, record in instructions.items():
+        for other in get_field(record, "rel_ins_ids", list) or ():
+            if not isinstance(other, str) or other not in instructions or other == name:
+                continue
+            if _comparable_ids(record) == _comparable_ids(instructions[other]):
+                partners[name].append(other)
+                partners[other].append(name)
+    groups, used = [], set()
+    for name in instructions:
+        group, waiting = [], [name]
+        while waiting:
+            member = waiting.pop(0)
+            if member not in used:
+                used.add(member)
+                group.append(member)
+                waiting += partners[member]
+        groups += [group] if group else []
+    return groups
+
+
+def convert_mimicit(records: Sequence[Any], archive: str) -> Conversation | Dropped:
+    """
+    Converts the records of one conversation.
+
+    Args:
+        records (`Sequence`): A group of [`group_mimicit`].
+        archive (`str`): The archive of the images or, for CGD, the folder of COCO.
+    """
+    ids = _get_image_ids(records[0])
+    if ids is None:
+        return Dropped("image_ids is not a list of names")
+    images = []
+    for image_id in ids:
+        if archive.endswith(".json"):
+            # Some copies of the instructions leave out a part of the id.
+            key = re.sub(r"^(SN_IMG_scene\d+_\d+)_(\d+)$", r"\1_color_\2", image_id)
+            images.append(ImageReference("archive", archive, key))
+        elif match := re.fullmatch(r"CGD_IMG_0*(\d{1,12})", image_id):
+            images.append(ImageReference("file", f"{archive}/{int(match[1]):012d}.jpg"))
+        else:
+            return Dropped("image id of an unknown form")
+    pairs = [(get_field(record, "instruction", str), get_field(record, "answer", str)) for record in records]
+    repairs = ["image tag in the instruction"] if any(IMAGE_TAG in (question or "") for question, _ in pairs) else []
+    return filter_rounds(pairs, list(dict.fromkeys(images)), repairs)
+
+
+def _comparable_ids(record: Any) -> list[str] | None:
+    """Image ids without leading zeros: the numbers of CGD have 12 digits or 16."""
+    ids = _get_image_ids(record)
+    return ids and [re.sub(r"^CGD_IMG_0*(?=\d)", "CGD_IMG_", image_id) for image_id in ids]
+
+
+def _get_image_ids(record: Any) -> list[str] | None:
+    ids = record.get("image_ids") if isinstance(record, dict) else None
+    if ids is None:
+        return []
+    return ids if isinstance(ids, list) and all(isinstance(image_id, str) for image_id in ids) else None
+
+
+def read_mimicit(files: dict[str, Any], images: str, check: Check) -> Iterator[IngestedRecord]:
+    for file, contents in files.items():
+        instructions = expect(contents, dict, file, "data")
+        for group in group_mimicit(instructions):
+            outcome = convert_mimicit([instructions[name] for name in group], images)
+            yield check(IngestedRecord(f"{file}, {group[0]}", len(group), outcome))
+
+
+CGD, *OTHERS = (
+    PublishedSource(
+        name=f"otter_mimicit_{name}",
+        annotations=(f"MIMIC-IT/{name.upper()}_instructions.json",),
+        images=COCO if name == "cgd" else f"MIMIC-IT/{name.upper()}.json",
+        read=read_mimicit,
+        homepage=HOMEPAGE,
+        attribution=ATTRIBUTION,
+        license=f"{LICENSE}; images: terms of {origin}",
+    )
+    for name, origin in ORIGINS.items()
+)

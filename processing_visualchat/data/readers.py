@@ -1,0 +1,213 @@
+"""The one reader of conversation files: .jsonl, .json and .parquet, with faulty records dropped or raised."""
+
+import io
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import fsspec
+from datasets import Dataset, Features, Json
+from pyarrow import ArrowException, parquet
+from tqdm.auto import tqdm
+
+from ..conversation_visualchat import ROLES, drop_nulls, is_image, validate_conversation
+from ..processing_visualchat import VisualChatProcessor
+from .conversation import Conversation, Dropped
+from .images import IMAGE_COLUMNS, ImageReference
+from .ingestion import MISSING_IMAGE, IngestedRecord, check_record, describe_json_error, parse_json
+from .lengths import count_tokens
+from .schemas import ROLES as KNOWN_ROLES
+from .schemas import convert_record
+
+
+ON_ERROR = ("raise", "drop")
+COLUMNS = ("messages", "conversations", *IMAGE_COLUMNS)
+
+# From an encoded image inside a row, and its row and number there, to the reference to it.
+Refer = Callable[[bytes, int, int], ImageReference]
+
+
+def read_conversations(
+    file: str | Path,
+    image_folder: str | None = None,
+    name: str | None = None,
+    on_error: str = "drop",
+    refer: Refer | None = None,
+) -> Iterator[IngestedRecord]:
+    """
+    Reads the conversations of a file.
+
+    Args:
+        file (`str` or `Path`): An absolute path, or `hf://…`.
+        image_folder (`str`, *optional*): The folder that image paths are relative to and may not leave; by default
+            that of the file.
+        name (`str`, *optional*): The name of the file in reports; by default its path.
+        on_error (`str`, *optional*, defaults to `"drop"`): `"drop"` yields a faulty record with the reason; `"raise"`
+            raises a `ValueError` or, for a missing image, a `FileNotFoundError`, and lets image paths leave their
+            folder, since the user named this very file. A file that is broken as a whole always raises.
+        refer (`Callable`, *optional*): How to refer to images inside parquet rows; by default as in an archive.
+
+    Yields:
+        [`IngestedRecord`], with absolute image paths.
+    """
+    if on_error not in ON_ERROR:
+        raise ValueError(f"on_error is {on_error!r}; choose one of {', '.join(ON_ERROR)}.")
+    file, name = str(file), name or str(file)
+    suffix = os.path.splitext(file)[1]
+    if suffix not in RECORDS:
+        raise ValueError(f"{name} cannot be read; a file of conversations is one of {', '.join(RECORDS)}.")
+    folder, is_strict = image_folder or os.path.dirname(file), on_error == "raise"
+    refer = refer or (lambda data, row, number: ImageReference("archive", file, f"{row}.{number}"))
+    with fsspec.open(file, "rb") if "://" in file else open(file, "rb") as contents:
+        for place, record in RECORDS[suffix](contents, file, refer):
+            where = f"{name}, {place}"
+            if is_strict:
+                _check_strictly(record, where)
+            outcome = record if isinstance(record, Dropped) else convert_record(record)
+            if isinstance(outcome, Conversation):
+                outcome = _resolve_images(outcome, folder, file, is_confined=not is_strict)
+            read = check_record(IngestedRecord(where, 1, outcome))
+            if is_strict and isinstance(read.outcome, Dropped):
+                error = FileNotFoundError if read.outcome.reason == MISSING_IMAGE else ValueError
+                detail = read.outcome.detail or f"cannot be used: {read.outcome.reason}"
+                raise error(f"{where} {detail.rstrip('.')}.")
+            yield read
+
+
+def _resolve_images(outcome: Conversation, folder: str, file: str, is_confined: bool) -> Conversation | Dropped:
+    resolved = {image: image.resolve(folder, file, is_confined) for image in outcome.images}
+    if None in resolved.values():
+        return Dropped("image path outside of its folder")
+    return outcome.map_images(lambda image: resolved[image] or image)
+
+
+def _check_strictly(record: Any, where: str) -> None:
+    """The faults that conversion would repair or name only by their kind, in a record of the project's own schema."""
+    if isinstance(record, Dropped):
+        raise ValueError(f"{where} {record.detail}.")
+    if isinstance(record, dict) and record.keys() & {"conversations", *IMAGE_COLUMNS}:
+        return
+    if isinstance(record, dict) and "messages" not in record:
+        raise ValueError(f"{where} has no messages; it has the keys {', '.join(record) or 'of an empty record'}.")
+    messages = record["messages"] if isinstance(record, dict) else record
+    roles = [message.get("role") for message in messages or () if isinstance(message, dict)]
+    if isinstance(messages, str) or any(role not in ROLES and str(role).lower() in KNOWN_ROLES for role in roles):
+        return
+    messages = drop_nulls(messages)
+    validate_conversation(messages, name=where)
+    if messages[-1]["role"] != "assistant":
+        raise ValueError(f"{where} does not end with an answer of the assistant, so there is nothing to learn.")
+    for block in (block for message in messages for block in message["content"]):
+        if is_image(block) and ImageReference.from_block(block) is None:
+            raise ValueError(f"{where} has an image without a path, url or base64 text: {block!r:.80}.")
+
+
+def _read_lines(contents: BinaryIO, name: str, refer: Refer) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(contents, start=1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                record = Dropped("a line that is not JSON", describe_json_error(error))
+            yield f"line {number}", record
+
+
+def _read_list(contents: BinaryIO, name: str, refer: Refer) -> Iterator[tuple[str, Any]]:
+    data = contents.read()
+    first, _, rest = data.strip().partition(b"\n")
+    if first.startswith(b"{") and first.endswith(b"}") and rest:  # JSON lines under another name
+        yield from _read_lines(io.BytesIO(data), name, refer)
+        return
+    records = parse_json(data, name)
+    if not isinstance(records, list):
+        raise ValueError(f"{name} is not a list of records at its top, but a {type(records).__name__}.")
+    yield from ((f"record {index}", record) for index, record in enumerate(records))
+
+
+def _read_parquet(contents: BinaryIO, name: str, refer: Refer) -> Iterator[tuple[str, Any]]:
+    """Rows in which encoded images are replaced by references."""
+
+    def refer_to(value: Any, row: int, number: int) -> Any:
+        data = value.get("bytes") if isinstance(value, dict) else value
+        return refer(data, row, number) if isinstance(data, bytes) and data else value
+
+    def read_rows() -> Iterator[dict]:
+        try:
+            file = parquet.ParquetFile(contents)
+            columns = [column for column in COLUMNS if column in file.schema_arrow.names]
+            for batch in file.iter_batches(batch_size=64, columns=columns):
+                yield from batch.to_pylist()
+        except (ArrowException, OSError, ValueError, OverflowError) as error:
+            raise ValueError(f"{name} is not whole parquet: {error} Was the download complete?") from error
+
+    for row, record in enumerate(read_rows()):
+        for column in IMAGE_COLUMNS:
+            values = record.get(column)
+            if values is not None:
+                values = values if isinstance(values, list) else [values]
+                record[column] = [refer_to(value, row, number) for number, value in enumerate(values)]
+        yield f"row {row}", record
+
+
+RECORDS: dict[str, Callable[[BinaryIO, str, Refer], Iterator[tuple[str, Any]]]] = {
+    ".jsonl": _read_lines,
+    ".json": _read_list,
+    ".parquet": _read_parquet,
+}
+
+
+def load_conversations(
+    path: str | Path,
+    processor: VisualChatProcessor,
+    max_length: int | None = None,
+    check_images: bool = True,
+    check_length: bool = True,
+) -> Dataset:
+    r"""
+    Reads a file in which every fault is an error, so that it is found before training starts.
+
+    Args:
+        path (`str` or `Path`): A file (.jsonl, .json or .parquet) of a supported schema, see `schemas.py`; image paths
+            are relative to it.
+        processor (`VisualChatProcessor`): The processor of the model, for the lengths.
+        max_length (`int`, *optional*): Maximum tokens of a conversation; by default the model's.
+        check_images (`bool`, *optional*, defaults to `True`): Opens every image once, except URLs.
+        check_length (`bool`, *optional*, defaults to `True`): Refuses over-length conversations, which the collator
+            has to handle otherwise.
+
+    Returns:
+        `datasets.Dataset` with the column `messages`; image paths are absolute.
+
+    Raises:
+        `FileNotFoundError`: the file, or an image that it names, does not exist.
+        `ValueError`: a faulty record, a broken image, an over-length conversation, each with file and record; or no
+            conversation at all.
+    """
+    path = Path(os.path.abspath(path))
+    if not path.is_file():
+        raise FileNotFoundError(f"No data file at {path}.")
+    limit = min(max_length or processor.tokenizer.model_max_length, processor.tokenizer.model_max_length)
+    conversations: list[list[dict]] = []
+    opened: set[ImageReference] = set()
+    records = read_conversations(path, on_error="raise")
+    for record in tqdm(records, desc=f"Checking {path.name}", unit="conversation"):
+        conversation: Any = record.outcome
+        messages = conversation.messages()
+        for image in conversation.images if check_images else ():
+            if image.kind != "url" and image not in opened:
+                try:
+                    image.open()
+                except (ValueError, OSError) as error:
+                    raise ValueError(f"{record.where}: {error}") from error
+                opened.add(image)
+        if check_length and (num_tokens := count_tokens(messages, processor)) > limit:
+            raise ValueError(
+                f"{record.where} has {num_tokens} tokens, {processor.image_seq_length} for an image; at most {limit} "
+                "are read. Leave out rounds or images: a cut could go through an image."
+            )
+        conversations.append(messages)
+    if not conversations:
+        raise ValueError(f"{path} holds no conversation; write one on every line.")
+    return Dataset.from_dict({"messages": conversations}, features=Features({"messages": Json()}))

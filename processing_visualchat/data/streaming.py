@@ -1,0 +1,182 @@
+"""
+A mixture that is read during training, for data larger than the disk: nothing is downloaded before it is needed.
+
+A stream reads custom datasets as JSON lines or parquet, from files or the Hub. What requires all data to be read first
+is refused: published datasets, `samples` as a share, and a `weight` that is not a whole number.
+
+The split is a rule for one image at a time: a hash of its content (of the text, for a conversation without images) is
+below `eval_share` or not, so every image is on one side. A conversation with images on both sides is left out.
+"""
+
+import base64
+import itertools
+import os
+import random
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+import fsspec
+from datasets import Features, IterableDataset, Json, List, Value, interleave_datasets
+
+from .conversation import Conversation, Dropped, join_messages
+from .custom import find_files, find_images, group_by_split
+from .images import ImageReference, digest_of
+from .mixture import DatasetSpec, MixtureConfig, group, read_mixture_config
+from .readers import read_conversations
+
+
+FEATURES = Features({"messages": Json(), "where": List(Value("string"))})
+STREAMED = (".jsonl", ".parquet")
+EACH_ONCE = "all_exhausted_without_replacement"
+
+
+def stream_mixture(
+    config: MixtureConfig | str | Path, data_root: str | Path | None = None, num_evaluation: int = 256
+) -> tuple[IterableDataset, IterableDataset | None]:
+    """
+    Streams a mixture.
+
+    Args:
+        config (`MixtureConfig`, `str` or `Path`): The configuration, or its YAML file. Its keys mean what they mean
+            for [`load_mixture`]; a number of `samples` are the first ones. Sources take turns at random, by `weight`.
+        data_root (`str` or `Path`, *optional*): The folder that paths are relative to; by default as configured.
+        num_evaluation (`int`, *optional*, defaults to 256): Maximum examples for evaluation.
+
+    Returns:
+        Two `datasets.IterableDataset` of examples with `messages` and `where`, for training and for evaluation; `None`
+        for the second if `eval_share` is 0. Each ends after one epoch; `repeat()` continues in the same order, which
+        is the same on any number of processes. With `Trainer`, set `max_steps` and
+        `accelerator_config={"dispatch_batches": False}`. Left out conversations are counted in warnings.
+
+    Raises:
+        `ValueError`: an invalid configuration, or a key that a stream cannot honor.
+        `FileNotFoundError`: the configuration, the data root or a file does not exist.
+    """
+    if not isinstance(config, MixtureConfig):
+        config = read_mixture_config(config)
+    located = [_locate(spec, data_root or config.data_root) for spec in config.sources]
+
+    def stream(side: str) -> IterableDataset:
+        streams = []
+        for spec, (files, images) in zip(config.sources, located):
+            # One shard, as a tuple, so that neither ranks nor workers divide the files among themselves.
+            options = {"files": tuple(files), "images": images, "spec": spec, "config": config, "side": side}
+            streams.append(IterableDataset.from_generator(_generate, features=FEATURES, gen_kwargs=options))
+        if side == "evaluation":
+            return interleave_datasets(streams, stopping_strategy=EACH_ONCE).take(num_evaluation)
+        streams = [one.shuffle(seed=config.seed, buffer_size=config.shuffle_buffer) for one in streams]
+        total = sum(spec.weight for spec in config.sources)
+        weights = [spec.weight / total for spec in config.sources]
+        return interleave_datasets(streams, weights, seed=config.seed, stopping_strategy=EACH_ONCE)
+
+    return stream("train"), stream("evaluation") if config.eval_share > 0 else None
+
+
+def _locate(spec: DatasetSpec, data_root: str | Path) -> tuple[list[str], str | None]:
+    """The paths or URLs of the files of a dataset, and of its image folder."""
+    if spec.is_published:
+        raise ValueError(f"{spec.name} is a published dataset, whose files are read whole; it cannot be streamed.")
+    if isinstance(spec.samples, float):
+        raise ValueError(f"samples of {spec.name} is a share, and the size of a stream is unknown; use a number.")
+    if spec.weight != int(spec.weight):
+        raise ValueError(
+            f"weight of {spec.name} is {spec.weight}, and a part of a stream of unknown size cannot be read; use a "
+            "whole number of passes."
+        )
+    if spec.hub is None:
+        root = Path(os.path.abspath(data_root))
+        files = [str(file) for file in find_files(spec, root)]
+        folder = find_images(spec, root)
+        images = None if folder is None else str(folder)
+    else:
+        base = f"hf://datasets/{spec.hub}" + (f"@{spec.revision}" if spec.revision else "")
+        files = _find_on_hub(spec, base)
+        images = None if spec.images is None else f"{base}/{spec.images}"
+    if unsupported := [file for file in files if not file.endswith(STREAMED)]:
+        raise ValueError(
+            f"The source {spec.name} has the file {unsupported[0]}; a stream reads {' or '.join(STREAMED)}."
+        )
+    return files, images
+
+
+def _find_on_hub(spec: DatasetSpec, base: str) -> list[str]:
+    try:
+        filesystem, root = fsspec.url_to_fs(base)
+        names = [file.removeprefix(f"{root}/") for file in filesystem.find(root)]
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The source {spec.name} cannot be found on the Hub, dataset {spec.hub}. Is the name right, and are you "
+            f"logged in if it is private or gated? {error}"
+        ) from error
+    if spec.path is not None:
+        files = [name for name in names if name == spec.path or fnmatch(name, spec.path)]
+    else:
+        files = group_by_split(names).get(spec.split, [])
+    if not files:
+        raise FileNotFoundError(f"The source {spec.name} has no file for {spec.split} in {base}.")
+    return [f"{base}/{file}" for file in sorted(files)]
+
+
+def _generate(
+    files: tuple[str, ...], images: str | None, spec: DatasetSpec, config: MixtureConfig, side: str
+) -> Iterator[dict]:
+    """The groups of one side of a dataset, in the order of its files, once per pass."""
+    rng = random.Random(f"{config.seed} {spec.name}")
+    for _ in range(int(spec.weight) if side == "train" else 1):
+        members = _read_side(files, images, spec, config, side)
+        count, system = (lambda member: len(member[1].images)), (lambda member: member[1].system)
+        for joined in group(members, spec.concatenate, config.max_images, rng, count, system):
+            messages = join_messages([conversation.messages() for _, conversation in joined])
+            yield {"messages": messages, "where": [where for where, _ in joined]}
+
+
+def _read_side(
+    files: tuple[str, ...], images: str | None, spec: DatasetSpec, config: MixtureConfig, side: str
+) -> Iterator[tuple[str, Conversation]]:
+    """The conversations of one side, of the first `samples` of both; what is left out is counted in warnings."""
+    dropped: Counter[str] = Counter()
+
+    def drop(reason: str) -> None:
+        dropped[reason] += 1
+        if str(dropped.total()).strip("0") == "1":  # 1, 10, 100, …
+            warnings.warn(f"{spec.name}: {dropped.total()} records left out: {dict(dropped)}", stacklevel=2)
+
+    def read() -> Iterator[tuple[str, Conversation]]:
+        for record in (record for file in files for record in read_conversations(file, images, refer=_embed)):
+            if isinstance(record.outcome, Dropped):
+                drop(record.outcome.reason)
+            elif len(record.outcome.images) > config.max_images:
+                drop(f"more than {config.max_images} images")
+            else:
+                yield record.where, record.outcome
+
+    for where, conversation in itertools.islice(read(), None if spec.samples == "all" else int(spec.samples)):
+        found = find_side(conversation, config)
+        if found == side:
+            yield where, conversation
+        elif found is None:
+            drop("images on both sides of the split")
+
+
+def _embed(data: bytes, row: int, number: int) -> ImageReference:
+    return ImageReference.from_base64(f"data:image;base64,{base64.b64encode(data).decode()}")
+
+
+def find_side(conversation: Conversation, config: MixtureConfig) -> str | None:
+    """The side of a conversation by the content of its images, or of its text; `None` if its images disagree."""
+    if config.eval_share == 0:
+        return "train"
+    digests = {image.digest() for image in conversation.images}
+    digests = digests or {digest_of(str(conversation.messages()).encode("utf-8", "replace"))}
+    sides = {_is_held_out(digest, config) for digest in digests}
+    if len(sides) > 1:
+        return None
+    return "evaluation" if sides == {True} else "train"
+
+
+def _is_held_out(digest: str, config: MixtureConfig) -> bool:
+    salted = digest_of(f"{config.seed} {digest}".encode())
+    return int(salted, 16) < config.eval_share * 16 ** len(salted)

@@ -1,0 +1,125 @@
+"""The report of a diagnosis as one self-contained page, with tables, histograms and conversations."""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data.images import ImageReference
+from ..data.packing import batching_table
+from ..data.published import SOURCES
+from .diagnosis import QUANTITIES, Diagnosis
+from .samples import Sample
+
+
+THUMBNAIL = (220, 220)  # maximum width by height in pixels
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; margin: .6rem 0 1.6rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .2rem .7rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
+td.number { text-align: right; }
+img { max-width: 100%; }
+.problem { background: #fde8e8; padding: .4rem .8rem; }
+.sample { border: 1px solid #ccc; border-radius: 6px; padding: .6rem 1rem; margin: 1rem 0; white-space: pre-wrap; }
+.sample img { display: inline-block; vertical-align: middle; margin: .2rem .4rem; }
+.where { color: #777; font-size: .85em; }
+mark { background: #c9f0c9; }
+"""
+
+
+def write_report(diagnosis: Diagnosis, folder: str | Path) -> Path:
+    """Writes `report.html` and `dropped.jsonl` into a folder, and returns the page, written whole or not at all."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "dropped.jsonl").open("w") as lines:
+        for report in diagnosis.reports:
+            for where, reason in report.list_dropped():
+                lines.write(json.dumps({"source": report.name, "where": where, "reason": reason}) + "\n")
+    part, page = folder / "report.part", folder / "report.html"
+    part.write_text(_format_page(diagnosis), encoding="utf-8")
+    part.replace(page)
+    return page
+
+
+def _format_page(diagnosis: Diagnosis) -> str:
+    problems = "".join(f'<p class="problem">{html.escape(problem)}</p>' for problem in diagnosis.problems)
+    findings = "".join(f"<li>{html.escape(finding)}</li>" for finding in diagnosis.findings())
+    terms: list[Sequence] = [("source", "license, as its authors state it", "citation")]
+    names = (report.name for report in diagnosis.reports)
+    terms += [(name, SOURCES[name].license, SOURCES[name].attribution) for name in names if name in SOURCES]
+    title, reasons = html.escape(diagnosis.name), diagnosis.reason_table()
+    parts = [
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>',
+        f"<h1>{title}</h1>{problems}<ul>{findings}</ul>",
+        f"<h2>Sources</h2>{_table(diagnosis.source_table())}",
+        f"<h2>Dropped and repaired</h2>{_table(reasons)}" if len(reasons) > 1 else "",
+        f"<h2>Lengths</h2>{_histograms(diagnosis)}{_table(diagnosis.length_table())}",
+        "<h2>Batching</h2><p>Padding is the share of all computed tokens; the spread is the standard deviation over "
+        f"the mean of a batch.</p>{_table(batching_table(diagnosis.batching))}",
+        "<h2>The first conversations</h2><p>As the model gets them; the loss is on the marked text.</p>"
+        + "".join(map(_sample, diagnosis.samples)),
+        f"<h2>Terms</h2>{_table(terms)}" if len(terms) > 1 else "",
+    ]
+    return "\n".join(parts) + "</html>\n"
+
+
+def _table(rows: Sequence[Sequence]) -> str:
+    head = "".join(f"<th>{html.escape(str(cell))}</th>" for cell in rows[0])
+    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows[1:])
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _cell(cell: Any) -> str:
+    attribute = ' class="number"' if isinstance(cell, (int, float)) else ""
+    return f"<td{attribute}>{html.escape(str(cell))}</td>"
+
+
+def _histograms(diagnosis: Diagnosis) -> str:
+    from matplotlib.figure import Figure  # needed for the page only
+
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    axes = figure.subplots(1, 3)
+    for axis, (quantity, name) in zip(axes, QUANTITIES.items()):
+        values = {side: diagnosis.lengths(quantity, side) for side in diagnosis.sides}
+        highest = int(max(numbers.max(initial=0) for numbers in values.values()))
+        bins = np.linspace(0, highest, 41) if quantity == "length" else np.arange(highest + 2) - 0.5
+        for side, numbers in values.items():
+            if len(numbers):
+                axis.hist(numbers, bins=bins, alpha=0.6, label=side)
+        axis.set(xlabel=f"{name} per conversation", ylabel="conversations")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].axvline(diagnosis.max_length, color="black", linestyle=":", label="maximum")
+    axes[0].legend(frameon=False)
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=110)
+    return f'<img alt="Histograms of tokens, images and rounds" src="data:image/png;base64,{_encode(data)}">'
+
+
+def _encode(data: io.BytesIO) -> str:
+    return base64.b64encode(data.getvalue()).decode()
+
+
+def _sample(sample: Sample) -> str:
+    images = iter(sample.images)
+    shown = []
+    for text, has_loss in sample.pieces:
+        parts = [html.escape(part) for part in text.split("<image>")]
+        inner = parts[0] + "".join(_thumbnail(next(images)) + part for part in parts[1:])
+        shown.append(f"<mark>{inner}</mark>" if has_loss else inner)
+    where = html.escape("; ".join(sample.where))
+    counts = f"{sample.num_tokens} tokens, the loss is on {sample.num_learned}"
+    return f'<div class="sample"><span class="where">{where} ({counts})</span>\n{"".join(shown)}</div>'
+
+
+def _thumbnail(reference: ImageReference) -> str:
+    image = reference.open()
+    image.thumbnail(THUMBNAIL)
+    data = io.BytesIO()
+    image.save(data, "JPEG", quality=85)
+    name = "an image inside its record" if reference.kind == "inline" else str(reference)
+    return f'<img title="{html.escape(name, quote=True)}" src="data:image/jpeg;base64,{_encode(data)}">'
