@@ -29,7 +29,6 @@ from processing_visualchat.data.image_contents import read_image_contents
 from processing_visualchat.data.images import ImageReference
 from processing_visualchat.data.lengths import count_tokens
 from processing_visualchat.data.mixture import choose, group
-from processing_visualchat.data.split import split_by_image
 
 
 @pytest.fixture(scope="module")
@@ -193,22 +192,6 @@ def test_a_measured_mixture_packs(root):
     assert len(packs) < len(mixture.train)
     batch = DataCollatorForVisualChat(processor, 900, "skip", packing=True)([packs[0]])
     assert batch["input_ids"].shape == (1, packs[0]["length"])
-
-
-def test_images_that_are_joined_stay_together():
-    images = [["a", "b"], ["b", "c"], ["d"], ["e"], ["f", "g"], [], ["c"], ["h"], []]
-    sides = set()
-    for seed in range(30):
-        is_eval = split_by_image(images, 0.4, seed)
-        train, evaluation = (
-            {image for row, held_out in zip(images, is_eval) if held_out is side for image in row}
-            for side in (False, True)
-        )
-        assert not train & evaluation and is_eval[0] == is_eval[1] == is_eval[6]
-        assert len(evaluation) + sum(is_eval[index] for index in (5, 8)) <= 0.4 * 10
-        sides.add(tuple(is_eval))
-    assert len(sides) > 5
-    assert not any(split_by_image(images, 0.0, 0)) and split_by_image([], 0.5, 0) == []
 
 
 def test_groups_use_everything_once_and_stay_within_limits():

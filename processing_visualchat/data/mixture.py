@@ -6,7 +6,7 @@ A mixture is one YAML file:
     data_root: data              # the folder that everything is relative to
     seed: 0                      # the same seed gives the same mixture, on any number of processes
     max_images: 8                # conversations with more are dropped, and groups never have more
-    eval_share: 0.1              # of the images; no image is on both sides
+    eval_share: 0.1              # of the conversations of each source; no image is on both sides
     sources:
       - name: llava              # one of `SOURCES`
         samples: all             # or a number, or a share like 0.5
@@ -40,7 +40,7 @@ from .custom import CustomSource, load_custom_source
 from .image_contents import ImageContent, read_image_contents
 from .ingestion import BROKEN_IMAGE, IngestionReport
 from .published import SOURCES, get_source, load_source
-from .split import split_by_image
+from .split import DROP_REASONS, split_by_image
 
 
 @dataclass(frozen=True)
@@ -228,8 +228,10 @@ def load_mixture(
         start += len(dataset)
     kept = [index for indices in usable for index in indices]
     digests = [[contents[image].digest for image in names[index]] for index in kept]
-    is_eval = split_by_image(digests, config.eval_share, config.seed)
-    held_out = {index for index, is_held_out in zip(kept, is_eval) if is_held_out}
+    source_of = [spec.name for spec, indices in zip(config.sources, usable) for _ in indices]
+    side_of = dict(zip(kept, split_by_image(digests, source_of, config.eval_share, config.seed)))
+    reasons = [DROP_REASONS.get(side_of.get(index, "")) for index in range(start)]
+    usable = [_drop_unusable(indices, reasons, rows, report) for indices, (_, report) in zip(usable, loaded)]
 
     sides: tuple[list, list] = ([], [])
     sizes = {}
@@ -240,7 +242,7 @@ def load_mixture(
         systems = {index: _get_system(rows[index]) for index in chosen} if is_joined else {}
         before = [len(side) for side in sides]
         for side, wanted in zip(sides, (False, True)):
-            of_side = [index for index in chosen if (index in held_out) is wanted]
+            of_side = [index for index in chosen if (side_of[index] == "evaluation") is wanted]
             for taken in _passes(of_side, 1.0 if wanted else spec.weight, rng):
                 side += group(taken, spec.concatenate, config.max_images, rng, num_images.__getitem__, systems.get)
         sizes[spec.name] = (len(sides[0]) - before[0], len(sides[1]) - before[1])
@@ -255,7 +257,9 @@ def _find_fault(images: list[str], contents: dict[str, ImageContent], max_images
     return BROKEN_IMAGE if any(contents[image].is_broken for image in images) else None
 
 
-def _drop_unusable(indices: range, reasons: list[str | None], rows: Dataset, report: IngestionReport) -> list[int]:
+def _drop_unusable(
+    indices: Sequence[int], reasons: list[str | None], rows: Dataset, report: IngestionReport
+) -> list[int]:
     """The usable conversations of a dataset; the others are counted."""
     for index in indices:
         if (reason := reasons[index]) is not None:
