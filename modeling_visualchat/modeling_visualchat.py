@@ -1,19 +1,17 @@
 """VisualChat: a vision tower, a projector and a causal language model, joined by multi-modal causal attention."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModel, Cache, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple, logging, torch_compilable_check
 from transformers.utils.output_capturing import select_hidden_states
 
 from .attention_types_visualchat import get_attention_type, kernel_of
-from .attention_visualchat import check_coverage
 from .cache_visualchat import is_conversation_cache
 from .chat_session_visualchat import ChatSession
 from .configuration_visualchat import VisualChatConfig
@@ -21,6 +19,7 @@ from .generation_visualchat import VisualChatGenerationMixin
 from .hub_visualchat import push_repository
 from .image_memory_visualchat import ImageMemory
 from .image_states_visualchat import ImageStates, same_images
+from .outputs_visualchat import VisualChatCausalLMOutputWithPast, VisualChatModelOutputWithPast
 from .parts_visualchat import (
     image_shape,
     load_language_model,
@@ -45,47 +44,6 @@ TRAINABLE_PARTS = {
     "input_embeddings": lambda model: model.get_input_embeddings(),
     "lm_head": lambda model: model.lm_head,
 }
-
-
-@dataclass
-class VisualChatModelOutputWithPast(BaseModelOutputWithPast):
-    """
-    Output of [`VisualChatModel`].
-
-    Args:
-        image_hidden_states (`torch.Tensor` of shape `(images, image_seq_length, text hidden)`, *optional*):
-            The projected features of the images of this call.
-    """
-
-    image_hidden_states: torch.Tensor | None = None
-
-
-@dataclass
-class VisualChatCausalLMOutputWithPast(ModelOutput):
-    """
-    Output of [`VisualChatForConditionalGeneration`].
-
-    Args:
-        loss (`torch.Tensor` of shape `()`, *optional*):
-            Next-token cross-entropy over the labels that are not -100; in training zero if all are.
-        logits (`torch.Tensor` of shape `(B, Q, vocabulary)`, *optional*):
-            Scores before the softmax, at the positions that `logits_to_keep` asks for; none with `skip_logits`.
-        past_key_values (`Cache`, *optional*):
-            Keys and values of every layer; the layers of a [`ConversationCache`] hold those of text alone.
-        hidden_states (`tuple[torch.Tensor]`, *optional*):
-            Hidden states of the language model, each (B, Q, text hidden).
-        attentions (`tuple[torch.Tensor]`, *optional*):
-            Attention weights of the `eager` kernel, each (B, H, Q, S); the two softmaxes of MMCA summed.
-        image_hidden_states (`torch.Tensor` of shape `(images, image_seq_length, text hidden)`, *optional*):
-            The projected features of the images of this call.
-    """
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor] | None = None
-    attentions: tuple[torch.Tensor] | None = None
-    image_hidden_states: torch.Tensor | None = None
 
 
 class VisualChatPreTrainedModel(PreTrainedModel):
@@ -354,19 +312,10 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
-        encoded = (mm_encoder_outputs or {}).get("image")
-        if sum(given is not None for given in (pixel_values, encoded, image_states)) > 1:
-            raise ValueError('Pass only one of pixel_values, mm_encoder_outputs["image"] and image_states.')
-        if pixel_values is not None:
-            encoded = self.get_image_features(pixel_values, vision_feature_layer, vision_feature_select_strategy)
-        if encoded is not None and len(encoded.pooler_output) > 0:
-            image_states = ImageStates.from_features(list(encoded.pooler_output))
-        blank_features = None
-        if image_states is None and self._needs_an_image(past_key_values):
-            # Every rank runs the same modules in the same order, also one whose batch has no image: sharded
-            # parameters are gathered together. The blank image adds exactly zero.
-            blank_features = self._features_of_a_blank_image()
-
+        image_states = self._resolve_images(
+            pixel_values, mm_encoder_outputs, image_states, vision_feature_layer, vision_feature_select_strategy
+        )
+        blank_features = self._blank_features(past_key_values) if image_states is None else None
         image_features = None if image_states is None else image_states.expand(image_states.features)
         is_image: Any = None
         if input_ids is not None or image_features is not None:
@@ -380,13 +329,12 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
             # a decoder would not tell their sequences apart.
             kwargs["use_cache"] = kwargs.get("use_cache", False) and self.training
         self._choose_attention(self.language_model.config)
-        has_masks = get_attention_type(self.config.attention_type).create_masks is not None
-        if has_masks and not is_finished_mask(attention_mask):
+        if self._needs_masks(attention_mask):
             mm_token_type_ids = self._complete_mm_token_type_ids(
                 mm_token_type_ids, is_image, past_key_values, embeds.shape[1]
             )
-            check_coverage(mm_token_type_ids, attention_mask)
         inputs = DecoderInputs(
+            input_ids=input_ids,
             embeds=embeds,
             is_image=is_image,
             mm_token_type_ids=mm_token_type_ids,
@@ -398,12 +346,7 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
             past_key_values=past_key_values,
             kwargs=kwargs,
         )
-        outputs = (
-            self._forward_two_streams(inputs) if self._takes_two_streams(inputs) else self._forward_masked(inputs)
-        )
-        if is_conversation_cache(outputs.past_key_values):
-            kept = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 else None
-            outputs.past_key_values.note_tokens(input_ids, embeds.shape[1], kept)
+        outputs = self._run_decoder(inputs)
         return VisualChatModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
@@ -411,6 +354,29 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
             attentions=outputs.attentions,
             image_hidden_states=image_features,
         )
+
+    def _resolve_images(
+        self, pixel_values, mm_encoder_outputs, image_states: ImageStates | None, layer, strategy
+    ) -> ImageStates | None:
+        """The images of a call, from the one form in which they were passed."""
+        encoded = (mm_encoder_outputs or {}).get("image")
+        if sum(given is not None for given in (pixel_values, encoded, image_states)) > 1:
+            raise ValueError('Pass only one of pixel_values, mm_encoder_outputs["image"] and image_states.')
+        if pixel_values is not None:
+            encoded = self.get_image_features(pixel_values, layer, strategy)
+        if encoded is not None and len(encoded.pooler_output) > 0:
+            image_states = ImageStates.from_features(list(encoded.pooler_output))
+        return image_states
+
+    def _run_decoder(self, inputs: DecoderInputs) -> BaseModelOutputWithPast:
+        """Runs the decoder on one of the two routes, and records the tokens in a [`ConversationCache`]."""
+        run = self._forward_two_streams if self._takes_two_streams(inputs) else self._forward_masked
+        outputs = run(inputs)
+        if is_conversation_cache(outputs.past_key_values):
+            has_mask = isinstance(inputs.attention_mask, torch.Tensor) and inputs.attention_mask.ndim == 2
+            attention_mask = inputs.attention_mask if has_mask else None
+            outputs.past_key_values.note_tokens(inputs.input_ids, inputs.embeds.shape[1], attention_mask)
+        return outputs
 
     def _takes_two_streams(self, inputs: DecoderInputs) -> bool:
         if self.route == "masked":
@@ -428,8 +394,8 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
         embeds, attention_mask = inputs.embeds, inputs.attention_mask
         if is_conversation_cache(inputs.past_key_values):
             inputs.past_key_values.interleave()
-        create_masks = get_attention_type(self.config.attention_type).create_masks
-        if create_masks is not None and not is_finished_mask(attention_mask):
+        if self._needs_masks(attention_mask):
+            create_masks: Any = get_attention_type(self.config.attention_type).create_masks
             attention_mask = create_masks(
                 self.config.text_config,
                 embeds,
@@ -448,6 +414,11 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
             past_key_values=inputs.past_key_values,
             **inputs.kwargs,
         )
+
+    def _needs_masks(self, attention_mask: Any) -> bool:
+        """Whether the attention type has masks of its own, and they are not finished yet."""
+        has_masks = get_attention_type(self.config.attention_type).create_masks is not None
+        return has_masks and not is_finished_mask(attention_mask)
 
     def _embed(self, input_ids, is_image, image_features) -> torch.Tensor:
         """Embeddings (B, Q, hidden), not yet meaningful at images."""
@@ -477,7 +448,13 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
         parts = (self.vision_tower, self.multi_modal_projector)
         return any(parameter.requires_grad for part in parts for parameter in part.parameters())
 
-    def _features_of_a_blank_image(self) -> torch.Tensor:
+    def _blank_features(self, past_key_values: Cache | None) -> torch.Tensor | None:
+        """
+        The features of a blank image for a call without images, where the vision tower has to run: every rank runs the
+        same modules in the same order, since sharded parameters are gathered together. It adds exactly zero.
+        """
+        if not self._needs_an_image(past_key_values):
+            return None
         shape = image_shape(self.config.vision_config)
         blank = torch.zeros(1, *shape, device=self.device, dtype=self.vision_tower.dtype)
         return self.get_image_features(blank).pooler_output[0]
@@ -655,11 +632,9 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, VisualChatGe
         Returns:
             [`VisualChatCausalLMOutputWithPast`]
         """
-        targets = None
         if skip_logits is None:
             skip_logits = self.training and isinstance(logits_to_keep, int) and logits_to_keep == 0
-        if labels is not None and skip_logits:
-            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        targets = None if labels is None else nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -674,35 +649,33 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, VisualChatGe
             vision_feature_select_strategy=vision_feature_select_strategy,
             **kwargs,
         )
-        if targets is not None:
-            is_target = (targets != -100).to(outputs.last_hidden_state.device)
-            hidden_states = outputs.last_hidden_state[is_target]
+        states = outputs.last_hidden_state
+        if targets is not None and skip_logits:
+            is_target = targets != -100
+            states, targets = states[is_target.to(states.device)], targets[is_target]
         else:
-            hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-        logits = self._scale_logits(self.lm_head(hidden_states))
-        loss = None
-        is_checked = self.training and not torch.compiler.is_compiling()
-        if labels is not None and is_checked and not bool((labels[:, 1:] != -100).any()):
-            loss = logits[:0].float().sum()  # zero, for an empty batch
-        elif targets is not None:
-            loss = self.loss_function(
-                logits=logits,
-                labels=None,
-                shift_labels=targets.to(is_target.device)[is_target],
-                vocab_size=self.config.text_config.vocab_size,
-                **kwargs,
-            )
-        elif labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
-            )
+            states = slice_logits_to_keep(states, logits_to_keep)
+        logits = self._scale_logits(self.lm_head(states))
         return VisualChatCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits if targets is None else None,
+            loss=None if targets is None else self._compute_loss(logits, targets, **kwargs),
+            logits=None if targets is not None and skip_logits else logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def _compute_loss(self, logits: torch.Tensor, targets: torch.Tensor, **kwargs) -> torch.Tensor:
+        """Next-token cross-entropy over the targets that are not -100; in training zero for an empty batch."""
+        is_checked = self.training and not torch.compiler.is_compiling()
+        if is_checked and not bool((targets != -100).any()):
+            return logits[:0].float().sum()
+        return self.loss_function(
+            logits=logits,
+            labels=None,
+            shift_labels=targets.to(logits.device),
+            vocab_size=self.config.text_config.vocab_size,
+            **kwargs,
         )
 
     def _scale_logits(self, logits: torch.Tensor) -> torch.Tensor:

@@ -150,16 +150,7 @@ def make_plan(
         text_lengths.append(sequences[row, text].unique_consecutive(return_counts=True)[1].tolist())
 
     device = mm_token_type_ids.device
-    text_mask = None
-    if num_past > 0:
-        is_past_text = torch.zeros(len(texts), num_past, dtype=torch.bool)
-        rows, positions = (past_token_types == TEXT).nonzero(as_tuple=True)
-        is_past_text[rows, past_slots[rows, positions]] = True
-        if num_text > 1 or not bool(is_past_text.all()):
-            # A slot beyond a row's text reads itself: its output is unused, but a softmax needs a key.
-            causal = torch.ones(num_text, num_text, dtype=torch.bool).tril().expand(len(texts), -1, -1)
-            past = is_past_text[:, None].expand(-1, num_text, -1)
-            text_mask = torch.cat([past, causal], dim=-1)[:, None].to(device)
+    text_mask = _text_mask(past_slots, past_token_types, num_past, num_text)
     image_mask = None
     if num_text == 1 and any(row != runs[0] for row in runs):
         num_keys = torch.tensor([row[0].end_key if row else 0 for row in runs])
@@ -172,9 +163,23 @@ def make_plan(
         runs=runs,
         text_lengths=None if sequence_ids is None else text_lengths,
         num_past=num_past,
-        text_mask=text_mask,
+        text_mask=None if text_mask is None else text_mask.to(device),
         image_mask=image_mask,
     )
+
+
+def _text_mask(past_slots, past_token_types, num_past: int, num_text: int) -> torch.Tensor | None:
+    """(B, 1, T, past + T) for text that continues after padding; `None` where plain causality is enough."""
+    if num_past == 0:
+        return None
+    is_past_text = torch.zeros(len(past_slots), num_past, dtype=torch.bool)
+    rows, positions = (past_token_types == TEXT).nonzero(as_tuple=True)
+    is_past_text[rows, past_slots[rows, positions]] = True
+    if num_text == 1 and bool(is_past_text.all()):
+        return None
+    # A slot beyond a row's text reads itself: its output is unused, but a softmax needs a key.
+    causal = torch.ones(num_text, num_text, dtype=torch.bool).tril().expand(len(past_slots), -1, -1)
+    return torch.cat([is_past_text[:, None].expand(-1, num_text, -1), causal], dim=-1)[:, None]
 
 
 def count_slots(slots: torch.Tensor, token_types: torch.Tensor, token_type: int) -> int:

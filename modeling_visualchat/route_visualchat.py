@@ -31,6 +31,7 @@ class DecoderInputs:
     Args:
         embeds (`torch.Tensor` of shape `(B, Q, hidden)`): Of text tokens; at image tokens only read without
             `image_states`.
+        input_ids (`torch.Tensor` of shape `(B, Q)`, *optional*): Token ids.
         is_image (`torch.Tensor` of shape `(B, Q)`, *optional*): Image tokens among the current ones.
         mm_token_type_ids (`torch.Tensor` of shape `(B, past + Q)`, *optional*): 0 for text, 1 for image.
         image_states ([`ImageStates`], *optional*): The images of these tokens.
@@ -44,6 +45,7 @@ class DecoderInputs:
     """
 
     embeds: torch.Tensor
+    input_ids: torch.Tensor | None = None
     is_image: Any = None
     mm_token_type_ids: torch.Tensor | None = None
     image_states: ImageStates | None = None

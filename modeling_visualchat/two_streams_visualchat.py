@@ -14,6 +14,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .attention_types_visualchat import get_attention_type
+from .attention_visualchat import check_coverage
 from .cache_visualchat import ConversationCache, is_conversation_cache
 from .image_states_visualchat import ImageStates, ImageStream, place_images, run_image_stream
 from .key_rotation_visualchat import DecoderProbe, probe_decoder, run_with_plan
@@ -105,6 +106,7 @@ class TwoStreamMixin:
             position_ids = torch.arange(num_past, num_past + embeds.shape[1], device=embeds.device)[None]
         position_ids = position_ids.expand(embeds.shape[:2])
         assert inputs.mm_token_type_ids is not None
+        check_coverage(inputs.mm_token_type_ids, inputs.attention_mask)
         mm_token_type_ids = inputs.mm_token_type_ids[:, num_past:]
         attention_mask = None if inputs.attention_mask is None else inputs.attention_mask[:, num_past:]
 

@@ -41,6 +41,7 @@ CODE = [
     "kernels_visualchat.py",
     "key_rotation_visualchat.py",
     "modeling_visualchat.py",
+    "outputs_visualchat.py",
     "parts_visualchat.py",
     "plan_visualchat.py",
     "processing_visualchat.py",
