@@ -57,9 +57,7 @@ def load_image(source) -> Image.Image:
         )
     if hasattr(source, "__array__"):
         return _from_array(np.asarray(source))
-    raise ValueError(
-        f"An image must be a path, a URL, bytes, a PIL image or an array, got {type(source).__name__}."
-    )
+    raise ValueError(f"An image must be a path, a URL, bytes, a PIL image or an array, got {type(source).__name__}.")
 
 
 def _fetch(url: str) -> Image.Image:
