@@ -113,8 +113,7 @@ class ImageReference:
 
     def relative_to(self, root: str | Path) -> "ImageReference":
         """The same image with its path relative to `root`, or unchanged if it is elsewhere."""
-        path = Path(self.path)
-        return replace(self, path=str(path.relative_to(root))) if self.is_local and path.is_relative_to(root) else self
+        return replace(self, path=self.path.removeprefix(os.path.join(root, ""))) if self.is_local else self
 
     def resolve(self, folder: str, record_file: str = "", is_confined: bool = True) -> "ImageReference | None":
         """
@@ -135,8 +134,8 @@ class ImageReference:
         with contextlib.suppress(OSError, ValueError):  # a path that no file can have, or a broken archive
             if self.kind == "archive":
                 return find_archive(Path(self.path)) is not None and self.key in open_archive(self.path)
-            path = Path(self.path)
-            return self.kind != "file" or path.name in _list_folder(path.parent, stamp_of(path.parent))
+            folder, name = os.path.split(self.path)
+            return self.kind != "file" or name in _list_folder(folder, stamp_of(folder))
         return False
 
     def read(self) -> bytes:
@@ -186,18 +185,18 @@ def digest_of(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def stamp_of(path: Path) -> tuple[int, int] | None:
+def stamp_of(path: str | Path) -> tuple[int, int] | None:
     """Size and modification time of a file or folder."""
     try:
-        status = path.stat()
+        status = os.stat(path)
     except (OSError, ValueError):
         return None
     return status.st_size, status.st_mtime_ns
 
 
 @lru_cache(maxsize=64)
-def _list_folder(folder: Path, stamp: object) -> frozenset[str]:
-    return frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
+def _list_folder(folder: str, stamp: object) -> frozenset[str]:
+    return frozenset(os.listdir(folder)) if os.path.isdir(folder) else frozenset()
 
 
 def _decode_inline(text: str) -> bytes:

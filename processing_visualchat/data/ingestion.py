@@ -153,7 +153,8 @@ def _generate_rows(generate: Callable[..., Iterator[IngestedRecord]], options: d
             row["dropped"] = record.outcome.reason
         else:
             row["images"] = [str(image.relative_to(root)) for image in record.outcome.images]
-            row["messages"] = record.outcome.under(root).messages()
+            # As text, which `datasets` accepts for JSON; it would walk through every block of a list.
+            row["messages"] = json.dumps(record.outcome.under(root).messages())
             row["repairs"] = list(record.outcome.repairs)
         yield row
 
