@@ -31,7 +31,12 @@ from training_processes import end_processes, set_cpu_threads
 from transformers import AutoProcessor, Trainer, set_seed
 from transformers.hf_argparser import HfArg
 
-from modeling_visualchat import VisionFeatureCache, VisualChatForConditionalGeneration
+from modeling_visualchat import (
+    ATTENTION_TYPES,
+    PROJECTORS,
+    VisionFeatureCache,
+    VisualChatForConditionalGeneration,
+)
 from processing_visualchat import OVERLONG, DataCollatorForVisualChat
 
 
@@ -61,8 +66,14 @@ class FinetuneArguments:
     vision_features: str | None = HfArg(default=None, help="Folder to cache the frozen vision tower's features in.")
     vision_features_gib: float = HfArg(default=64.0, help="Maximum size of that folder in GiB.")
     cpu_threads: int = HfArg(default=0, help="Threads of each process on a CPU; 0 divides all cores among them.")
-    attention_type: str | None = HfArg(default=None, help="Attention type of the digits demo; by default mmca.")
-    projector_type: str | None = HfArg(default=None, help="Projector of the digits demo; by default linear.")
+    attention_type: str | None = HfArg(
+        default=None,
+        help="Attention type of the digits demo; by default mmca.",
+        metadata={"choices": list(ATTENTION_TYPES)},
+    )
+    projector_type: str | None = HfArg(
+        default=None, help="Projector of the digits demo; by default linear.", metadata={"choices": list(PROJECTORS)}
+    )
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from modeling_visualchat import VisualChatForConditionalGeneration
+from modeling_visualchat import ATTENTION_TYPES, PROJECTORS, VisualChatForConditionalGeneration
 from processing_visualchat import VisualChatProcessor
 
 
@@ -28,8 +28,8 @@ def main() -> None:
     parser.add_argument("--vision", required=True, help="name or folder of a vision encoder")
     parser.add_argument("--text", required=True, help="name or folder of a language model, or a .gguf file")
     parser.add_argument("--output", required=True, type=Path, help="folder to write the checkpoint to")
-    parser.add_argument("--projector_type", default="linear", help="linear, mlp, vit, perceiver or a registered name")
-    parser.add_argument("--attention_type", default="mmca", help="mmca or causal")
+    parser.add_argument("--projector_type", default="linear", choices=list(PROJECTORS), help="type of the projector")
+    parser.add_argument("--attention_type", default="mmca", choices=list(ATTENTION_TYPES), help="attention type")
     parser.add_argument("--vision_feature_layer", type=int, default=-1, help="hidden state of the encoder to use")
     parser.add_argument("--image_seq_length", type=int, help="tokens per image, by default what the encoder outputs")
     parser.add_argument("--seed", type=int, default=0, help="seed of the new projector's weights")

@@ -10,7 +10,7 @@ from .configuration_visualchat import VERSION, VisualChatConfig
 from .image_memory_visualchat import ImageMemory
 from .image_states_visualchat import ImageStates
 from .modeling_visualchat import VisualChatForConditionalGeneration, VisualChatModel, VisualChatPreTrainedModel
-from .projector_visualchat import register_projector
+from .projector_visualchat import PROJECTORS, register_projector
 from .vision_cache_visualchat import VisionFeatureCache
 
 
@@ -21,6 +21,7 @@ AutoModelForMultimodalLM.register(VisualChatConfig, VisualChatForConditionalGene
 __version__ = VERSION
 __all__ = [
     "ATTENTION_TYPES",
+    "PROJECTORS",
     "AttentionType",
     "ChatSession",
     "ConversationCache",
