@@ -298,7 +298,7 @@ class MultiModalCausalAttention:
             key (`torch.Tensor` of shape `(B, K, S, D)`): Keys, rotated, those of the cache included.
             value (`torch.Tensor` of shape `(B, K, S, D)`): Values.
             attention_mask (`torch.Tensor` of shape `(B, 2, Q, S)` or `(B, 1, Q, S)`):
-                The mask of [`create_mmca_masks`], or one channel for text alone; not read when there is a plan.
+                The mask of [`create_mmca_masks`], or one channel for a text-only call; unused with a plan.
             layer_plan (`TwoStreamPlan` or `ImageStream`, *optional*): How the queries, all of text or all of images,
                 attend.
 

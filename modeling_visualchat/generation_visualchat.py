@@ -1,5 +1,5 @@
 """
-What generation with images needs beyond transformers' `GenerationMixin`.
+Generation with images, on transformers' `GenerationMixin`.
 
 MMCA has to know which of the past and current tokens are images. The model's forward takes `mm_token_type_ids` for all
 of them, as it takes `attention_mask`; here they are rebuilt in every step from the ids, whatever the cache. Images are
@@ -75,7 +75,7 @@ class VisualChatGenerationMixin(GenerationMixin):
             if has_images and kwargs.get("mm_token_type_ids") is None:
                 kwargs["mm_token_type_ids"] = self.model.get_placeholder_mask(None, embeds).long()
         elif is_drafting:
-            kwargs.pop("mm_token_type_ids", None)  # the ids tell, and an assistant may know text alone
+            kwargs.pop("mm_token_type_ids", None)  # derived from the ids; an assistant may be text-only
         elif ids is not None:
             kwargs["mm_token_type_ids"] = self._all_mm_token_type_ids(ids, num_cached, kwargs)
         image_keys = cache.image_keys if is_conversation_cache(cache) and pixel_values is None else None

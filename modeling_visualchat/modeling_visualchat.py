@@ -464,7 +464,7 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
         num_cached = num_past(past_key_values)
         if mm_token_type_ids is None:
             if num_cached > 0 or is_image is None:
-                unknown = f"for the {num_cached} tokens in the cache" if num_cached else "from embeddings alone"
+                unknown = f"for the {num_cached} tokens in the cache" if num_cached else "from embeddings"
                 raise ValueError(
                     f"Which tokens are images cannot be told {unknown}: pass mm_token_type_ids of shape "
                     f"(batch, {num_cached + num_queries}), 0 for text and 1 for image, covering past and current "

@@ -31,7 +31,7 @@ class VisualChatCausalLMOutputWithPast(ModelOutput):
         logits (`torch.Tensor` of shape `(B, Q, vocabulary)`, *optional*):
             Scores before the softmax, at the positions that `logits_to_keep` asks for; none with `skip_logits`.
         past_key_values (`Cache`, *optional*):
-            Keys and values of every layer; the layers of a [`ConversationCache`] hold those of text alone.
+            Keys and values of every layer; the layers of a [`ConversationCache`] hold those of text only.
         hidden_states (`tuple[torch.Tensor]`, *optional*):
             Hidden states of the language model, each (B, Q, text hidden).
         attentions (`tuple[torch.Tensor]`, *optional*):

@@ -22,7 +22,7 @@ IMAGE_TOKEN = "<image>"
 def load_vision_tower(vision: str | PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """
     Args:
-        vision (`str` or `PreTrainedModel`): Name or folder of an encoder, alone or one half of a dual encoder such as
+        vision (`str` or `PreTrainedModel`): Name or folder of an encoder, or of a dual encoder such as
             CLIP, or an encoder that is loaded already.
         dtype (`torch.dtype`, *optional*): Of the weights; by default that of the checkpoint.
     """
@@ -56,14 +56,14 @@ def load_language_model(text: str | PreTrainedModel, dtype: torch.dtype | None =
             del model.config.quantization_config
     if model.config.get_text_config() is not model.config:
         raise ValueError(
-            f"{type(model).__name__} is itself multi-modal; pass its language model alone, a causal model of type "
+            f"{type(model).__name__} is itself multi-modal; pass only its language model, a causal model of type "
             f"{model.config.get_text_config().model_type!r}."
         )
     return model
 
 
 def _cast(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
-    """Casts weights alone: buffers such as rotary frequencies stay in the precision they need."""
+    """Casts parameters only: buffers such as rotary frequencies stay in the precision they need."""
     for parameter in model.parameters() if dtype is not None else ():
         parameter.data = parameter.data.to(dtype)
     return model

@@ -312,7 +312,7 @@ def test_from_embeddings():
         options = {**OPTIONS, "cache_implementation": cache, "disable_compile": True}
         actual = model.generate(inputs_embeds=filled, mm_token_type_ids=is_image, **options)
         assert torch.equal(actual, expected)
-    with pytest.raises(ValueError, match="cannot be told from embeddings alone: pass mm_token_type_ids"):
+    with pytest.raises(ValueError, match="cannot be told from embeddings: pass mm_token_type_ids"):
         model.generate(inputs_embeds=filled, **OPTIONS)
 
 
