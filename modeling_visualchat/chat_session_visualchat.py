@@ -8,6 +8,7 @@ A conversation with a model in which any message or image may change: only what 
 """
 
 import copy
+from os import PathLike
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ class ChatSession:
             **self.generate_kwargs,
         )
         answer = self.processor.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-        self.messages = [*messages, {"role": "assistant", "content": answer or "(nothing)"}]
+        self.messages = [*map(_as_blocks, messages), {"role": "assistant", "content": answer or "(nothing)"}]
         return answer
 
     def _crop_cache(self, input_ids: torch.Tensor, image_keys: list[str]) -> None:
@@ -142,4 +143,13 @@ class ChatSession:
 
 
 def _image_block(image: Any) -> dict:
-    return {"type": "image", "path" if isinstance(image, str) else "image": image}
+    if not isinstance(image, (str, PathLike)):
+        return {"type": "image", "image": image}
+    return {"type": "image", "url" if str(image).startswith(("http://", "https://")) else "path": str(image)}
+
+
+def _as_blocks(message: dict) -> dict:
+    """A message of the user with its text as a block."""
+    if message["role"] != "user" or not isinstance(message["content"], str):
+        return message
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}

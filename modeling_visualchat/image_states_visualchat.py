@@ -2,8 +2,8 @@
 Image states: per-layer keys and values of images, which do not depend on the conversation.
 
 An image token attends only to its own image, so its hidden states depend only on the image; its keys also depend on
-their position, by rotation. [`ImageStream`] takes images through an unmodified decoder and records the keys and values of
-each layer; at position 0 they are not rotated, and [`KeyRotation`] rotates them where the images stand.
+their position, by rotation. [`ImageStream`] takes images through an unmodified decoder and records the keys and values
+of each layer; at position 0 they are not rotated, and [`KeyRotation`] rotates them where the images stand.
 
 Dimensions: N images of a batch, U unique images among them, `length` tokens an image, K key/value heads, D head size.
 """

@@ -1,10 +1,12 @@
 """A conversation in which anything may be changed answers as one that was so from the beginning."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import draw_picture, make_model, make_processor
+from PIL import Image
 from test_finetune import EXAMPLES
 
 from modeling_visualchat import ChatSession, ImageMemory
@@ -110,6 +112,19 @@ def test_an_edit_keeps_the_cache_before_it_and_changed_weights_keep_nothing(sess
         session.model.model.language_model.norm.weight.data.mul_(1.5)  # which no tensor version shows
     assert cached_before(session, monkeypatch, session.retry) == 0
     assert cached_before(session, monkeypatch, session.retry) > 2 * first_question
+
+
+def test_a_session_takes_paths_pictures_and_plain_text(pictures):
+    session = make_model().start_chat(make_processor(), max_new_tokens=2)
+    answers = [session.ask("What?", [image]) for image in (Path(pictures[0]), Image.open(pictures[1]))]
+    session.replace_image(1, Image.open(pictures[2]))
+    assert len(answers) == 2 and session.messages[0]["content"][0]["image"].size == (24, 16)
+    session.answer([{"role": "user", "content": "Only text."}])
+    session.edit_question(1, "Other text.")
+    assert session.messages[0]["content"] == [{"type": "text", "text": "Other text."}]
+    session.reset()
+    with pytest.raises(ValueError, match="must be a list of messages that is not empty"):
+        session.retry()
 
 
 def test_a_session_computes_in_full_where_hooks_may_change_the_model(session, monkeypatch):
