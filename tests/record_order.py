@@ -19,9 +19,9 @@ GLOBAL_BATCH_SIZE = 4
 SAVE_STEP = 5  # in the middle of the first epoch
 
 
-def main(recipe: str, output: str, checkpoint: str | None = None) -> None:
+def main(config: str, output: str, checkpoint: str | None = None) -> None:
     processor, rank = make_processor(), int(os.environ["RANK"])
-    mixture = load_mixture(recipe)
+    mixture = load_mixture(config)
     packs = pack_conversations(measure_lengths(mixture.train, processor), 400)
     collator = DataCollatorForVisualChat(processor, packing=True)
     batches: list[list] = []

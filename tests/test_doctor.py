@@ -87,8 +87,8 @@ def test_images_on_both_sides_and_duplicates_are_found_by_content(tmp_path):
     turns = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "x"}]
     records = [{"conversations": turns, "image": f"{name}.png"} for name in "abcd"]
     (tmp_path / "x.json").write_text(json.dumps(records))
-    recipe = MixtureConfig((DatasetSpec("mine", "x.json"),), eval_share=0.0)
-    mixture = load_mixture(recipe, tmp_path)
+    config = MixtureConfig((DatasetSpec("mine", "x.json"),), eval_share=0.0)
+    mixture = load_mixture(config, tmp_path)
     assert compare_images(mixture) == ([["a.png", "b.png"]], [])
     order = [example["images"][0] for example in mixture.train]
     mixture.evaluation = mixture.train.select([order.index("b.png"), order.index("c.png")])

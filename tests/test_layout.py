@@ -57,3 +57,9 @@ def test_functions_and_files_are_short(modules):
                 if lines > MAX_FUNCTION_LINES:
                     long.append(f"{path}:{node.lineno}: {node.name} has {lines} lines")
     assert not long
+
+
+def test_every_package_is_installed(modules):
+    packages = {name.removesuffix(".__init__") for name in modules if name.endswith(".__init__")}
+    setup = (ROOT / "setup.py").read_text()
+    assert packages and all(f'"{package}"' in setup for package in packages)

@@ -49,8 +49,8 @@ def contents(mixed, root):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_no_image_is_on_both_sides_and_no_conversation_twice(root, seed):
-    recipe = read_mixture_config(EXAMPLES / "configs" / "paper_set2.yaml")
-    mixture = load_mixture(MixtureConfig(recipe.sources, seed=seed, max_images=3, eval_share=0.4), root)
+    config = read_mixture_config(EXAMPLES / "configs" / "paper_set2.yaml")
+    mixture = load_mixture(MixtureConfig(config.sources, seed=seed, max_images=3, eval_share=0.4), root)
     assert len(mixture.train) > 0 and len(mixture.evaluation) > 0
     assert not contents(mixture.train, root) & contents(mixture.evaluation, root)
     used = Counter()
@@ -60,7 +60,7 @@ def test_no_image_is_on_both_sides_and_no_conversation_twice(root, seed):
             assert len(example["images"]) <= 3
             used.update(example["where"])
     assert max(used.values()) == 2  # llava's own and in the blend, which is a source of its own
-    for report, ingredient in zip(mixture.reports, recipe.sources):
+    for report, ingredient in zip(mixture.reports, config.sources):
         assert report.name == ingredient.name and report.read == report.used + sum(report.dropped.values())
     assert sum(map(sum, mixture.sizes.values())) == len(mixture.train) + len(mixture.evaluation)
     assert str(mixture).splitlines()[-1].split() == ["all", str(len(mixture.train)), str(len(mixture.evaluation))]
@@ -112,9 +112,9 @@ def test_own_conversations_mix_with_published_ones(root, tmp_path):
         f"data_root: {root}\nmax_images: 4\neval_share: 0.3\n"
         "sources: [{name: llava_dial}, {name: mine, path: own/data.json}]"
     )
-    recipe = read_mixture_config(tmp_path / "mixture.yaml")
+    config = read_mixture_config(tmp_path / "mixture.yaml")
     for seed in range(4):
-        mixture = load_mixture(replace(recipe, seed=seed))
+        mixture = load_mixture(replace(config, seed=seed))
         report = mixture.reports[1]
         assert report.dropped == {"an image that is broken, or one pixel wide or high": 2} and report.used == 1
         assert len(list(report.list_dropped())) == 2 and report.read == 3
@@ -122,9 +122,9 @@ def test_own_conversations_mix_with_published_ones(root, tmp_path):
         assert len(mixture.train) + len(mixture.evaluation) == mixture.reports[0].conversations + 1
     with pytest.raises(ValueError, match="broken, or one pixel"):
         (own / "broken.json").write_text(json.dumps(records[1:]))
-        load_mixture(replace(recipe, sources=(DatasetSpec("mine", "own/broken.json"),)))
+        load_mixture(replace(config, sources=(DatasetSpec("mine", "own/broken.json"),)))
     with pytest.raises(FileNotFoundError, match="No data root at nowhere"):
-        load_mixture(recipe, "nowhere")
+        load_mixture(config, "nowhere")
 
 
 def test_what_is_dropped_takes_no_place_in_the_split(tmp_path):
@@ -232,7 +232,7 @@ def test_samples_are_all_a_number_or_a_share():
         ("sources: [{name: llava}]\nsede: 0", "unknown key sede; there are sources, seed"),
     ],
 )
-def test_what_is_wrong_with_a_recipe_is_named(tmp_path, text, message):
+def test_what_is_wrong_with_a_config_is_named(tmp_path, text, message):
     (tmp_path / "mixture.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_mixture_config(tmp_path / "mixture.yaml")
@@ -240,11 +240,11 @@ def test_what_is_wrong_with_a_recipe_is_named(tmp_path, text, message):
         read_mixture_config(tmp_path / "gone.yaml")
 
 
-def test_the_recipes_that_come_along_are_valid():
-    recipes = [
+def test_the_configs_that_come_along_are_valid():
+    configs = [
         read_mixture_config(path)
         for path in sorted((EXAMPLES / "configs").glob("*.yaml"))
         if "sources" in path.read_text()
     ]
-    assert len(recipes) == 3
-    assert [ingredient.concatenate for ingredient in recipes[1].sources] == [3, 2, 1, 1, 1, 1, 1, 1, 1]
+    assert len(configs) == 3
+    assert [ingredient.concatenate for ingredient in configs[1].sources] == [3, 2, 1, 1, 1, 1, 1, 1, 1]

@@ -165,7 +165,7 @@ EXPECTED = {
 @pytest.mark.parametrize("name", EXPECTED)
 def test_every_record_is_accounted_for(name, root):
     conversations, dropped, repaired = EXPECTED[name]
-    outcomes = [reading.outcome for reading in read_source(SOURCES[name], root)]
+    outcomes = [record.outcome for record in read_source(SOURCES[name], root)]
     assert [rounds_of(outcome) for outcome in outcomes if isinstance(outcome, Conversation)] == conversations
     dataset, report = load_source(name, root)
     assert (report.dropped, report.repaired) == (dropped, repaired)
@@ -311,8 +311,8 @@ def test_a_record_of_any_type_is_dropped_and_not_a_crash(record):
             file: schemas.get(name, wrapped if file.startswith("MIMIC-IT") else [record])
             for file in source.annotations
         }
-        readings = list(source.read(contents, source.images, lambda record: record))
-        assert len(readings) == len(contents) and all(isinstance(reading.outcome, Dropped) for reading in readings)
+        records = list(source.read(contents, source.images, lambda record: record))
+        assert len(records) == len(contents) and all(isinstance(record.outcome, Dropped) for record in records)
 
 
 def test_a_blend_takes_what_is_about_its_images():
@@ -436,6 +436,6 @@ def test_odd_names_of_images(tmp_path):
     report = load_source("otter_mimicit_cgd", root)[1]
     assert (report.used, report.dropped) == (1, {"image id of an unknown form": 1})
     (root / "llava/conversation_58k.json").write_text(json.dumps(DIALOGUES))
-    readings = list(read_source(SOURCES["llava_otter_blend"], root))
-    assert sum(reading.num_records for reading in readings) == len(DETAIL) + len(REASONING) + len(DIALOGUES) + 2
-    assert Dropped("no pair of images") in [reading.outcome for reading in readings]
+    records = list(read_source(SOURCES["llava_otter_blend"], root))
+    assert sum(record.num_records for record in records) == len(DETAIL) + len(REASONING) + len(DIALOGUES) + 2
+    assert Dropped("no pair of images") in [record.outcome for record in records]

@@ -65,9 +65,9 @@ def pictures(stream):
 
 @pytest.mark.parametrize("weight", [1.0, 3.0])
 def test_everything_comes_once_per_pass_and_in_the_same_order_again(root, weight):
-    recipe = MixtureConfig(sources(concatenate=2, weight=weight), eval_share=0.0, shuffle_buffer=10)
+    config = MixtureConfig(sources(concatenate=2, weight=weight), eval_share=0.0, shuffle_buffer=10)
     with pytest.warns(UserWarning, match="lines: 1 records left out: {'a line that is not JSON': 1}"):
-        train, evaluation = stream_mixture(recipe, root)
+        train, evaluation = stream_mixture(config, root)
         assert evaluation is None
         first = [example["where"] for example in train]
     seen = [where for group in first for where in group]
@@ -76,7 +76,7 @@ def test_everything_comes_once_per_pass_and_in_the_same_order_again(root, weight
     ]
     assert sorted(seen) == sorted(int(weight) * expected + [f"{root}/c.parquet, row {n}" for n in range(8)])
     assert {len(group) for group in first} == {1, 2}
-    assert [example["where"] for example in stream_mixture(recipe, root)[0]] == first
+    assert [example["where"] for example in stream_mixture(config, root)[0]] == first
     other = MixtureConfig(sources(concatenate=2), seed=1, eval_share=0.0, shuffle_buffer=10)
     assert [example["where"] for example in stream_mixture(other, root)[0]] != first
     batch = DataCollatorForVisualChat(make_processor(), packing=True, max_broken=0)(list(train.take(9)))
@@ -140,9 +140,9 @@ def test_odd_records_and_archives_are_as_in_a_mixture(tmp_path):
     (tmp_path / "store.json").write_text(json.dumps({"k": base64.b64encode(picture(0)).decode()}))
     records = [surrogate, asked("store.json#k"), asked("store.json#none")]
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, records)))
-    recipe = MixtureConfig((DatasetSpec("x", "x.jsonl"),), eval_share=0.0)
-    examples = list(stream_mixture(recipe, tmp_path)[0])
-    mixture = load_mixture(recipe, tmp_path)
+    config = MixtureConfig((DatasetSpec("x", "x.jsonl"),), eval_share=0.0)
+    examples = list(stream_mixture(config, tmp_path)[0])
+    mixture = load_mixture(config, tmp_path)
     assert [example["where"] for example in examples] == [[f"{tmp_path}/x.jsonl, line 2"]]
     assert [example["where"] for example in mixture.train] == [["x.jsonl, line 2"]]
     assert mixture.reports[0].dropped == {"text that is not Unicode": 1, "an image is not there": 1}
@@ -200,8 +200,8 @@ import sys
 sys.path[:0] = sys.argv[1:]
 from conftest import make_processor
 from processing_visualchat import DataCollatorForVisualChat, DatasetSpec, MixtureConfig, stream_mixture
-recipe = MixtureConfig((DatasetSpec("theirs", hub="user/chats"),), eval_share=0.0)
-examples = list(stream_mixture(recipe)[0])
+config = MixtureConfig((DatasetSpec("theirs", hub="user/chats"),), eval_share=0.0)
+examples = list(stream_mixture(config)[0])
 batch = DataCollatorForVisualChat(make_processor(), max_broken=1)(examples)
 print(len(examples), len(batch["pixel_values"]))
 """

@@ -65,21 +65,17 @@ def load_source(name: str, data_root: str | Path) -> tuple[Dataset, IngestionRep
     root = Path(data_root)
     if not root.is_dir():
         raise FileNotFoundError(f"No data root at {root}.")
-    for file in source.annotations:
-        if not (root / file).is_file():
-            raise FileNotFoundError(
-                f"The source {name} reads {file}; there is no file at {root / file}. See {source.homepage}."
-            )
     images = root / source.images
+    missing = [f"reads {file}; there is no file at {root / file}" for file in source.annotations
+               if not (root / file).is_file()]  # fmt: skip
     if images.suffix != ".json" and not images.is_dir():
-        missing = f"there is no folder at {images}"
+        missing.append(f"has its images in {source.images}; there is no folder at {images}")
     elif images.suffix == ".json" and find_archive(images) is None:
-        missing = f"there is no file at {images}, nor as parquet beside it"
-    else:
-        return ingest(
-            name, _read, root.resolve(), _find_files(source, root), {"name": name, "root": str(root.resolve())}
-        )
-    raise FileNotFoundError(f"The source {name} has its images in {source.images}; {missing}. See {source.homepage}.")
+        missing.append(f"has its images in {source.images}; there is no file at {images}, nor as parquet beside it")
+    if missing:
+        raise FileNotFoundError(f"The source {name} {missing[0]}. See {source.homepage}.")
+    options = {"name": name, "root": str(root.resolve())}
+    return ingest(name, _read, root.resolve(), _find_files(source, root), options)
 
 
 def read_source(source: PublishedSource, data_root: Path) -> Iterator[IngestedRecord]:
