@@ -72,8 +72,7 @@ class ConversationCache(DynamicCache):
     def prepare(self, batch_size: int) -> None:
         """Drops what an interrupted forward pass has left behind."""
         if self.token_types.shape[1] == 0:
-            for layer in self.layers:
-                layer.reset()
+            self.layers.clear()
             self.image_cache = DynamicCache()
             self.token_types = self.slots = torch.zeros(batch_size, 0, dtype=torch.long)
         _cut(self, self.num_text_slots)
@@ -173,7 +172,7 @@ class ConversationCache(DynamicCache):
             return
         self.token_ids, self.image_keys = self.token_ids[:, :length], None
         if self.is_interleaved:
-            super().crop(tokens_to_remove)
+            _cut(self, length)
             return
         self.token_types, self.slots = self.token_types[:, :length], self.slots[:, :length]
         _cut(self, self.num_text_slots)
@@ -186,6 +185,8 @@ class ConversationCache(DynamicCache):
         """
         if self.is_interleaved:
             return
+        _cut(self, self.num_text_slots)
+        _cut(self.image_cache, self.num_image_slots)
         num_images = self.num_image_slots
         order = (self.slots + (self.token_types == TEXT) * num_images) * (self.token_types != PADDING)
         is_padding = self.token_types == PADDING
@@ -225,7 +226,7 @@ class ConversationCache(DynamicCache):
 
     def reset(self) -> None:
         """Forgets everything."""
-        super().reset()
+        self.layers.clear()
         self._forget()
 
     def _select_rows(self, rows: torch.Tensor) -> None:

@@ -16,7 +16,7 @@ import torch
 from .cache_visualchat import ConversationCache
 from .image_memory_visualchat import ImageMemory
 from .key_rotation_visualchat import rotary_limit
-from .weights_key_visualchat import hooked_modules, image_key, weights_key
+from .weights_key_visualchat import hooked_modules, image_key, is_elsewhere, weights_key
 
 
 class ChatSession:
@@ -29,6 +29,9 @@ class ChatSession:
         image_memory ([`ImageMemory`], *optional*): Where images are looked up before they are computed.
         generate_kwargs: Arguments of `generate` for every answer; by default `max_new_tokens=256`.
 
+    Raises:
+        `ValueError`: arguments of assisted or prompt-lookup decoding, which cannot continue a cache.
+
     Attributes:
         messages (`list[dict]`): The conversation, answers included.
         cache ([`ConversationCache`]): Its keys and values.
@@ -36,7 +39,10 @@ class ChatSession:
 
     def __init__(self, model: Any, processor: Any, image_memory: ImageMemory | None = None, **generate_kwargs):
         self.model, self.processor, self.image_memory = model, processor, image_memory
-        self.generate_kwargs = {"max_new_tokens": 256, **generate_kwargs}
+        if refused := sorted(generate_kwargs.keys() & {"assistant_model", "prompt_lookup_num_tokens"}):
+            raise ValueError(f"{refused[0]} starts from an empty cache, and a ChatSession keeps one; leave it out.")
+        has_length = generate_kwargs.keys() & {"max_new_tokens", "max_length", "generation_config"}
+        self.generate_kwargs = generate_kwargs if has_length else {"max_new_tokens": 256, **generate_kwargs}
         self.reset()
 
     def reset(self) -> None:
@@ -98,9 +104,9 @@ class ChatSession:
         """
         inputs = self.processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        ).to(self.model.device)
-        images = inputs.get("pixel_values")
-        image_keys = [] if images is None else [image_key(image) for image in images]
+        )
+        image_keys = [image_key(image) for image in inputs.get("pixel_values", ())]
+        inputs = inputs if self.model.device.type == "meta" else inputs.to(self.model.device)
         self._crop_cache(inputs["input_ids"], image_keys)
         generated = self.model.generate(
             **inputs,
@@ -109,17 +115,18 @@ class ChatSession:
             streamer=streamer,
             **self.generate_kwargs,
         )
+        generated = getattr(generated, "sequences", generated)
         answer = self.processor.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         self.messages = [*map(_as_blocks, messages), {"role": "assistant", "content": answer or "(nothing)"}]
         return answer
 
     def _crop_cache(self, input_ids: torch.Tensor, image_keys: list[str]) -> None:
         """Leaves in the cache the prefix that it shares with a conversation, short of its last token."""
-        key = None if hooked_modules(self.model) else weights_key(self.model.model)
-        limit = rotary_limit(self.model.config.text_config)
-        longest = max(self.cache.get_seq_length(), input_ids.shape[1] + (self.generate_kwargs["max_new_tokens"] or 0))
-        # Beyond the limit, rotary frequencies depend on the length of the whole conversation.
-        is_stale = key is None or key != self._weights_key or (limit is not None and longest >= limit)
+        is_unknown = any(map(is_elsewhere, self.model.parameters())) or hooked_modules(self.model)
+        key = None if is_unknown else weights_key(self.model.model)
+        # With a limit, rotary frequencies depend on the length of the whole conversation.
+        has_limit = rotary_limit(self.model.config.text_config) is not None
+        is_stale = key is None or key != self._weights_key or has_limit
         self._weights_key = key
         if is_stale or self.cache.num_rows != 1:
             self.cache.reset()

@@ -65,9 +65,10 @@ class VisualChatGenerationMixin(GenerationMixin):
             raise ValueError(
                 "Assisted and prompt-lookup decoding start from an empty cache; leave out past_key_values."
             )
+        num_repeats = 1
         if num_cached > 0 and is_conversation_cache(cache):
             passed: Any = ids if embeds is None else embeds
-            self._check_rows(cache, len(passed), kwargs)
+            num_repeats = self._check_rows(cache, len(passed), kwargs)
             if ids is not None:
                 _check_tokens(cache, ids, kwargs.get("attention_mask"))
         if embeds is not None:
@@ -92,15 +93,17 @@ class VisualChatGenerationMixin(GenerationMixin):
         if image_memory is not None and not is_drafting and kwargs.get("pixel_values") is not None:
             pixel_values = kwargs.pop("pixel_values").to(self.device)
             kwargs["image_states"] = image_memory.get_states(self.model, pixel_values)
+        if cache is not None and num_repeats > 1:
+            cache.batch_repeat_interleave(num_repeats)
         outputs = super().generate(inputs, **kwargs)
         if is_conversation_cache(cache):
             has_rows = image_keys is not None and len(image_keys) == cache.num_rows
             cache.image_keys = image_keys if has_rows else None
         return outputs
 
-    def _check_rows(self, cache: ConversationCache, num_inputs: int, kwargs: dict) -> None:
+    def _check_rows(self, cache: ConversationCache, num_inputs: int, kwargs: dict) -> int:
         """
-        Repeats the rows of a cache for beams or returns.
+        How often the rows of a cache have to be repeated for beams or returns.
 
         Raises:
             `ValueError`: a cache of another number of rows.
@@ -113,8 +116,7 @@ class VisualChatGenerationMixin(GenerationMixin):
                 f"The cache holds {cache.num_rows} rows, and {num_inputs} were passed (or {num_rows} with their beams "
                 "and returns); pass the conversations of the cache, or an empty cache."
             )
-        if cache.num_rows < num_rows:
-            cache.batch_repeat_interleave(num_rows // num_inputs)
+        return num_rows // cache.num_rows
 
     def _check_images(self, cache: ConversationCache, images, rows: list[list], num_old: list[int]):
         """

@@ -142,8 +142,9 @@ def probe_decoder(decoder: Any, make_stream: Callable[[], Any]) -> DecoderProbe:
         rotation = KeyRotation(decoder)
         replica = build_replica(decoder)
         last = min(_longest_position(decoder.config), 100_000) - 1
-        positions = torch.tensor([sorted({min(position, last) for position in (1, 17, 1021, last)})])
-        embeds = torch.randn(1, positions.shape[1], replica.config.hidden_size, generator=_seeded())
+        places = sorted({min(position, last) for position in (1, 17, 1021, last)})
+        positions = torch.tensor([places], device="cpu")
+        embeds = _draw((1, len(places), replica.config.hidden_size), _seeded())
         streams = [make_stream(), make_stream()]
         for stream, position_ids in zip(streams, (torch.zeros_like(positions), positions)):
             run_with_plan(replica, embeds, position_ids, stream)
@@ -164,7 +165,7 @@ def probe_decoder(decoder: Any, make_stream: Callable[[], Any]) -> DecoderProbe:
         except (RuntimeError, KeyError) as mismatch:  # shapes that do not fit, a layer type without a table
             return DecoderProbe(rotation, no_late_rotation=f"the keys of {name} cannot be rotated late: {mismatch}")
         if not difference <= TOLERANCE:
-            reason = f"keys of {name}, layer {layer}, are off by {difference:.0%} when they are rotated late"
+            reason = f"keys of {name}, layer {layer}, are off by {difference:.2%} when they are rotated late"
             return DecoderProbe(rotation, no_late_rotation=reason)
     return DecoderProbe(rotation)
 
@@ -182,20 +183,26 @@ def build_replica(decoder: Any) -> Any:
             setattr(config, name, value)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.manual_seed(0)
-        replica = type(decoder)(config).float().eval()
+    default_dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            replica = type(decoder)(config).float().eval()
+    finally:
+        torch.set_default_dtype(default_dtype)
     generator = _seeded()
     for parameter in replica.parameters():
-        values = torch.rand(parameter.shape, generator=generator) + 0.5
-        if parameter.ndim > 1:
-            values = torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5
-        parameter.copy_(values)
+        values = _draw(parameter.shape, generator)
+        parameter.copy_(values / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 1 + 0.2 * values)
     return replica
 
 
+def _draw(shape, generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
 def _seeded() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
+    return torch.Generator("cpu").manual_seed(0)
 
 
 def rotary_limit(text_config: Any) -> int | None:

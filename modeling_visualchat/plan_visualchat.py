@@ -152,7 +152,7 @@ def make_plan(
     device = mm_token_type_ids.device
     text_mask = _text_mask(past_slots, past_token_types, num_past, num_text)
     image_mask = None
-    if num_text == 1 and any(row != runs[0] for row in runs):
+    if num_text == 1 and sequence_ids is None and any(row != runs[0] for row in runs):
         num_keys = torch.tensor([row[0].end_key if row else 0 for row in runs])
         num_images = int((torch.tensor(num_past_images) + (token_types == IMAGE).sum(dim=1)).max())
         image_mask = (torch.arange(num_images) < num_keys[:, None])[:, None, None].to(device)

@@ -174,8 +174,11 @@ def is_finished_mask(attention_mask: Any) -> bool:
 
 
 def is_checkpointed(decoder: nn.Module, is_training: bool) -> bool:
-    """Whether layers are recomputed in the backward pass."""
-    return is_training and bool(getattr(decoder, "is_activation_checkpointing", False))
+    """Whether layers are recomputed in the backward pass, by transformers or by a checkpoint wrapper of torch."""
+    if not is_training:
+        return False
+    is_wrapped = any(hasattr(part, "_checkpoint_wrapped_module") for part in decoder.modules())
+    return is_wrapped or bool(getattr(decoder, "is_activation_checkpointing", False))
 
 
 def num_past(past_key_values: Cache | None) -> int:

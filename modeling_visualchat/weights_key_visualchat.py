@@ -53,12 +53,11 @@ def freeze(module: Any) -> None:
 
 
 def _checksum_of_weights(module: Any) -> bytes:
-    frozen = getattr(module, "_frozen_checksum", None)
+    frozen, weights = getattr(module, "_frozen_checksum", None), [*module.parameters(), *module.buffers()]
+    if any(weight.is_inference() for weight in weights):
+        frozen = None  # tensors made in inference mode have no versions
     if frozen is not None:
-        versions = [
-            (id(weight), weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.dtype)
-            for weight in (*module.parameters(), *module.buffers())
-        ]
+        versions = [(id(weight), weight.data_ptr(), weight._version, weight.dtype) for weight in weights]
         if frozen[0] == versions:
             return frozen[1]
     digest = hashlib.blake2b(digest_size=DIGEST_SIZE)

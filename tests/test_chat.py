@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import draw_picture, make_model, make_processor
 from PIL import Image
 from test_finetune import EXAMPLES
+from transformers import GenerationConfig
 
 from modeling_visualchat import ChatSession, ImageMemory
 
@@ -149,3 +151,64 @@ def test_a_frozen_model_is_checked_by_versions(session, monkeypatch):
         session.model.model.language_model.norm.weight.mul_(1.5)
     session.retry()
     assert sums
+
+
+@pytest.mark.parametrize("kwargs", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("layer", [0, 1])
+def test_an_interrupted_round_leaves_the_session_usable(monkeypatch, pictures, kwargs, layer):
+    """Interrupted in the first round, and in the second, in either layer."""
+    model = make_model(**kwargs)
+    session = model.start_chat(make_processor(), max_new_tokens=4)
+    mlp = model.model.language_model.layers[layer].mlp
+    for question, images in (("What is it?", pictures[:1]), ("And these?", pictures[1:3])):
+        for place in (0, 2):
+            calls, forward = [], type(mlp).forward
+
+            def stop(self, states, forward=forward, calls=calls, place=place):
+                if self is mlp:
+                    calls.append(states)
+                if len(calls) > place:
+                    raise KeyboardInterrupt
+                return forward(self, states)
+
+            # On the class, since a session empties its cache where a module has a forward of its own.
+            monkeypatch.setattr(type(mlp), "forward", stop)
+            before = copy.deepcopy(session.messages)
+            with pytest.raises(KeyboardInterrupt):
+                session.ask(question, images)
+            monkeypatch.undo()
+            assert session.messages == before
+        answer = session.ask(question, images)
+        new = ChatSession(model, make_processor(), max_new_tokens=4)
+        assert new.answer(copy.deepcopy(session.messages[:-1])) == answer
+
+
+@pytest.mark.parametrize("kwargs", MODELS.values(), ids=MODELS)
+def test_weights_that_change_between_rounds_start_the_cache_again(pictures, kwargs):
+    model = make_model(**kwargs)
+    session = model.start_chat(make_processor(), max_new_tokens=4)
+    session.ask("What is it?", pictures[:1])
+    with torch.no_grad():
+        model.model.language_model.layers[0].mlp.up_proj.weight.data.mul_(2)
+    answer = session.ask("So?")
+    new = ChatSession(model, make_processor(), max_new_tokens=4)
+    assert new.answer(copy.deepcopy(session.messages[:-1])) == answer
+
+
+def test_arguments_of_generate_are_kept_or_refused(pictures):
+    model = make_model()
+    session = model.start_chat(make_processor(), generation_config=GenerationConfig(max_new_tokens=1))
+    assert "max_new_tokens" not in session.generate_kwargs
+    session.ask("What?", pictures[:1])
+    model.start_chat(make_processor(), max_new_tokens=2, return_dict_in_generate=True).ask("What?")
+    with pytest.raises(ValueError, match="prompt_lookup_num_tokens starts from an empty cache"):
+        model.start_chat(make_processor(), prompt_lookup_num_tokens=2)
+
+
+def test_an_offloaded_model_can_chat(pictures):
+    model = make_model()
+    expected = make_model().start_chat(make_processor(), max_new_tokens=4).ask("What?", pictures[:1])
+    cpu_offload(model.model.language_model.layers[1], torch.device("cpu"))
+    session = model.start_chat(make_processor(), max_new_tokens=4)
+    assert session.ask("What?", pictures[:1]) == expected
+    session.ask("So?")

@@ -1,6 +1,7 @@
 """The route through the decoder: why a call is masked, that both routes agree, and what is known of a decoder."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,11 @@ import torch
 from conftest import IMAGE_TOKEN_ID, SHAPE, TEXT_CONFIGS, make_model, pixels, tokens
 from safetensors.torch import load_file
 from test_attention import draw
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 from transformers import AutoConfig, DynamicCache, LlamaConfig
 
 from modeling_visualchat import ATTENTION_TYPES, ConversationCache, VisualChatForConditionalGeneration
@@ -214,6 +220,45 @@ def test_a_probe_leaves_the_random_state_and_the_weights_alone():
     assert model.model.probe.no_two_streams is None
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+
+
+def test_a_probe_does_not_depend_on_the_default_dtype_and_seeds_no_device(monkeypatch):
+    seeds, model = [], make_model()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert model.model.probe.no_late_rotation is None and torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert not seeds
+
+
+def test_layers_in_checkpoint_wrappers_train_as_others():
+    ids, images, losses = tokens(2, "I", 3), pixels(0), []
+    for is_wrapped in (False, True):
+        model = make_model().train()
+        if is_wrapped:
+            apply_activation_checkpointing(
+                model, check_fn=lambda module: type(module).__name__ == "LlamaDecoderLayer",
+                checkpoint_wrapper_fn=partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.NO_REENTRANT),
+            )  # fmt: skip
+        model.set_route("two_streams")
+        loss = model(ids, images, labels=ids.masked_fill(ids == IMAGE_TOKEN_ID, -100)).loss
+        loss.backward()
+        losses.append((loss, model.model.multi_modal_projector.linear.weight.grad))
+    torch.testing.assert_close(*losses)
+
+
+def test_packed_rows_of_one_text_token_read_only_their_own_images():
+    model = make_model()
+    ids = torch.cat([torch.cat([tokens("I"), tokens(1)], dim=1), torch.cat([tokens(1), tokens("I")], dim=1)])
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0], [0, 0, 1, 2, 3, 4]])
+    results = []
+    for route in ("two_streams", "masked"):
+        model.set_route(route)
+        with torch.no_grad():
+            results.append(model(ids, pixels(0, 1), position_ids=positions, use_cache=False).logits)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 def test_another_decoder_is_probed_again():
