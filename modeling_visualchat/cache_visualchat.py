@@ -5,10 +5,11 @@ The layers of a [`ConversationCache`] hold the keys and values of text only, and
 a new token reads each block as it is: no mask, and no copy of the images in every step.
 """
 
+import itertools
+from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import torch
-from torch import nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -36,8 +37,7 @@ class ConversationCache(DynamicCache):
         slots (`torch.Tensor` of shape `(B, S)`): The slot of each position in the block of its type; on the CPU.
         token_ids (`torch.Tensor` of shape `(B, S)`): The id at each position, `PADDING_ID` for padding, `UNKNOWN_ID`
             for an embedding; on the CPU.
-        image_keys (`list` of B lists of `str`, *optional*): The keys of the images of each row, as far as `generate`
-            passed them.
+        images (`list` of B lists of `tuple`): Of each image of a row where it begins, and its key.
     """
 
     def __init__(self):
@@ -47,7 +47,7 @@ class ConversationCache(DynamicCache):
     def _forget(self) -> None:
         self.image_cache = DynamicCache()
         self.token_types = self.slots = self.token_ids = torch.zeros(0, 0, dtype=torch.long)
-        self.image_keys: list[list[str]] | None = None
+        self.images: list[list[tuple[int, str]]] = []
         self.is_interleaved = False
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -106,17 +106,39 @@ class ConversationCache(DynamicCache):
         self.token_types = torch.cat([self.token_types, plan.token_types], dim=1)
         self.slots = torch.cat([self.slots, plan.slots], dim=1)
 
-    def note_tokens(
-        self, input_ids: torch.Tensor | None, num_new: int, attention_mask: torch.Tensor | None = None
-    ) -> None:
-        """Records the ids (B, Q) of the positions cached last; the mask (B, S) tells padding."""
+    def note(self, input_ids, is_image: torch.Tensor, attention_mask: torch.Tensor | None, image_states) -> None:
+        """Records the ids and images (B, Q) of the positions cached last; the mask (B, S) tells padding."""
+        is_image = is_image.cpu()
+        batch_size, num_new = is_image.shape
         num_old = self.get_seq_length() - num_new
-        ids = torch.full((self.num_rows, num_new), UNKNOWN_ID) if input_ids is None else input_ids.cpu()
-        if attention_mask is not None:
-            ids = ids.masked_fill(attention_mask[:, -num_new:].cpu() == 0, PADDING_ID)
-        old = self.token_ids if len(self.token_ids) == len(ids) else torch.empty(len(ids), 0, dtype=torch.long)
-        old = nn.functional.pad(old, (0, max(0, num_old - old.shape[1])), value=UNKNOWN_ID)
-        self.token_ids = torch.cat([old[:, :num_old], ids], dim=1)
+        ids = torch.full((batch_size, num_new), UNKNOWN_ID) if input_ids is None else input_ids
+        ids = mark_padding(ids, None if attention_mask is None else attention_mask[:, -num_new:])
+        is_known = self.token_ids.shape == (batch_size, num_old)
+        old = self.token_ids if is_known else torch.full((batch_size, num_old), UNKNOWN_ID)
+        images = self.images if is_known and self.images else [[] for _ in ids]
+        keys = [] if image_states is None else image_states.image_keys()
+        new = find_images(is_image, split_by_row(keys, is_image))
+        self.token_ids = torch.cat([old, ids], dim=1)
+        self.images = [[*row, *((num_old + start, key) for start, key in added)] for row, added in zip(images, new)]
+
+    def compare(self, input_ids, image_keys, image_token_id: int, attention_mask=None) -> torch.Tensor:
+        """
+        Where other conversations differ from those of the cache; takes what [`keep_shared`] takes. Without keys,
+        images are not compared. A row of the cache may be repeated, for beams.
+
+        Returns:
+            `torch.Tensor` of shape `(B, L)`, over the positions that both have: `True` at another token, and where
+            another image begins.
+        """
+        ids, repeats = mark_padding(input_ids, attention_mask), max(1, len(self.token_ids) // len(input_ids))
+        length = min(self.token_ids.shape[1], ids.shape[1])
+        differs = self.token_ids[::repeats, :length] != ids[:, :length]
+        for row, images in enumerate(find_images(ids == image_token_id, image_keys or [])):
+            known = dict(self.images[row * repeats])
+            for start, key in images:
+                if start < length:
+                    differs[row, start] |= known.get(start) != key
+        return differs
 
     def keep_shared(
         self,
@@ -135,32 +157,18 @@ class ConversationCache(DynamicCache):
             image_token_id (`int`): Id of the placeholder.
             attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*): 1 to keep, 0 for padding.
         """
-        ids = input_ids.cpu()
-        if attention_mask is not None:
-            ids = ids.masked_fill(attention_mask.cpu() == 0, PADDING_ID)
-        known = self.image_keys or [[] for _ in ids]
-        if len(self.token_ids) != len(ids):
+        if len(self.token_ids) != len(input_ids):
             self.reset()
             return
-        length = min(self.token_ids.shape[1], ids.shape[1] - 1)
-        differs = self.token_ids[:, :length] != ids[:, :length]
-        starts = []
-        for row, keys in enumerate(image_keys):
-            places = (ids[row] == image_token_id).nonzero()[:, 0].tolist()
-            size = len(places) // max(1, len(keys))
-            starts.append([(places[number * size], size) for number in range(len(keys))])
-            for number, (start, _) in enumerate(starts[row]):
-                if start < length and known[row][number : number + 1] != keys[number : number + 1]:
-                    differs[row, start] = True
-        changed = differs.any(dim=0).nonzero()
-        num_shared = int(changed[0]) if len(changed) else length
-        images = [image for row in starts for image in row]
-        while inside := [start for start, size in images if start < num_shared < start + size]:
-            num_shared = min(inside)
+        is_image = input_ids.cpu() == image_token_id
+        inside = is_image.clone()
+        for row, images in enumerate(find_images(is_image, image_keys)):
+            inside[row, [start for start, _ in images]] = False
+        differs = self.compare(input_ids, image_keys, image_token_id, attention_mask).any(dim=0).nonzero()
+        num_shared = int(differs[0]) if len(differs) else min(self.token_ids.shape[1], input_ids.shape[1] - 1)
+        while bool(inside[:, num_shared].any()):
+            num_shared -= 1
         self.crop(min(0, num_shared - self.get_seq_length()))
-        if self.get_seq_length() > 0:
-            counts = [sum(start < num_shared for start, _ in row) for row in starts]
-            self.image_keys = [keys[:count] for keys, count in zip(image_keys, counts)]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last positions; `tokens_to_remove` is their number, negated."""
@@ -170,7 +178,8 @@ class ConversationCache(DynamicCache):
         if length == 0:
             self.reset()
             return
-        self.token_ids, self.image_keys = self.token_ids[:, :length], None
+        self.token_ids = self.token_ids[:, :length]
+        self.images = [[(start, key) for start, key in row if start < length] for row in self.images]
         if self.is_interleaved:
             _cut(self, length)
             return
@@ -232,8 +241,7 @@ class ConversationCache(DynamicCache):
     def _select_rows(self, rows: torch.Tensor) -> None:
         if len(self.token_ids):
             self.token_ids = self.token_ids[rows]
-        if self.image_keys is not None:
-            self.image_keys = [self.image_keys[row] for row in rows.tolist()]
+            self.images = [self.images[row] for row in rows.tolist()]
         if not self.is_interleaved:
             self.token_types, self.slots = self.token_types[rows], self.slots[rows]
 
@@ -241,6 +249,25 @@ class ConversationCache(DynamicCache):
 def is_conversation_cache(cache: Any) -> TypeGuard[ConversationCache]:
     """Whether this is a [`ConversationCache`]; that of remote code is another class of the same name."""
     return any(base.__name__ == ConversationCache.__name__ for base in type(cache).__mro__)
+
+
+def mark_padding(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Ids (B, S) with `PADDING_ID` where the mask is 0, on the CPU."""
+    ids = input_ids.cpu()
+    return ids if attention_mask is None else ids.masked_fill(attention_mask.cpu() == 0, PADDING_ID)
+
+
+def split_by_row(images: Sequence, is_image: torch.Tensor) -> list[list]:
+    """Images of equal length, in the order of the batch, by the row (B, S) that shows them."""
+    counts = (is_image.sum(dim=1) * len(images) // is_image.sum().clamp(min=1)).tolist()
+    remaining = iter(images)
+    return [list(itertools.islice(remaining, count)) for count in counts]
+
+
+def find_images(is_image: torch.Tensor, image_keys: list[list[str]]) -> list[list[tuple[int, str]]]:
+    """Of each image of a row (B, S) where it begins, and its key."""
+    places = [row.nonzero()[:, 0].tolist() for row in is_image]
+    return [list(zip(row[:: max(1, len(row) // max(1, len(keys)))], keys)) for row, keys in zip(places, image_keys)]
 
 
 def _cut(cache: Cache, length: int) -> None:

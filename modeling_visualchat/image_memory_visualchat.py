@@ -89,7 +89,8 @@ class ImageMemory(TensorStore):
                 key = keys[first.index(image)]
                 entries[key] = _to_entry(states, states.index[row])
                 self._put(key, entries[key])
-        return _from_entries([entries[key] for key in keys], index, device)
+        unique = pixel_values[torch.tensor(first, device=pixel_values.device)]
+        return _from_entries([entries[key] for key in keys], index, device, unique)
 
 
 def _to_entry(states: ImageStates, number: int) -> dict[str, torch.Tensor]:
@@ -102,10 +103,10 @@ def _to_entry(states: ImageStates, number: int) -> dict[str, torch.Tensor]:
     return entry
 
 
-def _from_entries(entries: list[dict[str, torch.Tensor]], index: list[int], device: torch.device) -> ImageStates:
+def _from_entries(entries: list[dict], index: list[int], device: torch.device, pixel_values) -> ImageStates:
     def stack(name: str) -> torch.Tensor:
         return torch.stack([entry[name].to(device) for entry in entries])
 
     layers = range(sum(name.startswith("keys.") for name in entries[0]))
     keys, values = ([stack(f"{name}.{layer}") for layer in layers] for name in ("keys", "values"))
-    return ImageStates(stack("features"), index, keys, values, stack("outputs"))
+    return ImageStates(stack("features"), index, keys, values, stack("outputs"), pixel_values=pixel_values)

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from .key_rotation_visualchat import KeyRotation
 from .plan_visualchat import IMAGE, TwoStreamPlan, take
-from .weights_key_visualchat import hooks_of
+from .weights_key_visualchat import hooks_of, image_key
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +35,8 @@ class ImageStates:
         values (`list` of `torch.Tensor` of shape `(U, K, length, D)`): For each layer.
         outputs (`torch.Tensor` of shape `(U, length, text hidden)`, *optional*): The decoder's output.
         is_rotated (`bool`): Whether the keys are rotated to positions of one conversation.
+        pixel_values (`torch.Tensor` of shape `(U, channels, height, width)`, *optional*): What the images are told
+            apart by; without, their features.
     """
 
     features: torch.Tensor
@@ -43,13 +45,7 @@ class ImageStates:
     values: list[torch.Tensor] = field(default_factory=list, repr=False)
     outputs: torch.Tensor | None = field(default=None, repr=False)
     is_rotated: bool = False
-
-    @classmethod
-    def from_features(cls, features: list[torch.Tensor]) -> "ImageStates":
-        """From one tensor (length, text hidden) an image; images that share a tensor are one."""
-        unique = {id(feature): feature for feature in features}
-        numbers = {key: number for number, key in enumerate(unique)}
-        return cls(torch.stack(list(unique.values())), [numbers[id(feature)] for feature in features])
+    pixel_values: torch.Tensor | None = field(default=None, repr=False)
 
     def select(self, images: list[int]) -> "ImageStates":
         """The batch of these images, in this order; nothing is copied."""
@@ -60,6 +56,11 @@ class ImageStates:
         if not self.has_repeats:
             return states
         return states[torch.tensor(self.index, device=states.device)]
+
+    def image_keys(self) -> list[str]:
+        """The key of each image of the batch, see [`image_key`]."""
+        keys = [image_key(image) for image in (self.features if self.pixel_values is None else self.pixel_values)]
+        return [keys[number] for number in self.index]
 
     @property
     def has_repeats(self) -> bool:

@@ -180,33 +180,33 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
 
         Returns:
             The output of the vision tower, its `pooler_output` a list with one tensor
-            `(image_seq_length, text hidden)` an image. Equal images are computed once, and share it. With a
-            `vision_cache`, only `pooler_output` is set.
+            `(image_seq_length, text hidden)` an image. With a `vision_cache`, only `pooler_output` is set.
         """
         layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
         kwargs.pop("return_dict", None)
         layers = [layer] if isinstance(layer, int) else layer
-        differs = has_dropout(self.vision_tower) or pixel_values.requires_grad
-        number = list(range(len(pixel_values))) if differs else same_images(pixel_values)
-        first = [number.index(image) for image in range(max(number, default=-1) + 1)]
-        if len(first) < len(pixel_values):
-            pixel_values = pixel_values[torch.tensor(first, device=pixel_values.device)]
         cache = None if pixel_values.requires_grad or kwargs else self.vision_cache
         if cache is not None and cache.supports(self.vision_tower):
             features = cache.get_features(self, pixel_values, layers, strategy)
             outputs = BaseModelOutputWithPooling(last_hidden_state=None)
         else:
             outputs, features = self.run_vision_tower(pixel_values, layers, strategy, **kwargs)
-        projected = list(self.multi_modal_projector(features))
-        if len(first) < len(number) and outputs.hidden_states is not None:
-            index = torch.tensor(number, device=features.device)
-            outputs.last_hidden_state = outputs.last_hidden_state[index]
-            outputs.hidden_states = tuple(
-                None if states is None else states[index] for states in outputs.hidden_states
-            )
-        outputs.pooler_output = [projected[image] for image in number]
+        outputs.pooler_output = list(self.multi_modal_projector(features))
         return outputs
+
+    def encode_images(self, pixel_values: torch.Tensor, **kwargs) -> ImageStates:
+        """
+        The projected features of images, equal ones computed once; takes what [`get_image_features`] takes.
+        """
+        differs = has_dropout(self.vision_tower) or pixel_values.requires_grad
+        index = list(range(len(pixel_values))) if differs else same_images(pixel_values)
+        first = [index.index(number) for number in range(max(index, default=-1) + 1)]
+        unique = pixel_values
+        if len(first) < len(pixel_values):
+            unique = pixel_values[torch.tensor(first, device=pixel_values.device)]
+        features = torch.stack(self.get_image_features(unique, **kwargs).pooler_output)
+        return ImageStates(features, index, pixel_values=unique)
 
     def run_vision_tower(self, pixel_values: torch.Tensor, layers: list[int], strategy: str, **kwargs) -> tuple:
         """
@@ -312,8 +312,12 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
-        image_states = self._resolve_images(
-            pixel_values, mm_encoder_outputs, image_states, vision_feature_layer, vision_feature_select_strategy
+        image_states = self.resolve_images(
+            pixel_values,
+            mm_encoder_outputs,
+            image_states,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
         )
         blank_features = self._blank_features(past_key_values) if image_states is None else None
         image_features = None if image_states is None else image_states.expand(image_states.features)
@@ -355,17 +359,21 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
             image_hidden_states=image_features,
         )
 
-    def _resolve_images(
-        self, pixel_values, mm_encoder_outputs, image_states: ImageStates | None, layer, strategy
-    ) -> ImageStates | None:
-        """The images of a call, from the one form in which they were passed."""
+    def resolve_images(self, pixel_values=None, mm_encoder_outputs=None, image_states=None, **kwargs):
+        """
+        The [`ImageStates`] of a call, from the one form in which images were passed; `None` without images.
+
+        Raises:
+            `ValueError`: images in several forms.
+        """
         encoded = (mm_encoder_outputs or {}).get("image")
         if sum(given is not None for given in (pixel_values, encoded, image_states)) > 1:
             raise ValueError('Pass only one of pixel_values, mm_encoder_outputs["image"] and image_states.')
-        if pixel_values is not None:
-            encoded = self.get_image_features(pixel_values, layer, strategy)
+        if pixel_values is not None and len(pixel_values) > 0:
+            return self.encode_images(pixel_values, **kwargs)
         if encoded is not None and len(encoded.pooler_output) > 0:
-            image_states = ImageStates.from_features(list(encoded.pooler_output))
+            features = torch.stack(list(encoded.pooler_output))
+            return ImageStates(features, list(range(len(features))))
         return image_states
 
     def _run_decoder(self, inputs: DecoderInputs) -> BaseModelOutputWithPast:
@@ -375,7 +383,10 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
         if is_conversation_cache(outputs.past_key_values):
             has_mask = isinstance(inputs.attention_mask, torch.Tensor) and inputs.attention_mask.ndim == 2
             attention_mask = inputs.attention_mask if has_mask else None
-            outputs.past_key_values.note_tokens(inputs.input_ids, inputs.embeds.shape[1], attention_mask)
+            is_image = inputs.is_image
+            if is_image is None:
+                is_image = torch.zeros(inputs.embeds.shape[:2], dtype=torch.bool)
+            outputs.past_key_values.note(inputs.input_ids, is_image, attention_mask, inputs.image_states)
         return outputs
 
     def _takes_two_streams(self, inputs: DecoderInputs) -> bool:
@@ -422,7 +433,8 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
 
     def _embed(self, input_ids, is_image, image_features) -> torch.Tensor:
         """Embeddings (B, Q, hidden), not yet meaningful at images."""
-        if image_features is None and input_ids.shape[1] > 1:
+        # Not in every step on a GPU, which would have to wait.
+        if image_features is None and (input_ids.shape[1] > 1 or input_ids.device.type == "cpu"):
             torch_compilable_check(
                 ~is_image.any(),
                 "The text holds image tokens, but there are no images. Pass pixel_values, as the processor "

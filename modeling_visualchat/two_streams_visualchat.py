@@ -28,7 +28,7 @@ class TwoStreamMixin:
     config: Any
     language_model: Any
     training: bool
-    get_image_features: Any
+    encode_images: Any
     get_input_embeddings: Any
     _choose_attention: Any
     _probe: tuple[Any, DecoderProbe] | None = None
@@ -73,7 +73,7 @@ class TwoStreamMixin:
                 "Images can be computed apart from a conversation only with multi-modal causal attention on the sdpa "
                 f"kernel, in a decoder whose keys can be rotated late; {reason}."
             )
-        states = ImageStates.from_features(list(self.get_image_features(pixel_values).pooler_output))
+        states = self.encode_images(pixel_values)
         embedding = self.get_input_embeddings().weight
         return self._run_image_stream(states, states.features if embedding.is_meta else embedding)
 
