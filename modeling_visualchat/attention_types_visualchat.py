@@ -36,54 +36,32 @@ T | 1 1 1 1 1 1
 
 @dataclass(frozen=True)
 class TwoStreamForm:
-    """
-    An attention type whose images can be computed apart from the text.
+    """An attention type whose images can be computed apart from the text."""
 
-    Args:
-        image_attention (`Callable`): Attention of image tokens, `(query, key, value, scaling)` to (N, length, H, D).
-        text_attention (`Callable`): Attention of text tokens, see [`mmca_text_attention`].
-        kernel (`str`): The kernel that computes it.
-    """
-
-    image_attention: Callable[..., torch.Tensor]
-    text_attention: Callable[..., torch.Tensor]
-    kernel: str = "sdpa"
+    image_attention: Callable[
+        ..., torch.Tensor
+    ]  # of image tokens, `(query, key, value, scaling)` to (N, length, H, D)
+    text_attention: Callable[..., torch.Tensor]  # of text tokens, see `mmca_text_attention`
+    kernel: str = "sdpa"  # the one that computes it
 
 
 @dataclass(frozen=True)
 class AttentionType:
-    """
-    One attention type.
+    """One attention type."""
 
-    Args:
-        name (`str`): Value of `VisualChatConfig.attention_type`.
-        drawing (`str`): The pattern for `I I T T I T`; rows are queries, columns keys.
-        kernels (`dict`): Attention functions by kernel, registered with transformers as `name_kernel`; empty if the
-            decoder keeps its own attention, on any kernel of transformers.
-        mask_interface (`Callable`, *optional*): Evaluates mask functions, registered under the same names.
-        create_masks (`Callable`, *optional*): The masks of one forward pass, see [`create_mmca_masks`]; `None` if the
-            decoder makes its own.
-        two_streams ([`TwoStreamForm`], *optional*): The form without masks.
-        reference (`Callable`, *optional*): The definition written out, see [`mmca_attention_reference`].
-        check_decoder (`Callable`, *optional*): Raises a `ValueError` for a decoder that cannot carry the type.
-    """
-
-    name: str
-    drawing: str
+    name: str  # value of `VisualChatConfig.attention_type`
+    drawing: str  # the pattern for `I I T T I T`; rows are queries, columns keys
+    # Attention functions by kernel, registered with transformers as `name_kernel`; none if the decoder keeps its own.
     kernels: dict[str, Callable] = field(default_factory=dict)
-    mask_interface: Callable | None = None
-    create_masks: Callable | None = None
-    two_streams: TwoStreamForm | None = None
-    reference: Callable | None = None
+    mask_interface: Callable | None = None  # evaluates mask functions, registered under the same names
+    create_masks: Callable | None = None  # as `create_mmca_masks`; `None` if the decoder makes its own
+    two_streams: TwoStreamForm | None = None  # the form without masks
+    reference: Callable | None = None  # the definition written out, as `mmca_attention_reference`
+    # Raises a `ValueError` for a decoder that cannot carry the type.
     check_decoder: Callable[[PreTrainedConfig], None] = lambda config: None
 
     def implementation(self, kernel: str | None) -> str | None:
-        """
-        The `attn_implementation` of this type on a kernel, given by its own name or as another implementation.
-
-        Raises:
-            `ValueError`: a kernel on which the type is not available.
-        """
+        """The `attn_implementation` of this type on a kernel, given by its own name or as another implementation."""
         kernel = None if kernel is None else kernel_of(kernel)
         if not self.kernels:
             return kernel
@@ -120,12 +98,7 @@ for _type in ATTENTION_TYPES.values():
 
 
 def get_attention_type(name: str) -> AttentionType:
-    """
-    The record of an attention type.
-
-    Raises:
-        `ValueError`: an unknown name.
-    """
+    """The record of an attention type; a `ValueError` for an unknown name."""
     if name not in ATTENTION_TYPES:
         raise ValueError(f"Unknown attention_type={name!r}; choose one of {', '.join(ATTENTION_TYPES)}.")
     return ATTENTION_TYPES[name]

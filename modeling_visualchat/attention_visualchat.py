@@ -26,7 +26,7 @@ Dimensions: B batch, S keys (past and current), Q queries, H query heads, K key/
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -142,12 +142,7 @@ def mmca_mask_function(
     """
     The part of MMCA that is not plain causality, as a mask function of transformers: `(batch, head, query, key)`
     indices, absolute in the conversation, to whether the query attends. Head 0 is the text softmax, head 1 the image
-    softmax.
-
-    Args:
-        mm_token_type_ids (`torch.Tensor` of shape `(B, T)`): 0 for text, 1 for image, past and current tokens.
-        attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 or `True` for a token to keep, 0 for padding.
-        sequence_ids (`torch.Tensor` of shape `(B, T)`, *optional*): Of packed rows, which conversation a token is in.
+    softmax. Modalities, padding (1 for a token to keep) and the conversation of each token of packed rows are (B, T).
     """
     is_image = mm_token_type_ids.bool()
     is_kept = None if attention_mask is None else attention_mask.bool()
@@ -179,11 +174,8 @@ def mmca_mask(
     **kwargs,
 ) -> torch.Tensor:
     """
-    The mask interface registered with transformers for MMCA: evaluates a mask function that may tell two heads apart.
-
-    Returns:
-        `torch.Tensor` of shape `(B, 2, Q, S)`, `True` where a query attends, or `(B, 1, Q, S)` when `mask_function`
-        knows no modality, as in a decoder that is called on its own with text.
+    The mask interface registered with transformers for MMCA: evaluates a mask function that may tell two heads apart,
+    to (B, 2, Q, S), or to (B, 1, Q, S) for one that knows no modality, of a decoder that is called with text only.
     """
     padding_mask = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding_mask is not None:
@@ -213,21 +205,9 @@ def create_mmca_masks(
     position_ids: torch.Tensor | None = None,
 ) -> torch.Tensor | dict[str, torch.Tensor]:
     """
-    The MMCA masks of one forward pass, one for every kind of layer (full, sliding) that the decoder has.
+    The MMCA masks (B, 2, Q, S) of one forward pass, by layer type where the decoder has several (full, sliding).
 
-    Args:
-        config (`PreTrainedConfig`): Configuration of the language model, with an MMCA attention implementation.
-        inputs_embeds (`torch.Tensor` of shape `(B, Q, hidden)`): Only its shape, dtype and device are read.
-        mm_token_type_ids (`torch.Tensor` of shape `(B, T)`): 0 for text, 1 for image, past and current tokens.
-        attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 to keep, 0 for padding.
-        past_key_values (`Cache`, *optional*): The cache of the decoder.
-        position_ids (`torch.Tensor` of shape `(B, Q)`, *optional*): Positions; a restart marks a packed sequence.
-
-    Returns:
-        `torch.Tensor` of shape `(B, 2, Q, S)`, or a `dict` of them by layer type.
-
-    Raises:
-        `ValueError`: `attention_mask` and `mm_token_type_ids` cover different tokens.
+    Modalities and padding cover past and current tokens; a restart of positions (B, Q) marks a packed sequence.
     """
     check_coverage(mm_token_type_ids, attention_mask)
     sequence_ids = None
@@ -258,13 +238,6 @@ class PlanNotDeliveredError(RuntimeError):
     """The layers of a decoder do not pass keyword arguments on to their attention function."""
 
 
-class LayerPlan(Protocol):
-    """What computes the attention of one layer in place of a mask."""
-
-    def attend(self, module: nn.Module, query, key, value, scaling: float | None, dropout: float) -> torch.Tensor:
-        """(B, H, Q, D) to (B, Q, H, D)."""
-
-
 class MultiModalCausalAttention:
     """
     MMCA as an attention function of transformers, for every layer of a decoder.
@@ -288,25 +261,20 @@ class MultiModalCausalAttention:
         softcap: float | None = None,
         s_aux: torch.Tensor | None = None,
         position_bias: torch.Tensor | None = None,
-        layer_plan: LayerPlan | None = None,
+        layer_plan: Any = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
             module (`nn.Module`): The attention layer that calls.
             query (`torch.Tensor` of shape `(B, H, Q, D)`): Queries, rotated.
-            key (`torch.Tensor` of shape `(B, K, S, D)`): Keys, rotated, those of the cache included.
-            value (`torch.Tensor` of shape `(B, K, S, D)`): Values.
-            attention_mask (`torch.Tensor` of shape `(B, 2, Q, S)` or `(B, 1, Q, S)`):
-                The mask of [`create_mmca_masks`], or one channel for a text-only call; unused with a plan.
-            layer_plan (`TwoStreamPlan` or `ImageStream`, *optional*): How the queries, all of text or all of images,
-                attend.
+            key, value (`torch.Tensor` of shape `(B, K, S, D)`): Keys, rotated, and values, with those of the cache.
+            attention_mask (`torch.Tensor` of shape `(B, 2, Q, S)` or `(B, 1, Q, S)`): See [`create_mmca_masks`].
+            layer_plan (`TwoStreamPlan` or `ImageStream`, *optional*): How queries, all of text or all of images,
+                attend instead.
 
         Returns:
             The output of shape `(B, Q, H, D)`, and the summed weights `(B, H, Q, S)` where the kernel yields them.
-
-        Raises:
-            `ValueError`: no mask, or a feature of the decoder that MMCA does not define.
         """
         if attention_mask is None:
             raise ValueError(f"{type(module).__name__} called multi-modal causal attention without a mask.")
@@ -324,15 +292,7 @@ class MultiModalCausalAttention:
 
 
 def check_decoder(config: PreTrainedConfig) -> None:
-    """
-    Refuses a decoder in which MMCA would not be exact, before it is built.
-
-    Args:
-        config (`PreTrainedConfig`): Configuration of the decoder.
-
-    Raises:
-        `ValueError`: names the decoder and the reason.
-    """
+    """Refuses a decoder in which MMCA would not be exact, by a `ValueError` with the reason, before it is built."""
     decoder_class = MODEL_MAPPING.get(type(config), None)
     exact_layer_types = {"full_attention", "sliding_attention"}
     other_layer_types = sorted(set(getattr(config, "layer_types", None) or ()) - exact_layer_types)

@@ -123,12 +123,9 @@ class ConversationCache(DynamicCache):
 
     def compare(self, input_ids, image_keys, image_token_id: int, attention_mask=None) -> torch.Tensor:
         """
-        Where other conversations differ from those of the cache; takes what [`keep_shared`] takes. Without keys,
-        images are not compared. A row of the cache may be repeated, for beams.
-
-        Returns:
-            `torch.Tensor` of shape `(B, L)`, over the positions that both have: `True` at another token, and where
-            another image begins.
+        Where other conversations differ from those of the cache (B, L), over the positions that both have: at another
+        token, and where another image begins. Takes what [`keep_shared`] takes; without keys, images are not compared.
+        A row of the cache may be repeated, for beams.
         """
         ids, repeats = mark_padding(input_ids, attention_mask), max(1, len(self.token_ids) // len(input_ids))
         length = min(self.token_ids.shape[1], ids.shape[1])

@@ -93,14 +93,8 @@ class ChatSession:
 
     def answer(self, messages: list[dict], streamer=None) -> str:
         """
-        Answers a conversation, whatever it shares with the one before, and keeps it.
-
-        Args:
-            messages (`list[dict]`): Ends with a message of the user.
-            streamer (`BaseStreamer`, *optional*): Gets the answer token by token.
-
-        Returns:
-            `str`: The answer.
+        Answers a conversation that ends with a message of the user, whatever it shares with the one before, and keeps
+        it; see [`ask`].
         """
         inputs = self.processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"

@@ -8,6 +8,7 @@ are used.
 """
 
 import itertools
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,6 +34,7 @@ VISION_OPTIONS = ("vision_feature_layer", "vision_feature_select_strategy")
 class VisualChatGenerationMixin(GenerationMixin):
     """Generation for [`VisualChatForConditionalGeneration`]."""
 
+    @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, *, image_memory: ImageMemory | None = None, **kwargs):
         """
         See `GenerationMixin.generate`; images are passed as `pixel_values`.
@@ -53,7 +55,8 @@ class VisualChatGenerationMixin(GenerationMixin):
                 or prompt-lookup decoding, or a model that cannot use an image memory.
         """
         ids, embeds = kwargs.get("input_ids", inputs), kwargs.get("inputs_embeds")
-        cache, num_cached = kwargs.get("past_key_values"), num_past(kwargs.get("past_key_values"))
+        cache: Any = kwargs.get("past_key_values")
+        num_cached = num_past(cache)
         is_drafting = kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens") is not None
         if cache is not None and kwargs.get("use_cache") is False:
             raise ValueError("use_cache=False does not go with past_key_values; leave out one of them.")
@@ -101,13 +104,8 @@ class VisualChatGenerationMixin(GenerationMixin):
 
     def _check_cache(self, cache: ConversationCache, ids, embeds, kwargs: dict) -> int:
         """
-        Checks that tokens and images so far are those of a cache.
-
-        Returns:
-            `int`: how often its rows have to be repeated, for beams or returns.
-
-        Raises:
-            `ValueError`: other rows, another token or image, or nothing new.
+        Checks by a `ValueError` that rows, tokens and images so far are those of a cache, and that something is new.
+        Returns how often its rows have to be repeated, for beams or returns.
         """
         num_inputs = len(ids if embeds is None else embeds)
         config = kwargs.get("generation_config") or self.generation_config
@@ -229,32 +227,25 @@ class VisualChatGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
-        next_sequence_length: int | None = None,
         past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        is_first_iteration: bool = False,
         mm_token_type_ids: torch.Tensor | None = None,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        image_states: ImageStates | None = None,
+        is_first_iteration: bool = False,
         **kwargs,
     ) -> dict:
         """Adds the modality of past and current tokens, or the finished masks for a cache of fixed size."""
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
-            next_sequence_length=next_sequence_length,
             past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
-            mm_encoder_outputs=mm_encoder_outputs,
-            image_states=image_states,
             **kwargs,
         )
         embeds, ids = model_inputs.get("inputs_embeds"), model_inputs.get("input_ids")
-        num_queries = embeds.shape[1] if embeds is not None else ids.shape[1]
-        num_cached = num_past(past_key_values)
-        if embeds is None and (mm_encoder_outputs or image_states):
+        num_queries, num_cached = (ids if embeds is None else embeds).shape[1], num_past(past_key_values)
+        if embeds is None and (kwargs.get("mm_encoder_outputs") or kwargs.get("image_states")):
             # Decided by the tokens, not by the iteration: an assistant model gets no first one.
             is_possible = is_first_iteration or num_queries > 1
             if not is_possible or not bool((ids == self.config.image_token_id).any()):

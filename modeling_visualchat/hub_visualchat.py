@@ -14,31 +14,17 @@ def push_repository(
     processor,
     repo_id: str,
     card: str | None = None,
-    commit_message: str = "Upload VisualChat model and processor",
-    commit_description: str | None = None,
-    private: bool | None = None,
     token: bool | str | None = None,
+    private: bool | None = None,
     revision: str | None = None,
-    create_pr: bool = False,
-    max_shard_size: int | str = "50GB",
     tags: list[str] | None = None,
+    max_shard_size: int | str = "50GB",
+    commit_message: str = "Upload VisualChat model and processor",
+    **commit_kwargs,
 ) -> str:
     """
-    Saves everything to a folder first and then uploads it, so that a repository is never incomplete.
-
-    Args:
-        model (`VisualChatForConditionalGeneration`): The model.
-        processor (`VisualChatProcessor`): Its processor.
-        repo_id (`str`): Repository, as in `"user/name"`.
-        card (`str`, *optional*): Path of the model card; by default the one that comes with the package.
-        private, token, revision, create_pr, commit_message, commit_description, max_shard_size, tags:
-            As in `PreTrainedModel.push_to_hub`.
-
-    Returns:
-        `str`: the URL of the commit.
-
-    Raises:
-        `FileNotFoundError`: no model card at `card`.
+    See [`VisualChatPreTrainedModel.push_to_hub`]. Everything is saved to a folder first, so that a repository is never
+    incomplete; a `FileNotFoundError` names a model card that does not exist.
     """
     card_path = Path(card) if card is not None else CARD_PATH
     if card is not None and not card_path.is_file():
@@ -54,14 +40,9 @@ def push_repository(
             model_card.data.tags = sorted({*(model_card.data.tags or []), *(tags or [])})
             model_card.save(Path(folder) / "README.md")
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not create_pr:
+        if revision is not None and not commit_kwargs.get("create_pr"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            commit_message=commit_message,
-            commit_description=commit_description,
-            revision=revision,
-            create_pr=create_pr,
+            repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=revision, **commit_kwargs
         )
     return commit.commit_url

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .image_states_visualchat import ImageStates, same_images
-from .tensor_store_visualchat import TensorStore
+from .tensor_store_visualchat import Entry, TensorStore
 from .weights_key_visualchat import has_dropout, hooked_modules, image_key, weights_key
 
 
@@ -30,21 +30,7 @@ class ImageMemory(TensorStore):
 
     It may be used with several models; each sees only its own entries, and none after its weights, adapters or dtype
     have changed. Every call takes a checksum of the weights, about the cost of one generated token; once only after
-    `model.freeze()`.
-
-    Args:
-        max_bytes (`int`, *optional*, defaults to 4 GiB): Maximum bytes in memory.
-        device (`str` or `torch.device`, *optional*): Device of the entries, as in `"cpu"`; by default
-            that of the model.
-        folder (`str` or `Path`, *optional*): Also stores entries on disk, as safetensors; processes may share it.
-        max_disk_bytes (`int`, *optional*, defaults to 64 GiB): Maximum bytes of the folder.
-
-    Attributes:
-        hits, misses (`int`): Images found, and images computed.
-        nbytes (`int`): Bytes in memory.
-
-    Raises:
-        `ValueError`: a limit below 0, or a folder that is a file.
+    `model.freeze()`. Arguments, attributes and errors are those of [`TensorStore`].
     """
 
     @torch.no_grad()
@@ -76,24 +62,24 @@ class ImageMemory(TensorStore):
             return model.compute_image_states(pixel_values)
         model_key = weights_key(model, FORMAT)
         index = same_images(pixel_values)
-        first = [index.index(number) for number in range(max(index, default=-1) + 1)]
-        keys = [f"{model_key}-{image_key(pixel_values[image])}" for image in first]
-        device = model.get_input_embeddings().weight.device
-        entries = {key: entry for key in keys if (entry := self._get(key, device)) is not None}
-        missing = [image for key, image in zip(keys, first) if key not in entries]
-        self.hits += len(entries)
-        self.misses += len(missing)
-        if missing:
-            states = model.compute_image_states(pixel_values[torch.tensor(missing, device=pixel_values.device)])
-            for row, image in enumerate(missing):
-                key = keys[first.index(image)]
-                entries[key] = _to_entry(states, states.index[row])
-                self._put(key, entries[key])
-        unique = pixel_values[torch.tensor(first, device=pixel_values.device)]
-        return _from_entries([entries[key] for key in keys], index, device, unique)
+        unique = pixel_values[[index.index(number) for number in range(max(index) + 1)]]
+        keys = [f"{model_key}-{image_key(image)}" for image in unique]
+
+        def compute(missing: list[int]) -> list[Entry]:
+            states = model.compute_image_states(unique[missing])
+            return [_to_entry(states, number) for number in states.index]
+
+        entries = self.get_entries(keys, model.get_input_embeddings().weight.device, compute)
+        features, outputs = (torch.stack([entry[name] for entry in entries]) for name in ("features", "outputs"))
+        layers = range(sum(name.startswith("keys.") for name in entries[0]))
+        image_keys, values = (
+            [torch.stack([entry[f"{name}.{layer}"] for entry in entries]) for layer in layers]
+            for name in ("keys", "values")
+        )
+        return ImageStates(features, index, image_keys, values, outputs, pixel_values=unique)
 
 
-def _to_entry(states: ImageStates, number: int) -> dict[str, torch.Tensor]:
+def _to_entry(states: ImageStates, number: int) -> Entry:
     """One of the unique images, in tensors of its own."""
     assert states.outputs is not None
     entry = {"features": states.features[number].clone(), "outputs": states.outputs[number].clone()}
@@ -101,12 +87,3 @@ def _to_entry(states: ImageStates, number: int) -> dict[str, torch.Tensor]:
         entry[f"keys.{layer}"] = keys[number].clone(memory_format=torch.contiguous_format)
         entry[f"values.{layer}"] = values[number].clone(memory_format=torch.contiguous_format)
     return entry
-
-
-def _from_entries(entries: list[dict], index: list[int], device: torch.device, pixel_values) -> ImageStates:
-    def stack(name: str) -> torch.Tensor:
-        return torch.stack([entry[name].to(device) for entry in entries])
-
-    layers = range(sum(name.startswith("keys.") for name in entries[0]))
-    keys, values = ([stack(f"{name}.{layer}") for layer in layers] for name in ("keys", "values"))
-    return ImageStates(stack("features"), index, keys, values, stack("outputs"), pixel_values=pixel_values)

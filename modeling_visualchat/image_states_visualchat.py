@@ -99,12 +99,7 @@ def self_attention(query, key, value, scaling: float | None) -> torch.Tensor:
 
 
 class ImageStream:
-    """
-    The plan of the image stream: records the keys and values of every layer.
-
-    Args:
-        attention (`Callable`): How image tokens attend, of the attention type.
-    """
+    """The plan of the image stream, for the attention of an attention type: records the keys and values of layers."""
 
     def __init__(self, attention: Callable[..., torch.Tensor] = self_attention):
         self.attention = attention
@@ -130,9 +125,6 @@ class SkipQueryProjections(TorchFunctionMode):
     and counted for 32 layers: 5% to 9% of a prefill (7% of its multiplications), and about 4% of the multiplications
     of a training step with a frozen decoder. (Leaving out the last layer's output for images brings 2% and 1%, and is
     not done.)
-
-    Args:
-        decoder (`nn.Module`): The decoder.
     """
 
     def __init__(self, decoder: nn.Module):
@@ -160,17 +152,8 @@ def run_image_stream(
     is_checkpointed: bool = False,
 ) -> ImageStates:
     """
-    Takes images through a decoder.
-
-    Args:
-        decode (`Callable`): Runs the decoder, given `inputs_embeds`, `position_ids` and a plan.
-        states (`ImageStates`): With features only.
-        stream (`ImageStream`): Of the attention type.
-        rotation (`KeyRotation`): Of the decoder.
-        position_ids (`torch.Tensor` of shape `(U, length)`, *optional*): Positions of the images, for keys that are
-            rotated already; without, keys are as before rotation.
-        is_checkpointed (`bool`, *optional*, defaults to `False`): Whether layers are recomputed in the backward pass,
-            which has to repeat the same operations.
+    Takes images with features only through a decoder, at positions (U, length) if given; keys are else as before
+    rotation. Where layers are recomputed in the backward pass, it has to repeat the same operations.
     """
     is_rotated = position_ids is not None
     if position_ids is None:
@@ -187,23 +170,15 @@ def run_image_stream(
 
 @dataclass(frozen=True, eq=False)
 class PlacedImages:
-    """
-    The keys and values of images at their slots in a batch; a plan's `image_keys_values`.
-
-    Args:
-        states (`ImageStates`): Images that the decoder has processed.
-        shape (`tuple`): B and I.
-        index (`torch.Tensor` of shape `(B, I)`, *optional*): For each image slot its row among the tokens of the
-            unique images, any at padding; without, they are in order.
-        rotation (`KeyRotation`, *optional*): Of the decoder, for keys that are not rotated.
-        tables (`dict`, *optional*): Its tables at the positions of the slots.
-    """
+    """The keys and values of images at their slots in a batch; a plan's `image_keys_values`."""
 
     states: ImageStates
-    shape: tuple[int, int]
-    index: torch.Tensor | None = None
-    rotation: KeyRotation | None = None
-    tables: dict[str | None, tuple] = field(default_factory=dict, repr=False)
+    shape: tuple[int, int]  # B and I
+    index: torch.Tensor | None = (
+        None  # (B, I): of each slot its row among the tokens of the unique images; or in order
+    )
+    rotation: KeyRotation | None = None  # for keys that are not rotated
+    tables: dict[str | None, tuple] = field(default_factory=dict, repr=False)  # of the rotation at the slots
 
     def __call__(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys, rotated, and values of a layer, each (B, K, I, D)."""
@@ -224,14 +199,7 @@ def place_images(
     position_ids: torch.Tensor,
     rotation: KeyRotation,
 ) -> PlacedImages:
-    """
-    Args:
-        states (`ImageStates`): Images that the decoder has processed, in the order of the batch.
-        plan (`TwoStreamPlan`): The plan of the batch.
-        is_image (`torch.Tensor` of shape `(B, Q)`): Image tokens, padding included; on the CPU.
-        position_ids (`torch.Tensor` of shape `(B, Q)`): Positions.
-        rotation (`KeyRotation`): Of the decoder.
-    """
+    """Images that the decoder has processed, at the image tokens (B, Q), padding included, of a plan."""
     numbers = (is_image.flatten().cumsum(0) - 1).view(is_image.shape).clamp(min=0)
     columns = [(row == IMAGE).nonzero()[:, 0] for row in plan.token_types]
     order = nn.utils.rnn.pad_sequence(columns, batch_first=True)

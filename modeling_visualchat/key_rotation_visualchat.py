@@ -28,15 +28,7 @@ TOLERANCE = 1e-4  # of the relative error in float32
 
 
 class KeyRotation:
-    """
-    How the layers of a decoder rotate their keys.
-
-    Args:
-        decoder (`nn.Module`): A decoder with a rotary module `rotary_emb`.
-
-    Raises:
-        `ValueError`: a decoder without one.
-    """
+    """How the layers of a decoder rotate their keys; a `ValueError` for a decoder without a rotary module."""
 
     def __init__(self, decoder: Any):
         name = type(decoder).__name__
@@ -114,29 +106,16 @@ def run_with_plan(
 
 @dataclass(frozen=True)
 class DecoderProbe:
-    """
-    What two streams can do with a decoder.
+    """What two streams can do with a decoder."""
 
-    Args:
-        rotation ([`KeyRotation`], *optional*): Its layout, if it could be read.
-        no_two_streams (`str`, *optional*): Why text and images cannot go through it apart.
-        no_late_rotation (`str`, *optional*): Why keys cannot be rotated late.
-    """
-
-    rotation: KeyRotation | None = None
-    no_two_streams: str | None = None
-    no_late_rotation: str | None = None
+    rotation: KeyRotation | None = None  # its layout, if it could be read
+    no_two_streams: str | None = None  # why text and images cannot go through it apart
+    no_late_rotation: str | None = None  # why keys cannot be rotated late
 
 
 @torch.no_grad()
 def probe_decoder(decoder: Any, make_stream: Callable[[], Any]) -> DecoderProbe:
-    """
-    Tries a decoder on a small replica with random weights, so that neither its weights nor its hooks matter.
-
-    Args:
-        decoder (`nn.Module`): The decoder.
-        make_stream (`Callable`): Makes an [`ImageStream`].
-    """
+    """Tries a decoder on a small replica with random weights, so that neither its weights nor its hooks matter."""
     name = type(decoder).__name__
     try:
         rotation = KeyRotation(decoder)

@@ -70,10 +70,7 @@ class VisualChatPreTrainedModel(PreTrainedModel):
     def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False):
         """
         Sets the attention kernel of both towers, or of each by a `dict` with `"vision_config"` and `"text_config"`.
-        The attention type of the language model stays, on the kernel chosen.
-
-        Raises:
-            `ValueError`: a kernel on which the attention type is not available.
+        The attention type of the language model stays; a `ValueError` names a kernel on which it is not available.
         """
         attention_type = get_attention_type(self.config.attention_type)
         requested: Any = attn_implementation
@@ -92,9 +89,6 @@ class VisualChatPreTrainedModel(PreTrainedModel):
         Args:
             route (`str`): `"auto"` (two streams wherever possible, the default), `"two_streams"` (an error where it is
                 not possible) or `"masked"`.
-
-        Raises:
-            `ValueError`: an unknown route.
         """
         if route not in ROUTES:
             raise ValueError(f"Unknown route {route!r}; choose one of {', '.join(ROUTES)}.")
@@ -125,8 +119,7 @@ class VisualChatPreTrainedModel(PreTrainedModel):
             repo_id (`str`): Repository, as in `"user/name"`.
             processor (`VisualChatProcessor`, *optional*): The processor of the model.
             card (`str`, *optional*): Path of the model card to upload as README.md; by default our own.
-            kwargs: `commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr`,
-                `max_shard_size` and `tags`, as in `PreTrainedModel.push_to_hub`.
+            kwargs: As in `PreTrainedModel.push_to_hub`.
 
         Returns:
             `str`: the URL of the commit.
@@ -163,6 +156,7 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
         attention_type = get_attention_type(self.config.attention_type)
         text_config._attn_implementation = attention_type.implementation(text_config._attn_implementation)
 
+    @can_return_tuple
     def get_image_features(
         self,
         pixel_values: torch.Tensor,
@@ -184,7 +178,6 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
         """
         layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
-        kwargs.pop("return_dict", None)
         layers = [layer] if isinstance(layer, int) else layer
         cache = None if pixel_values.requires_grad or kwargs else self.vision_cache
         if cache is not None and cache.supports(self.vision_tower):
@@ -195,30 +188,22 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
         outputs.pooler_output = list(self.multi_modal_projector(features))
         return outputs
 
-    def encode_images(self, pixel_values: torch.Tensor, **kwargs) -> ImageStates:
-        """
-        The projected features of images, equal ones computed once; takes what [`get_image_features`] takes.
-        """
+    def encode_images(self, pixel_values: torch.Tensor, *options) -> ImageStates:
+        """The projected features of images, equal ones computed once; takes what [`get_image_features`] takes."""
         differs = has_dropout(self.vision_tower) or pixel_values.requires_grad
         index = list(range(len(pixel_values))) if differs else same_images(pixel_values)
-        first = [index.index(number) for number in range(max(index, default=-1) + 1)]
-        unique = pixel_values
-        if len(first) < len(pixel_values):
-            unique = pixel_values[torch.tensor(first, device=pixel_values.device)]
-        features = torch.stack(self.get_image_features(unique, **kwargs).pooler_output)
+        first = [index.index(number) for number in range(max(index) + 1)]
+        unique = pixel_values if len(first) == len(pixel_values) else pixel_values[first]
+        features = torch.stack(self.get_image_features(unique, *options).pooler_output)
         return ImageStates(features, index, pixel_values=unique)
 
     def run_vision_tower(self, pixel_values: torch.Tensor, layers: list[int], strategy: str, **kwargs) -> tuple:
         """
-        Takes images through the vision tower.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(N, channels, height, width)`): Preprocessed pixels.
-            layers (`list[int]`): The layers that are read.
-            strategy (`str`): `"full"`, or `"default"` to leave out the first token.
+        Takes images (N, channels, height, width) through the vision tower, without a graph where it is frozen.
 
         Returns:
-            The output of the vision tower, and the features `(N, length, layers x vision hidden)`.
+            Its output, and the features `(N, length, layers x vision hidden)` of the layers; a strategy `"default"`
+            leaves out the first token.
         """
         is_frozen = not any(parameter.requires_grad for parameter in self.vision_tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and (pixel_values.requires_grad or not is_frozen)):
@@ -237,19 +222,10 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
         image_features: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        Where the image tokens are, from the ids or, without ids, from embeddings equal to the placeholder's.
-
-        Args:
-            input_ids (`torch.Tensor` of shape `(B, Q)`, *optional*): Token ids.
-            inputs_embeds (`torch.Tensor` of shape `(B, Q, hidden)`, *optional*): Read when there are no ids.
-            image_features (`torch.Tensor` of shape `(images, image_seq_length, hidden)`, *optional*):
-                When given, its number of rows has to match.
-
-        Returns:
-            `torch.Tensor` of shape `(B, Q)`, `True` at image tokens.
+        Where the image tokens (B, Q) are, from the ids or, without ids, from embeddings equal to the placeholder's.
 
         Raises:
-            `ValueError`: the number of placeholders is not the number of feature rows.
+            `ValueError`: the number of placeholders is not the number of rows of `image_features`, if given.
         """
         if input_ids is not None:
             mask = input_ids == self.config.image_token_id
@@ -312,13 +288,8 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
-        image_states = self.resolve_images(
-            pixel_values,
-            mm_encoder_outputs,
-            image_states,
-            vision_feature_layer=vision_feature_layer,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-        )
+        options = (vision_feature_layer, vision_feature_select_strategy)
+        image_states = self.resolve_images(pixel_values, mm_encoder_outputs, image_states, *options)
         blank_features = self._blank_features(past_key_values) if image_states is None else None
         image_features = None if image_states is None else image_states.expand(image_states.features)
         is_image: Any = None
@@ -359,18 +330,20 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
             image_hidden_states=image_features,
         )
 
-    def resolve_images(self, pixel_values=None, mm_encoder_outputs=None, image_states=None, **kwargs):
-        """
-        The [`ImageStates`] of a call, from the one form in which images were passed; `None` without images.
-
-        Raises:
-            `ValueError`: images in several forms.
-        """
+    def resolve_images(
+        self,
+        pixel_values=None,
+        mm_encoder_outputs=None,
+        image_states=None,
+        vision_feature_layer=None,
+        vision_feature_select_strategy=None,
+    ) -> ImageStates | None:
+        """The [`ImageStates`] of a call, from the one form in which images were passed; `None` without images."""
         encoded = (mm_encoder_outputs or {}).get("image")
         if sum(given is not None for given in (pixel_values, encoded, image_states)) > 1:
             raise ValueError('Pass only one of pixel_values, mm_encoder_outputs["image"] and image_states.')
         if pixel_values is not None and len(pixel_values) > 0:
-            return self.encode_images(pixel_values, **kwargs)
+            return self.encode_images(pixel_values, vision_feature_layer, vision_feature_select_strategy)
         if encoded is not None and len(encoded.pooler_output) > 0:
             features = torch.stack(list(encoded.pooler_output))
             return ImageStates(features, list(range(len(features))))

@@ -20,12 +20,7 @@ IMAGE_TOKEN = "<image>"
 
 
 def load_vision_tower(vision: str | PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """
-    Args:
-        vision (`str` or `PreTrainedModel`): Name or folder of an encoder, or of a dual encoder such as
-            CLIP, or an encoder that is loaded already.
-        dtype (`torch.dtype`, *optional*): Of the weights; by default that of the checkpoint.
-    """
+    """An encoder, or that of a dual encoder such as CLIP, by name or folder or as it is loaded, in a dtype."""
     if isinstance(vision, PreTrainedModel):
         return _cast(vision, dtype)
     config = AutoConfig.from_pretrained(vision)
@@ -35,13 +30,8 @@ def load_vision_tower(vision: str | PreTrainedModel, dtype: torch.dtype | None =
 
 def load_language_model(text: str | PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """
-    Args:
-        text (`str` or `PreTrainedModel`): Name or folder of a causal language model, a `.gguf` file, or a model that
-            is loaded already.
-        dtype (`torch.dtype`, *optional*): Of the weights; by default that of the checkpoint, float32 for GGUF.
-
-    Raises:
-        `ValueError`: a model that is itself multi-modal.
+    A causal language model, by name, folder or `.gguf` file or as it is loaded, in a dtype; by default that of the
+    checkpoint, float32 for GGUF. A `ValueError` refuses a model that is itself multi-modal.
     """
     if isinstance(text, PreTrainedModel):
         model = _cast(text, dtype)
@@ -76,12 +66,7 @@ def split_gguf(text: str) -> tuple[str, dict]:
 
 
 def placeholder_token_id(text: str | PreTrainedModel) -> int:
-    """
-    The id that `<image>` has in the tokenizer of a language model, or will have once the processor adds it.
-
-    Raises:
-        `ValueError`: a loaded model, which comes without a tokenizer.
-    """
+    """The id that `<image>` has in the tokenizer of a language model, or will have once the processor adds it."""
     if isinstance(text, PreTrainedModel):
         raise ValueError(
             f"A loaded {type(text).__name__} comes without its tokenizer: pass image_token_id, the id of <image> in "
@@ -107,12 +92,7 @@ def processed_image_shape(vision: str) -> tuple[int, int, int]:
 
 
 def image_shape(vision_config: PreTrainedConfig) -> tuple[int, int, int]:
-    """
-    Channels, height and width in pixels that an encoder is configured for.
-
-    Raises:
-        `ValueError`: the configuration does not say.
-    """
+    """Channels, height and width in pixels that an encoder is configured for."""
     size = getattr(vision_config, "image_size", None)
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     if not isinstance(height, int) or not isinstance(width, int):

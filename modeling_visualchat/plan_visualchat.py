@@ -43,35 +43,19 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TwoStreamPlan:
-    """
-    Where the text of a batch is, and what it reads.
+    """Where the text of a batch is, and what it reads."""
 
-    Args:
-        token_types (`torch.Tensor` of shape `(B, Q)`): `PADDING`, `TEXT` or `IMAGE`, for each position; on the CPU.
-        slots (`torch.Tensor` of shape `(B, Q)`): The slot of each position in the block of its type, the slots of the
-            cache included; on the CPU.
-        order (`torch.Tensor` of shape `(B, T)`): The position of each slot of the current text.
-        runs (`list` of B lists of [`Run`]): The runs of current text that read the same image keys.
-        text_lengths (`list` of B lists of `int`, *optional*): Of packed rows, the number of text tokens of each
-            sequence.
-        num_past (`int`): Text slots of the cache.
-        text_mask (`torch.Tensor` of shape `(B, 1, T, past + T)`, *optional*): `True` where text reads text; causal if
-            it is `None`.
-        image_mask (`torch.Tensor` of shape `(B, 1, 1, I)`, *optional*): `True` where a row's single text token reads
-            images, if rows differ in that.
-        image_keys_values (`Callable`, *optional*): From a layer index to the image keys and values, each (B, K, I, D).
-        text_attention (`Callable`): How text reads text and images, of the attention type.
-    """
-
-    token_types: torch.Tensor
-    slots: torch.Tensor
-    order: torch.Tensor
-    runs: list[list[Run]]
-    text_lengths: list[list[int]] | None = None
-    num_past: int = 0
-    text_mask: torch.Tensor | None = None
-    image_mask: torch.Tensor | None = None
+    token_types: torch.Tensor  # (B, Q): `PADDING`, `TEXT` or `IMAGE`, for each position; on the CPU
+    slots: torch.Tensor  # (B, Q): the slot of each position in the block of its type, after those of the cache; CPU
+    order: torch.Tensor  # (B, T): the position of each slot of the current text
+    runs: list[list[Run]]  # of each row the runs of current text that read the same image keys
+    text_lengths: list[list[int]] | None = None  # of packed rows, the number of text tokens of each sequence
+    num_past: int = 0  # text slots of the cache
+    text_mask: torch.Tensor | None = None  # (B, 1, T, past + T), `True` where text reads text; else causal
+    image_mask: torch.Tensor | None = None  # (B, 1, 1, I), for single text tokens that read unlike numbers of images
+    # From a layer index to the image keys and values, each (B, K, I, D).
     image_keys_values: Callable[[int], tuple[torch.Tensor, torch.Tensor]] | None = field(default=None, repr=False)
+    # How text reads text and images, of the attention type.
     text_attention: Callable[..., torch.Tensor] = field(default_factory=lambda: mmca_text_attention, repr=False)
 
     def gather_text(self, states: torch.Tensor) -> torch.Tensor:
@@ -79,14 +63,7 @@ class TwoStreamPlan:
         return take(states, self.order)
 
     def scatter(self, text: torch.Tensor, image: torch.Tensor | None = None) -> torch.Tensor:
-        """
-        (B, T, …) of the text slots to (B, Q, …) of all positions, zero at padding.
-
-        Args:
-            text (`torch.Tensor` of shape `(B, T, …)`): States of the text slots.
-            image (`torch.Tensor` of shape `(image positions, …)`, *optional*): States of the image positions, row by
-                row.
-        """
+        """(B, T, …) of text slots, and of image positions row by row, to (B, Q, …) of all, zero at padding."""
         is_text = (self.token_types == TEXT).to(text.device)
         slots = (self.slots - self.num_past).to(text.device).masked_fill(~is_text, 0)
         states = take(text, slots) * is_text.view(*is_text.shape, *[1] * (text.ndim - 2))
@@ -112,13 +89,8 @@ def make_plan(
     sequence_ids: torch.Tensor | None = None,
 ) -> TwoStreamPlan:
     """
-    Args:
-        mm_token_type_ids (`torch.Tensor` of shape `(B, Q)`): 0 for text, 1 for image, of the current positions.
-        attention_mask (`torch.Tensor` of shape `(B, Q)`, *optional*): 1 to keep, 0 for padding.
-        past_slots (`torch.Tensor` of shape `(B, past)`, *optional*): Slots of the cached positions.
-        past_token_types (`torch.Tensor` of shape `(B, past)`, *optional*): Token types of the cached positions.
-        sequence_ids (`torch.Tensor` of shape `(B, Q)`, *optional*): Of packed rows, the sequence of each position;
-            without padding and without a cache.
+    The plan for current positions (B, Q), given the slots and token types (B, past) of cached ones, or the sequence of
+    each position of packed rows, which have neither padding nor a cache.
     """
     is_image = mm_token_type_ids.cpu().bool()
     is_kept = torch.ones_like(is_image) if attention_mask is None else attention_mask.cpu().bool()
@@ -201,18 +173,8 @@ def mmca_text_attention(
     """
     The text rows of MMCA: causal attention to the text plus prefix cross-attention to the images.
 
-    Args:
-        query (`torch.Tensor` of shape `(B, H, T, D)`): Queries of the current text, rotated.
-        key (`torch.Tensor` of shape `(B, K, past + T, D)`): Keys of the text, rotated.
-        value (`torch.Tensor` of shape `(B, K, past + T, D)`): Values of the text.
-        image_key (`torch.Tensor` of shape `(B, K, I, D)`, *optional*): Keys of the images, rotated.
-        image_value (`torch.Tensor` of shape `(B, K, I, D)`, *optional*): Values of the images.
-        plan (`TwoStreamPlan`): The plan of the batch.
-        scaling (`float`, *optional*, defaults to `D ** -0.5`): Factor on the scores.
-        dropout (`float`, *optional*, defaults to 0.0): Probability to drop an attention weight.
-
-    Returns:
-        `torch.Tensor` of shape `(B, T, H, D)`.
+    Queries of the current text (B, H, T, D), keys and values of the text (B, K, past + T, D) and of the images
+    (B, K, I, D), keys rotated, to (B, T, H, D).
     """
     text = _causal_text_attention(query, key, value, plan, scaling, dropout).transpose(1, 2)
     if image_key is None or image_value is None:

@@ -29,12 +29,7 @@ def register_projector(name: str) -> Callable[[type[nn.Module]], type[nn.Module]
 
 
 def projector_class(name: str) -> type[nn.Module]:
-    """
-    The class of a projector.
-
-    Raises:
-        `ValueError`: an unknown name.
-    """
+    """The class of a projector; a `ValueError` for an unknown name."""
     if name not in PROJECTORS:
         raise ValueError(
             f"Unknown projector_type={name!r}; choose one of {', '.join(PROJECTORS)}, or register a class with "

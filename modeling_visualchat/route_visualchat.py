@@ -25,52 +25,29 @@ ROUTES = ("auto", "two_streams", "masked")
 
 @dataclass(frozen=True, eq=False)
 class DecoderInputs:
-    """
-    The inputs of the decoder in one forward pass.
+    """The inputs of the decoder in one forward pass."""
 
-    Args:
-        embeds (`torch.Tensor` of shape `(B, Q, hidden)`): Of text tokens; at image tokens only read without
-            `image_states`.
-        input_ids (`torch.Tensor` of shape `(B, Q)`, *optional*): Token ids.
-        is_image (`torch.Tensor` of shape `(B, Q)`, *optional*): Image tokens among the current ones.
-        mm_token_type_ids (`torch.Tensor` of shape `(B, past + Q)`, *optional*): 0 for text, 1 for image.
-        image_states ([`ImageStates`], *optional*): The images of these tokens.
-        blank_features (`torch.Tensor` of shape `(length, hidden)`, *optional*): An image to compute and to ignore.
-        sequence_ids (`torch.Tensor` of shape `(B, Q)`, *optional*): Of packed rows, the sequence of each position.
-        attention_mask (`torch.Tensor` of shape `(B, past + Q)`, *optional*): 1 to keep, 0 for padding; or a finished
-            mask.
-        position_ids (`torch.Tensor` of shape `(B, Q)`, *optional*): Positions.
-        past_key_values (`Cache`, *optional*): Keys and values of the past.
-        kwargs (`dict`): What the decoder gets besides.
-    """
-
-    embeds: torch.Tensor
-    input_ids: torch.Tensor | None = None
-    is_image: Any = None
-    mm_token_type_ids: torch.Tensor | None = None
-    image_states: ImageStates | None = None
-    blank_features: torch.Tensor | None = None
-    sequence_ids: torch.Tensor | None = None
-    attention_mask: Any = None
-    position_ids: torch.Tensor | None = None
+    embeds: torch.Tensor  # (B, Q, hidden); at image tokens only read without `image_states`
+    input_ids: torch.Tensor | None = None  # (B, Q)
+    is_image: Any = None  # (B, Q), of the current tokens
+    mm_token_type_ids: torch.Tensor | None = None  # (B, past + Q): 0 for text, 1 for image
+    image_states: ImageStates | None = None  # the images of these tokens
+    blank_features: torch.Tensor | None = None  # (length, hidden), an image to compute and to ignore
+    sequence_ids: torch.Tensor | None = None  # (B, Q), of packed rows the sequence of each position
+    attention_mask: Any = None  # (B, past + Q): 1 to keep, 0 for padding; or a finished mask
+    position_ids: torch.Tensor | None = None  # (B, Q)
     past_key_values: Cache | None = None
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    kwargs: dict[str, Any] = field(default_factory=dict)  # what the decoder gets besides
 
 
 @dataclass(frozen=True)
 class RouteCondition:
-    """
-    A condition under which a call takes the masked route.
+    """A condition under which a call takes the masked route."""
 
-    Args:
-        condition (`str`): In words, as in the README.
-        cost (`str`): What it costs.
-        applies (`Callable`): From a [`VisualChatModel`] and the [`DecoderInputs`], or `None` for a conversation of any
-            length on a fresh cache, to whether it holds, or to the reason in more detail.
-    """
-
-    condition: str
+    condition: str  # in words, as in the README
     cost: str
+    # From a `VisualChatModel` and the inputs, or `None` for a conversation of any length on a fresh cache, to whether
+    # it holds, or to the reason in more detail.
     applies: Callable[[Any, DecoderInputs | None], bool | str | None]
 
 
@@ -155,12 +132,7 @@ def _checkpoints_reentrantly(model, inputs) -> bool:
 
 
 def is_finished_mask(attention_mask: Any) -> bool:
-    """
-    Whether this is a finished mask, as generation makes it for a cache of fixed size.
-
-    Raises:
-        `ValueError`: neither a finished mask nor one of shape (batch, tokens).
-    """
+    """Whether this is a finished mask, as generation makes it for a cache of fixed size; a `ValueError` if unknown."""
     if attention_mask is None or isinstance(attention_mask, dict):
         return attention_mask is not None
     if attention_mask.ndim == 2:

@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ from safetensors.torch import save_file
 
 from .weights_key_visualchat import DIGEST_SIZE, column_sums
 
+
+Entry = dict[str, torch.Tensor]
 
 ENTRY_NAME = re.compile(r"[0-9a-f]{40}-[0-9a-f]{40}\.(safetensors|[0-9]+-[0-9]+\.part)")
 ABANDONED_AFTER = 3600  # seconds
@@ -60,7 +63,7 @@ class TensorStore:
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
         self.hits = self.misses = self.nbytes = 0
-        self._entries: OrderedDict[str, dict[str, torch.Tensor]] = OrderedDict()
+        self._entries: OrderedDict[str, Entry] = OrderedDict()
         self._lock = threading.Lock()
         # Bytes of the folder as far as known, and the number of writes since it was last listed.
         self._disk_bytes, self._unseen = 0, SAVES_BETWEEN_LOOKS
@@ -89,7 +92,18 @@ class TensorStore:
             self._entries.clear()
             self.nbytes = 0
 
-    def _get(self, key: str, device: torch.device) -> dict[str, torch.Tensor] | None:
+    def get_entries(self, keys: list[str], device: torch.device, compute: Callable[[list[int]], list[Entry]]) -> list:
+        """The entries of keys, from memory, from the folder, or for the indices of the missing ones, computed."""
+        entries = {key: entry for key in keys if (entry := self._get(key, device)) is not None}
+        missing = [index for index, key in enumerate(keys) if key not in entries and keys.index(key) == index]
+        self.hits += len(entries)
+        self.misses += len(missing)
+        for index, entry in zip(missing, compute(missing) if missing else ()):
+            entries[keys[index]] = entry
+            self._put(keys[index], entry)
+        return [{name: tensor.to(device) for name, tensor in entries[key].items()} for key in keys]
+
+    def _get(self, key: str, device: torch.device) -> Entry | None:
         with self._lock:
             if key in self._entries:
                 self._entries.move_to_end(key)
@@ -100,12 +114,12 @@ class TensorStore:
             self._keep(key, entry)
         return entry
 
-    def _put(self, key: str, entry: dict[str, torch.Tensor]) -> None:
+    def _put(self, key: str, entry: Entry) -> None:
         self._keep(key, entry)
         if self.folder is not None:
             self._save(key, entry)
 
-    def _keep(self, key: str, entry: dict[str, torch.Tensor]) -> None:
+    def _keep(self, key: str, entry: Entry) -> None:
         size = size_of(entry)
         if size > self.max_bytes:
             return
@@ -124,7 +138,7 @@ class TensorStore:
         assert self.folder is not None
         return self.folder / f"{key}.safetensors"
 
-    def _load(self, key: str) -> dict[str, torch.Tensor] | None:
+    def _load(self, key: str) -> Entry | None:
         path = self._path(key)
         try:
             with safe_open(path, "pt") as file:
@@ -141,7 +155,7 @@ class TensorStore:
             os.utime(path)
         return entry
 
-    def _save(self, key: str, entry: dict[str, torch.Tensor]) -> None:
+    def _save(self, key: str, entry: Entry) -> None:
         """Writes a file atomically: whole or not at all, whoever else reads or writes the folder."""
         assert self.folder is not None
         entry = {name: tensor.cpu() for name, tensor in entry.items()}
@@ -185,7 +199,7 @@ class TensorStore:
             self._disk_bytes -= size
 
 
-def _checksum(entry: dict[str, torch.Tensor]) -> str:
+def _checksum(entry: Entry) -> str:
     digest = hashlib.blake2b(digest_size=DIGEST_SIZE)
     for name in sorted(entry):
         digest.update(str((name, entry[name].dtype, tuple(entry[name].shape))).encode())
@@ -193,5 +207,5 @@ def _checksum(entry: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def size_of(entry: dict[str, torch.Tensor]) -> int:
+def size_of(entry: Entry) -> int:
     return sum(tensor.nbytes for tensor in entry.values())

@@ -51,11 +51,9 @@ class TwoStreamMixin:
 
     def compute_image_states(self, pixel_values: torch.Tensor) -> ImageStates:
         """
-        The part of images that does not depend on the conversation: vision tower, projector, and per-layer keys and
-        values of the decoder. The result can be passed as `image_states` in any conversation with these images.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(N, channels, height, width)`): Preprocessed pixels.
+        The part of images (N, channels, height, width) that does not depend on the conversation: vision tower,
+        projector, and per-layer keys and values of the decoder. The result can be passed as `image_states` in any
+        conversation with these images.
 
         Raises:
             `ValueError`: a model that cannot compute images apart from a conversation.

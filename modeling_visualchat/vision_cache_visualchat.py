@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .tensor_store_visualchat import TensorStore
+from .tensor_store_visualchat import Entry, TensorStore
 from .weights_key_visualchat import has_dropout, hooked_modules, image_key, is_elsewhere, weights_key
 
 
@@ -27,22 +27,8 @@ class VisionFeatureCache(TensorStore):
     ```
 
     The tower has to be frozen. Where its weights do not tell what it computes (they are sharded by ZeRO-3, or it has
-    hooks), it runs as without a cache, with a warning.
-
-    Args:
-        max_bytes (`int`, *optional*, defaults to 4 GiB): Maximum bytes in memory.
-        device (`str` or `torch.device`, *optional*): Device of the entries, as in `"cpu"`; by default
-            that of the tower.
-        folder (`str` or `Path`, *optional*): Also stores features on disk, as safetensors; processes may share it.
-        max_disk_bytes (`int`, *optional*, defaults to 64 GiB): Maximum bytes of the folder. An image takes length x
-            width x bytes of a number: 0.5 MiB for 256 tokens of 1024 numbers in bfloat16.
-
-    Attributes:
-        hits, misses (`int`): Images found, and images computed.
-        nbytes (`int`): Bytes in memory.
-
-    Raises:
-        `ValueError`: a limit below 0, or a folder that is a file.
+    hooks), it runs as without a cache, with a warning. An image takes length x width x bytes of a number: 0.5 MiB for
+    256 tokens of 1024 numbers in bfloat16. Arguments, attributes and errors are those of [`TensorStore`].
     """
 
     _has_warned = False
@@ -73,29 +59,15 @@ class VisionFeatureCache(TensorStore):
     @torch.no_grad()
     def get_features(self, model: Any, pixel_values: torch.Tensor, layers: list[int], strategy: str) -> torch.Tensor:
         """
-        Vision features, from the cache or, for images not in it, computed together.
-
-        Args:
-            model (`VisualChatModel`): The model.
-            pixel_values (`torch.Tensor` of shape `(N, channels, height, width)`): Preprocessed pixels, all unique.
-            layers (`list[int]`): The layers of the tower that are read.
-            strategy (`str`): `"full"`, or `"default"` without the first token.
-
-        Returns:
-            `torch.Tensor` of shape `(N, length, layers x vision hidden)`.
+        The features (N, length, layers x vision hidden) of images, from the cache or, for those not in it, computed
+        together; see [`VisualChatModel.run_vision_tower`].
         """
         tower, device = model.vision_tower, next(model.vision_tower.parameters()).device
         tower_key = weights_key(tower, f"{FORMAT} {layers} {strategy}".encode())
         keys = [f"{tower_key}-{image_key(image)}" for image in pixel_values]
-        found = {key: entry["features"] for key in keys if (entry := self._get(key, device)) is not None}
-        missing = [number for number, key in enumerate(keys) if key not in found]
-        self.hits += len(keys) - len(missing)
-        self.misses += len(missing)
-        if missing:
-            computed = model.run_vision_tower(
-                pixel_values[torch.tensor(missing, device=pixel_values.device)], layers, strategy
-            )
-            for number, features in zip(missing, computed[1]):
-                found[keys[number]] = features
-                self._put(keys[number], {"features": features.clone()})
-        return torch.stack([found[key].to(device) for key in keys])
+
+        def compute(missing: list[int]) -> list[Entry]:
+            features = model.run_vision_tower(pixel_values[missing], layers, strategy)[1]
+            return [{"features": image.clone()} for image in features]
+
+        return torch.stack([entry["features"] for entry in self.get_entries(keys, device, compute)])

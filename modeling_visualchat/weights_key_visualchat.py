@@ -23,15 +23,9 @@ NEUTRAL_HOOK = "make_inputs_require_grads"  # of `enable_input_require_grads`; i
 
 def weights_key(module: Any, description: bytes = b"") -> str:
     """
-    The key of a module, 40 hexadecimal digits. It reads all weights once, about the cost of one generated token;
-    after [`freeze`] only if one of them is another tensor or has another version.
-
-    Args:
-        module (`PreTrainedModel`): The module.
-        description (`bytes`, *optional*): What else its result depends on.
-
-    Raises:
-        `ValueError`: weights that are offloaded or sharded.
+    The key of a module, 40 hexadecimal digits, and of what else its result depends on. It reads all weights once,
+    about the cost of one generated token; after [`freeze`] only if one of them is another tensor or has another
+    version. A `ValueError` names a weight that is offloaded or sharded.
     """
     config = module.config
     described = json.dumps(config.to_dict(), sort_keys=True, default=str)
