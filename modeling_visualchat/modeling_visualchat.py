@@ -188,13 +188,13 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
         outputs.pooler_output = list(self.multi_modal_projector(features))
         return outputs
 
-    def encode_images(self, pixel_values: torch.Tensor, *options) -> ImageStates:
+    def encode_images(self, pixel_values: torch.Tensor, **kwargs) -> ImageStates:
         """The projected features of images, equal ones computed once; takes what [`get_image_features`] takes."""
         differs = has_dropout(self.vision_tower) or pixel_values.requires_grad
         index = list(range(len(pixel_values))) if differs else same_images(pixel_values)
         first = [index.index(number) for number in range(max(index) + 1)]
         unique = pixel_values if len(first) == len(pixel_values) else pixel_values[first]
-        features = torch.stack(self.get_image_features(unique, *options).pooler_output)
+        features = torch.stack(self.get_image_features(unique, **kwargs).pooler_output)
         return ImageStates(features, index, pixel_values=unique)
 
     def run_vision_tower(self, pixel_values: torch.Tensor, layers: list[int], strategy: str, **kwargs) -> tuple:
@@ -343,7 +343,11 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
         if sum(given is not None for given in (pixel_values, encoded, image_states)) > 1:
             raise ValueError('Pass only one of pixel_values, mm_encoder_outputs["image"] and image_states.')
         if pixel_values is not None and len(pixel_values) > 0:
-            return self.encode_images(pixel_values, vision_feature_layer, vision_feature_select_strategy)
+            return self.encode_images(
+                pixel_values,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+            )
         if encoded is not None and len(encoded.pooler_output) > 0:
             features = torch.stack(list(encoded.pooler_output))
             return ImageStates(features, list(range(len(features))))
