@@ -131,7 +131,7 @@ def mmca_attention(
         attention_mask=kept,
         device=query.device,
     )
-    return _attend(sdpa_kernel, query, key, value, mask, scaling)[0]
+    return sdpa_kernel(query, key, value, mask, scaling)[0]
 
 
 def mmca_mask_function(
@@ -223,17 +223,6 @@ def create_mmca_masks(
     )
 
 
-def _attend(kernel: Callable, query, key, value, mask, scaling, dropout=0.0):
-    """The sum of one softmax for every channel of the mask, and the sum of their weights where the kernel has any."""
-    output, weights = None, None
-    for channel in mask.split(1, dim=1):
-        channel_output, channel_weights = kernel(query, key, value, channel, scaling, dropout)
-        output = channel_output if output is None else output + channel_output
-        if channel_weights is not None:
-            weights = channel_weights if weights is None else weights + channel_weights
-    return output, weights
-
-
 class PlanNotDeliveredError(RuntimeError):
     """The layers of a decoder do not pass keyword arguments on to their attention function."""
 
@@ -287,15 +276,19 @@ class MultiModalCausalAttention:
             return layer_plan.attend(module, query, key, value, scaling, dropout), None
         if attention_mask.numel() == 0:
             raise PlanNotDeliveredError(f"{type(module).__name__} does not pass keyword arguments on.")
-        output, weights = _attend(self.kernel, query, key, value, attention_mask, scaling, dropout)
+        output, weights = self.kernel(query, key, value, attention_mask, scaling, dropout)
+        if dropout > 0.0 and attention_mask.shape[1] > 1:
+            # An image token is its own value, of which nothing is dropped.
+            is_image = ~attention_mask[:, :1].any(dim=-1, keepdim=True)
+            output = torch.where(is_image, self.kernel(query, key, value, attention_mask, scaling)[0], output)
         return output.transpose(1, 2).contiguous(), weights
 
 
 def check_decoder(config: PreTrainedConfig) -> None:
     """Refuses a decoder in which MMCA would not be exact, by a `ValueError` with the reason, before it is built."""
     decoder_class = MODEL_MAPPING.get(type(config), None)
-    exact_layer_types = {"full_attention", "sliding_attention"}
-    other_layer_types = sorted(set(getattr(config, "layer_types", None) or ()) - exact_layer_types)
+    layer_types = sorted(set(getattr(config, "layer_types", None) or ()))
+    other_layer_types = [name for name in layer_types if name not in ("full_attention", "sliding_attention")]
     reason = None
     if decoder_class is None:
         reason = "transformers does not know its model class"
@@ -307,6 +300,8 @@ def check_decoder(config: PreTrainedConfig) -> None:
         reason = f"its layers of type {', '.join(other_layer_types)} mix tokens by other means than softmax attention"
     elif getattr(config, "rope_parameters", None) is None:
         reason = "its positions are not rotary, so an image would depend on where it stands"
+    elif unset := [name for name in layer_types if config.rope_parameters.get(name, {}) is None]:
+        reason = f"the rotary embedding of its layers of type {unset[0]} is not configured"
     elif not decoder_class._supports_sdpa:
         reason = "its attention is more than a softmax over keys (sinks, or scores that are capped)"
     elif getattr(config, "hidden_size_per_layer_input", None):

@@ -37,7 +37,10 @@ class ConversationCache(DynamicCache):
         slots (`torch.Tensor` of shape `(B, S)`): The slot of each position in the block of its type; on the CPU.
         token_ids (`torch.Tensor` of shape `(B, S)`): The id at each position, `PADDING_ID` for padding, `UNKNOWN_ID`
             for an embedding; on the CPU.
+        position_ids (`torch.Tensor` of shape `(B, S)`): The position of each token; on the CPU.
         images (`list` of B lists of `tuple`): Of each image of a row where it begins, and its key.
+        model_key (`str`, *optional*): The key of the model that filled it, see [`weights_key`].
+        longest (`int`): The largest number of positions so far, also if the cache was cropped since.
     """
 
     def __init__(self):
@@ -46,18 +49,18 @@ class ConversationCache(DynamicCache):
 
     def _forget(self) -> None:
         self.image_cache = DynamicCache()
-        self.token_types = self.slots = self.token_ids = torch.zeros(0, 0, dtype=torch.long)
+        self.token_types = self.slots = self.token_ids = self.position_ids = torch.zeros(0, 0, dtype=torch.long)
         self.images: list[list[tuple[int, str]]] = []
-        self.is_interleaved = False
+        self.longest, self.is_interleaved, self.model_key = 0, False, None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The number of positions, of text, images and padding."""
-        return super().get_seq_length(layer_idx) if self.is_interleaved else self.token_types.shape[1]
+        return self.token_ids.shape[1]
 
     @property
     def num_rows(self) -> int:
         """The number of conversations."""
-        return len(self.layers[0].keys) if self.is_interleaved and self.layers else len(self.token_types)
+        return len(self.token_ids)
 
     @property
     def num_text_slots(self) -> int:
@@ -71,10 +74,10 @@ class ConversationCache(DynamicCache):
 
     def prepare(self, batch_size: int) -> None:
         """Drops what an interrupted forward pass has left behind."""
-        if self.token_types.shape[1] == 0:
-            self.layers.clear()
-            self.image_cache = DynamicCache()
+        length = self.get_seq_length()
+        if length == 0:
             self.token_types = self.slots = torch.zeros(batch_size, 0, dtype=torch.long)
+        self.token_types, self.slots = self.token_types[:, :length], self.slots[:, :length]
         _cut(self, self.num_text_slots)
         _cut(self.image_cache, self.num_image_slots)
 
@@ -106,30 +109,37 @@ class ConversationCache(DynamicCache):
         self.token_types = torch.cat([self.token_types, plan.token_types], dim=1)
         self.slots = torch.cat([self.slots, plan.slots], dim=1)
 
-    def note(self, input_ids, is_image: torch.Tensor, attention_mask: torch.Tensor | None, image_states) -> None:
-        """Records the ids and images (B, Q) of the positions cached last; the mask (B, S) tells padding."""
-        is_image = is_image.cpu()
-        batch_size, num_new = is_image.shape
-        num_old = self.get_seq_length() - num_new
-        ids = torch.full((batch_size, num_new), UNKNOWN_ID) if input_ids is None else input_ids
+    def note(
+        self, input_ids, position_ids: torch.Tensor, is_image: torch.Tensor, attention_mask=None, image_states=None
+    ) -> None:
+        """Records ids, positions and images (B, Q) of what was cached last; the mask (B, S) tells padding."""
+        is_image, position_ids = is_image.cpu(), position_ids.cpu()
+        num_old, num_new = self.get_seq_length(), is_image.shape[1]
+        ids = torch.full(is_image.shape, UNKNOWN_ID) if input_ids is None else input_ids
         ids = mark_padding(ids, None if attention_mask is None else attention_mask[:, -num_new:])
-        is_known = self.token_ids.shape == (batch_size, num_old)
-        old = self.token_ids if is_known else torch.full((batch_size, num_old), UNKNOWN_ID)
-        images = self.images if is_known and self.images else [[] for _ in ids]
         keys = [] if image_states is None else image_states.image_keys()
-        new = find_images(is_image, split_by_row(keys, is_image))
-        self.token_ids = torch.cat([old, ids], dim=1)
-        self.images = [[*row, *((num_old + start, key) for start, key in added)] for row, added in zip(images, new)]
+        images = find_images(is_image, split_by_row(keys, is_image))
+        if num_old:
+            ids, position_ids = torch.cat([self.token_ids, ids], 1), torch.cat([self.position_ids, position_ids], 1)
+            new = ([(num_old + start, key) for start, key in row] for row in images)
+            images = [[*row, *added] for row, added in zip(self.images, new)]
+        self.token_ids, self.position_ids, self.images = ids, position_ids, images
+        self.longest = max(self.longest, num_old + num_new)
 
-    def compare(self, input_ids, image_keys, image_token_id: int, attention_mask=None) -> torch.Tensor:
+    def compare(
+        self, input_ids, image_keys, image_token_id: int, attention_mask=None, position_ids=None
+    ) -> torch.Tensor:
         """
         Where other conversations differ from those of the cache (B, L), over the positions that both have: at another
-        token, and where another image begins. Takes what [`keep_shared`] takes; without keys, images are not compared.
-        A row of the cache may be repeated, for beams.
+        token or position, and where another image begins. Takes what [`keep_shared`] takes; without keys, images are
+        not compared. A row of the cache may be repeated, for beams.
         """
-        ids, repeats = mark_padding(input_ids, attention_mask), max(1, len(self.token_ids) // len(input_ids))
-        length = min(self.token_ids.shape[1], ids.shape[1])
+        ids, repeats = mark_padding(input_ids, attention_mask), max(1, self.num_rows // len(input_ids))
+        length = min(self.get_seq_length(), ids.shape[1])
         differs = self.token_ids[::repeats, :length] != ids[:, :length]
+        if position_ids is not None:
+            is_moved = self.position_ids[::repeats, :length] != position_ids[:, :length].cpu()
+            differs |= is_moved & (ids[:, :length] != PADDING_ID)
         for row, images in enumerate(find_images(ids == image_token_id, image_keys or [])):
             known = dict(self.images[row * repeats])
             for start, key in images:
@@ -175,7 +185,7 @@ class ConversationCache(DynamicCache):
         if length == 0:
             self.reset()
             return
-        self.token_ids = self.token_ids[:, :length]
+        self.token_ids, self.position_ids = self.token_ids[:, :length], self.position_ids[:, :length]
         self.images = [[(start, key) for start, key in row if start < length] for row in self.images]
         if self.is_interleaved:
             _cut(self, length)
@@ -190,24 +200,28 @@ class ConversationCache(DynamicCache):
         this cache is like any other.
         """
         if self.is_interleaved:
+            _cut(self, self.get_seq_length())
             return
         _cut(self, self.num_text_slots)
         _cut(self.image_cache, self.num_image_slots)
         num_images = self.num_image_slots
-        order = (self.slots + (self.token_types == TEXT) * num_images) * (self.token_types != PADDING)
         is_padding = self.token_types == PADDING
-        for index, layer in enumerate(self.layers):
-            states = [(layer.keys, layer.values)]
-            if num_images:
-                states.insert(0, self.image_keys_values(index))
-            keys, values = (_in_order(list(blocks), order, is_padding) for blocks in zip(*states))
-            if cache is None:
-                layer.keys, layer.values = keys, values
-            else:
-                cache.update(keys, values, index)
+        order = (self.slots + (self.token_types == TEXT) * num_images) * ~is_padding
+        blocks = [block.layers for block in (self.image_cache, self) if block.layers]
+        states = []
+        for layers in zip(*blocks):
+            states.append(
+                [
+                    _in_order([getattr(layer, name) for layer in layers], order, is_padding)
+                    for name in ("keys", "values")
+                ]
+            )
         if cache is None:
+            self.layers.clear()
             self.image_cache, self.is_interleaved = DynamicCache(), True
             self.token_types = self.slots = self.token_types[:, :0]
+        for index, (keys, values) in enumerate(states):
+            (self if cache is None else cache).update(keys, values, index)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Takes the rows of the beams that continue."""
@@ -237,7 +251,7 @@ class ConversationCache(DynamicCache):
 
     def _select_rows(self, rows: torch.Tensor) -> None:
         if len(self.token_ids):
-            self.token_ids = self.token_ids[rows]
+            self.token_ids, self.position_ids = self.token_ids[rows], self.position_ids[rows]
             self.images = [self.images[row] for row in rows.tolist()]
         if not self.is_interleaved:
             self.token_types, self.slots = self.token_types[rows], self.slots[rows]
@@ -268,6 +282,8 @@ def find_images(is_image: torch.Tensor, image_keys: list[list[str]]) -> list[lis
 
 
 def _cut(cache: Cache, length: int) -> None:
+    if length == 0:
+        cache.layers.clear()  # layers without a position would not be repeated with the rows
     for layer in cache.layers:
         if isinstance(layer, DynamicLayer) and layer.get_seq_length() > length:
             layer.crop(length - layer.get_seq_length())

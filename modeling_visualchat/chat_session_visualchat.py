@@ -16,7 +16,7 @@ import torch
 from .cache_visualchat import ConversationCache
 from .image_memory_visualchat import ImageMemory
 from .key_rotation_visualchat import rotary_limit
-from .weights_key_visualchat import hooked_modules, image_key, is_elsewhere, weights_key
+from .weights_key_visualchat import image_key, known_key
 
 
 class ChatSession:
@@ -49,7 +49,6 @@ class ChatSession:
         """Starts a new conversation."""
         self.messages: list[dict] = []
         self.cache = ConversationCache()
-        self._weights_key: str | None = None
 
     def ask(self, question: str = "", images: list | None = None, streamer=None) -> str:
         """
@@ -116,12 +115,10 @@ class ChatSession:
 
     def _crop_cache(self, input_ids: torch.Tensor, image_keys: list[str]) -> None:
         """Leaves in the cache the prefix that it shares with a conversation, short of its last token."""
-        is_unknown = any(map(is_elsewhere, self.model.parameters())) or hooked_modules(self.model)
-        key = None if is_unknown else weights_key(self.model.model)
+        key = known_key(self.model.model)
         # With a limit, rotary frequencies depend on the length of the whole conversation.
         has_limit = rotary_limit(self.model.config.text_config) is not None
-        is_stale = key is None or key != self._weights_key or has_limit
-        self._weights_key = key
+        is_stale = key is None or key != self.cache.model_key or has_limit
         if is_stale or self.cache.num_rows != 1:
             self.cache.reset()
         else:

@@ -21,8 +21,9 @@ from .attention_types_visualchat import get_attention_type
 from .cache_visualchat import ConversationCache, is_conversation_cache, split_by_row
 from .image_memory_visualchat import ImageMemory
 from .image_states_visualchat import ImageStates
+from .key_rotation_visualchat import rotary_limit
 from .route_visualchat import num_past
-from .weights_key_visualchat import image_key
+from .weights_key_visualchat import image_key, known_key
 
 
 # Arguments that hold images.
@@ -41,8 +42,8 @@ class VisualChatGenerationMixin(GenerationMixin):
 
         A conversation that continues with its cache (`past_key_values`) takes all the tokens so far, and either all
         the images so far or those of the new tokens only. It may also take the new tokens only, with an
-        `attention_mask` and `mm_token_type_ids` of all tokens so far. Tokens and images have to be those of the cache,
-        and the weights those that filled it; to edit a conversation, use a [`ChatSession`].
+        `attention_mask` and `mm_token_type_ids` of all tokens so far. Tokens and images have to be those of a
+        [`ConversationCache`], and the weights those that filled it; to edit a conversation, use a [`ChatSession`].
 
         Args:
             inputs (`torch.Tensor` of shape `(B, Q)`, *optional*): Token ids; also `input_ids`.
@@ -54,16 +55,24 @@ class VisualChatGenerationMixin(GenerationMixin):
             `ValueError`: tokens, modalities or images that do not fit the cache, a kept cache together with assisted
                 or prompt-lookup decoding, or a model that cannot use an image memory.
         """
+        kwargs = {name: value for name, value in kwargs.items() if value is not None or name not in IMAGE_INPUTS}
         ids, embeds = kwargs.get("input_ids", inputs), kwargs.get("inputs_embeds")
         cache: Any = kwargs.get("past_key_values")
         num_cached = num_past(cache)
         is_drafting = kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens") is not None
         if cache is not None and kwargs.get("use_cache") is False:
             raise ValueError("use_cache=False does not go with past_key_values; leave out one of them.")
-        if image_memory is not None and (named := [name for name in VISION_OPTIONS if kwargs.get(name) is not None]):
+        is_usual = {name: kwargs.get(name) in (None, getattr(self.config, name)) for name in VISION_OPTIONS}
+        if (image_memory is not None or cache is not None) and not all(is_usual.values()):
+            named = " and ".join(name for name in VISION_OPTIONS if not is_usual[name])
             raise ValueError(
-                f"{' and '.join(named)} cannot be chosen for one call with an image memory; set it in the "
+                f"{named} cannot be chosen for one call with an image memory or a kept cache; set it in the "
                 "configuration."
+            )
+        if kwargs.get("guidance_scale") not in (None, 1, 1.0) and self._makes_masks():
+            raise ValueError(
+                "guidance_scale needs a second text without images, which transformers runs without telling which of "
+                'its tokens are images; leave it out, or use attention_type="causal".'
             )
         if is_drafting and num_cached > 0:
             raise ValueError(
@@ -76,12 +85,19 @@ class VisualChatGenerationMixin(GenerationMixin):
             kwargs["mm_token_type_ids"] = self._all_mm_token_type_ids(ids, num_cached, kwargs)
         elif embeds is not None and kwargs.get("mm_token_type_ids") is None and kwargs.keys() & IMAGE_INPUTS:
             kwargs["mm_token_type_ids"] = self.model.get_placeholder_mask(None, embeds).long()
-        repeats = 1
+        repeats, key = 1, known_key(self.model) if is_conversation_cache(cache) else None
         if num_cached > 0 and is_conversation_cache(cache):
+            if key != cache.model_key and cache.model_key is not None:
+                raise ValueError(
+                    "The weights, adapters, hooks or dtype of the model are not those that filled the cache; pass an "
+                    "empty cache, or use a ChatSession, which does."
+                )
             repeats = self._check_cache(cache, ids, embeds, kwargs)
         self._replace_images(kwargs, num_cached, image_memory)
         if repeats > 1:
             cache.batch_repeat_interleave(repeats)
+        if is_conversation_cache(cache):
+            cache.model_key = key
         return super().generate(inputs, **kwargs)
 
     def _replace_images(self, kwargs: dict, num_cached: int, image_memory: ImageMemory | None) -> None:
@@ -107,7 +123,11 @@ class VisualChatGenerationMixin(GenerationMixin):
         Checks by a `ValueError` that rows, tokens and images so far are those of a cache, and that something is new.
         Returns how often its rows have to be repeated, for beams or returns.
         """
-        num_inputs = len(ids if embeds is None else embeds)
+        if embeds is not None:
+            raise ValueError(
+                "inputs_embeds cannot be compared with the tokens of the cache; pass input_ids, or an empty cache."
+            )
+        num_inputs = len(ids)
         config = kwargs.get("generation_config") or self.generation_config
         sizes = [kwargs.get(name) or getattr(config, name, None) for name in ("num_beams", "num_return_sequences")]
         num_rows = num_inputs * max(1, *(size or 1 for size in sizes))
@@ -117,22 +137,34 @@ class VisualChatGenerationMixin(GenerationMixin):
                 "and returns); pass the conversations of the cache, or an empty cache."
             )
         mask, num_cached = kwargs.get("attention_mask"), cache.get_seq_length()
-        if embeds is None and (mask is None or ids.shape[1] >= mask.shape[1]):  # not the new tokens only
+        limit = rotary_limit(self.config.text_config)
+        if limit is not None and max(cache.longest, (ids if mask is None else mask).shape[1]) > limit:
+            raise ValueError(
+                f"Beyond {limit} tokens the rotary embedding of the decoder changes its frequencies, also those of "
+                "the cache; start from an empty cache, or use a ChatSession, which does."
+            )
+        if mask is None or ids.shape[1] >= mask.shape[1]:  # not the new tokens only
             is_image = ids == self.config.image_token_id
-            if (images := kwargs.get("pixel_values")) is None:
+            if (pixel_values := kwargs.get("pixel_values")) is None:
                 states = self.model.resolve_images(**{name: kwargs.get(name) for name in IMAGE_INPUTS})
-                images = [] if states is None else states.expand(states.features)
-            new = self._find_new_images(len(images), is_image, num_cached)
-            passes_all = len(new) < len(images)
-            keys = split_by_row([image_key(image) for image in images], is_image) if passes_all else None
-            differs = cache.compare(ids, keys, self.config.image_token_id, mask).nonzero()
+                passed = [] if states is None else states.image_keys()
+            else:
+                passed = [image_key(image) for image in pixel_values]
+            new = self._find_new_images(len(passed), is_image, num_cached)
+            keys = split_by_row(passed, is_image) if len(new) < len(passed) else None
+            if (positions := kwargs.get("position_ids")) is None:
+                positions = (torch.ones_like(ids) if mask is None else mask).cumsum(dim=-1) - 1
+            positions = positions if positions.shape == ids.shape else None
+            differs = cache.compare(ids, keys, self.config.image_token_id, mask, positions).nonzero()
             if len(differs):
                 row, place = differs[0].tolist()
                 token, known = int(ids[row, place]), int(cache.token_ids[row * (cache.num_rows // num_inputs), place])
                 what = f"Token {place} of row {row} is {token}, and the cache holds {known} there"
-                if token == known:
+                if token == known != self.config.image_token_id:
+                    what = f"Token {place} of row {row} has another position than in the cache"
+                elif token == known:
                     num_before = int((ids[row, :place] == token).sum()) // self.config.image_seq_length
-                    what = f"Image {num_before + 1} of row {row} differs from the one in the cache"
+                    what = f"Image {num_before + 1} of row {row} differs from the one in the cache, or in its form"
                 raise ValueError(f"{what}. Pass an empty cache, or edit conversations with a ChatSession.")
             if ids.shape[1] <= num_cached:
                 raise ValueError(
@@ -145,7 +177,7 @@ class VisualChatGenerationMixin(GenerationMixin):
         """By default a [`ConversationCache`], where the model can use one."""
         is_usual = generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH)
         is_usual = is_usual or generation_mode == GenerationMode.BEAM_SAMPLE
-        wants_dynamic = generation_config.use_cache and generation_config.cache_implementation in (None, "dynamic")
+        wants_dynamic = generation_config.use_cache and generation_config.cache_implementation is None
         records = generation_config.output_attentions or generation_config.output_hidden_states
         states: ImageStates | None = model_kwargs.get("image_states")
         if states is not None and generation_config.prefill_chunk_size is not None:
@@ -218,9 +250,12 @@ class VisualChatGenerationMixin(GenerationMixin):
         rows = zip(itertools.accumulate(totals), totals, cached)
         return [image for end, total, old in rows for image in range(end - total + old, end)]
 
+    def _makes_masks(self) -> bool:
+        return get_attention_type(self.config.attention_type).create_masks is not None
+
     def create_masks_for_generate(self, config, attention_mask, **kwargs):
         """Masks that need the modality of the past are made by `prepare_inputs_for_generation`."""
-        if get_attention_type(self.config.attention_type).create_masks is not None:
+        if self._makes_masks():
             return attention_mask
         return create_masks_for_generate(config=config, attention_mask=attention_mask, **kwargs)
 

@@ -8,6 +8,7 @@ of each layer; at position 0 they are not rotated, and [`KeyRotation`] rotates t
 Dimensions: N images of a batch, U unique images among them, `length` tokens an image, K key/value heads, D head size.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -15,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from .key_rotation_visualchat import KeyRotation
 from .plan_visualchat import IMAGE, TwoStreamPlan, take
-from .weights_key_visualchat import hooks_of, image_key
+from .skip_queries_visualchat import SkipQueryProjections
+from .weights_key_visualchat import image_key
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,17 +79,12 @@ def same_images(pixel_values: torch.Tensor) -> list[int]:
     if len(pixel_values) < 2:
         return list(range(len(pixel_values)))
     flat = pixel_values.detach().flatten(1)
-    sums = zip(flat.sum(dim=1, dtype=torch.float64).tolist(), flat[:, ::7].sum(dim=1, dtype=torch.float64).tolist())
-    unique: dict[tuple, list[tuple[int, int]]] = {}
-    numbers, count = [], 0
-    for image, pair in enumerate(sums):
-        candidates = unique.setdefault(pair, [])
-        number = next((number for other, number in candidates if torch.equal(flat[other], flat[image])), None)
-        if number is None:
-            number, count = count, count + 1
-            candidates.append((image, number))
-        numbers.append(number)
-    return numbers
+    sums = list(zip(*(part.sum(dim=1, dtype=torch.float64).tolist() for part in (flat, flat[:, ::7]))))
+    # Equal sums are rare but for equal images, and are told apart by content.
+    repeated = {pair for pair, count in Counter(sums).items() if count > 1}
+    keys = [(pair, image_key(image) if pair in repeated else "") for pair, image in zip(sums, flat)]
+    numbers: dict[tuple, int] = {}
+    return [numbers.setdefault(key, len(numbers)) for key in keys]
 
 
 def self_attention(query, key, value, scaling: float | None) -> torch.Tensor:
@@ -117,48 +113,22 @@ class ImageStream:
         return self.attention(query, key, value, scaling)
 
 
-class SkipQueryProjections(TorchFunctionMode):
-    """
-    Leaves out the query projections of the image stream, whose result is unused, where they are plain linear layers.
-
-    Measured in float32 on one thread, on layers of 7B and 8B shape with 8 images of 256 tokens and 200 text tokens,
-    and counted for 32 layers: 5% to 9% of a prefill (7% of its multiplications), and about 4% of the multiplications
-    of a training step with a frozen decoder. (Leaving out the last layer's output for images brings 2% and 1%, and is
-    not done.)
-    """
-
-    def __init__(self, decoder: nn.Module):
-        super().__init__()
-        projections = [module for name, module in decoder.named_modules() if name.endswith(".q_proj")]
-        # References, so that no id is taken by another tensor meanwhile.
-        self.weights = {
-            id(module.weight): module.weight
-            for module in projections
-            if type(module) is nn.Linear and not hooks_of(module) and not hasattr(module, "_hf_hook")
-        }
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is nn.functional.linear and len(args) > 1 and id(args[1]) in self.weights:
-            return args[0].new_zeros(()).expand(*args[0].shape[:-1], args[1].shape[0])
-        return function(*args, **(kwargs or {}))
-
-
 def run_image_stream(
     decode: Callable[..., Any],
     states: ImageStates,
     stream: ImageStream,
     rotation: KeyRotation,
     position_ids: torch.Tensor | None = None,
-    is_checkpointed: bool = False,
+    skips_queries: bool = False,
 ) -> ImageStates:
     """
     Takes images with features only through a decoder, at positions (U, length) if given; keys are else as before
-    rotation. Where layers are recomputed in the backward pass, it has to repeat the same operations.
+    rotation. Query projections are left out if asked for, see [`SkipQueryProjections`].
     """
     is_rotated = position_ids is not None
     if position_ids is None:
         position_ids = torch.zeros(states.features.shape[:2], dtype=torch.long, device=states.features.device)
-    skip: AbstractContextManager = nullcontext() if is_checkpointed else SkipQueryProjections(rotation.decoder)
+    skip: AbstractContextManager = SkipQueryProjections(rotation.decoder) if skips_queries else nullcontext()
     with skip:
         outputs = decode(states.features, position_ids, stream).last_hidden_state
     layers = range(rotation.num_layers)

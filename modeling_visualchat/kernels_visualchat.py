@@ -1,9 +1,13 @@
 """
-One masked softmax over keys, on the kernels that MMCA is available on.
-Masks are boolean: `True` where a query attends.
+A sum of masked softmaxes over keys, on the kernels that MMCA is available on.
+
+Masks are boolean, (B, C, Q, S) with one softmax a channel: `True` where a query attends. A row without a key gives
+zero.
 
 Dimensions: B batch, S keys, Q queries, H query heads, K key/value heads (K divides H), D head size.
 """
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,18 +21,21 @@ def sdpa_kernel(
     scaling: float | None,
     dropout: float = 0.0,
 ) -> tuple[torch.Tensor, None]:
-    """One masked softmax by PyTorch's fused kernel: (B, H, Q, D) and no weights. A row without a key is zero."""
-    has_key = mask.any(dim=-1, keepdim=True)
-    output = nn.functional.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask | ~has_key,
-        dropout_p=dropout,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return output.masked_fill(~has_key, 0.0), None
+    """By PyTorch's fused kernel, a call for each channel: (B, H, Q, D) and no weights."""
+    output: Any = 0
+    for channel in mask.split(1, dim=1):
+        has_key = channel.any(dim=-1, keepdim=True)
+        softmax = nn.functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=channel | ~has_key,
+            dropout_p=dropout,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        output = output + softmax.masked_fill(~has_key, 0.0)
+    return output, None
 
 
 def eager_kernel(
@@ -39,15 +46,17 @@ def eager_kernel(
     scaling: float | None,
     dropout: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One masked softmax spelled out: (B, H, Q, D) and the weights (B, H, Q, S). A row without a key is zero."""
+    """Spelled out: (B, H, Q, D) and the summed weights (B, H, Q, S)."""
     queries_per_key = query.shape[1] // key.shape[1]
     key, value = (states.repeat_interleave(queries_per_key, dim=1) for states in (key, value))
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    has_key = mask.any(dim=-1, keepdim=True)
-    weights = scores.masked_fill(~(mask | ~has_key), float("-inf")).softmax(dim=-1, dtype=torch.float32)
-    weights = weights.masked_fill(~has_key, 0.0).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=dropout > 0.0)
-    return weights @ value, weights
+    total: Any = 0
+    for channel in mask.split(1, dim=1):
+        has_key = channel.any(dim=-1, keepdim=True)
+        weights = scores.masked_fill(~(channel | ~has_key), float("-inf")).softmax(dim=-1, dtype=torch.float32)
+        total = total + weights.masked_fill(~has_key, 0.0).to(query.dtype)
+    total = nn.functional.dropout(total, p=dropout, training=dropout > 0.0)
+    return total @ value, total
 
 
 KERNELS = {"sdpa": sdpa_kernel, "eager": eager_kernel}

@@ -18,6 +18,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .attention_visualchat import PlanNotDeliveredError
+from .skip_queries_visualchat import SkipQueryProjections
 
 
 # Decoders in which layers of full attention have no rotation, by model type.
@@ -111,6 +112,8 @@ class DecoderProbe:
     rotation: KeyRotation | None = None  # its layout, if it could be read
     no_two_streams: str | None = None  # why text and images cannot go through it apart
     no_late_rotation: str | None = None  # why keys cannot be rotated late
+    skips_queries: bool = False  # whether nothing but attention reads the query projections
+    is_final: bool = True  # whether trying again would say the same
 
 
 @torch.no_grad()
@@ -125,8 +128,15 @@ def probe_decoder(decoder: Any, make_stream: Callable[[], Any]) -> DecoderProbe:
         positions = torch.tensor([places], device="cpu")
         embeds = _draw((1, len(places), replica.config.hidden_size), _seeded())
         streams = [make_stream(), make_stream()]
-        for stream, position_ids in zip(streams, (torch.zeros_like(positions), positions)):
-            run_with_plan(replica, embeds, position_ids, stream)
+        outputs = [
+            run_with_plan(replica, embeds, position_ids, stream).last_hidden_state
+            for stream, position_ids in zip(streams, (torch.zeros_like(positions), positions))
+        ]
+        with SkipQueryProjections(replica):
+            outputs[0] = run_with_plan(replica, embeds, positions, make_stream()).last_hidden_state
+        skips_queries = torch.equal(*outputs)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        return DecoderProbe(no_two_streams=f"{name} cannot be tried: {error}", is_final=False)
     except PlanNotDeliveredError as error:
         return DecoderProbe(no_two_streams=str(error).rstrip("."))
     except Exception as error:  # a replica is foreign code: whatever it raises is the reason
@@ -142,11 +152,12 @@ def probe_decoder(decoder: Any, make_stream: Callable[[], Any]) -> DecoderProbe:
             actual = small.rotate(small.undo_scaling(streams[0].keys[layer], layer), layer, tables)
             difference = float((actual - expected).norm() / expected.norm())
         except (RuntimeError, KeyError) as mismatch:  # shapes that do not fit, a layer type without a table
-            return DecoderProbe(rotation, no_late_rotation=f"the keys of {name} cannot be rotated late: {mismatch}")
+            reason = f"the keys of {name} cannot be rotated late: {mismatch}"
+            return DecoderProbe(rotation, no_late_rotation=reason, skips_queries=skips_queries)
         if not difference <= TOLERANCE:
             reason = f"keys of {name}, layer {layer}, are off by {difference:.2%} when they are rotated late"
-            return DecoderProbe(rotation, no_late_rotation=reason)
-    return DecoderProbe(rotation)
+            return DecoderProbe(rotation, no_late_rotation=reason, skips_queries=skips_queries)
+    return DecoderProbe(rotation, skips_queries=skips_queries)
 
 
 def build_replica(decoder: Any) -> Any:

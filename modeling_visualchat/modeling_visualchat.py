@@ -360,10 +360,15 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
         if is_conversation_cache(outputs.past_key_values):
             has_mask = isinstance(inputs.attention_mask, torch.Tensor) and inputs.attention_mask.ndim == 2
             attention_mask = inputs.attention_mask if has_mask else None
-            is_image = inputs.is_image
-            if is_image is None:
-                is_image = torch.zeros(inputs.embeds.shape[:2], dtype=torch.bool)
-            outputs.past_key_values.note(inputs.input_ids, is_image, attention_mask, inputs.image_states)
+            shape, past = inputs.embeds.shape[:2], outputs.past_key_values.get_seq_length()
+            is_image = torch.zeros(shape, dtype=torch.bool) if inputs.is_image is None else inputs.is_image
+            position_ids = inputs.position_ids
+            if position_ids is None:
+                position_ids = torch.arange(past, past + shape[1])[None]
+            images = inputs.image_states
+            outputs.past_key_values.note(
+                inputs.input_ids, position_ids.expand(shape), is_image, attention_mask, images
+            )
         return outputs
 
     def _takes_two_streams(self, inputs: DecoderInputs) -> bool:
@@ -489,13 +494,15 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, VisualChatGe
     ```
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: VisualChatConfig):
         super().__init__(config)
         self.model = VisualChatModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        table = self.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is table)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
 
     @classmethod

@@ -142,13 +142,14 @@ class TensorStore:
         path = self._path(key)
         try:
             with safe_open(path, "pt") as file:
-                entry = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                # Copies, since the file may be overwritten.
+                entry = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
                 metadata = file.metadata() or {}
             if metadata.get("entry") != f"{key} {_checksum(entry)}":
                 raise ValueError("it does not hold what was written under its name")
-        except FileNotFoundError:
-            return None
-        except (SafetensorError, ValueError, OSError) as error:
+        except (SafetensorError, ValueError, OSError, RuntimeError) as error:
+            if "No such file" in str(error):  # also if another process has removed it in between
+                return None
             warnings.warn(f"The file {path} cannot be used and is computed again: {error}", stacklevel=2)
             return None
         with contextlib.suppress(OSError):  # a folder that may only be read

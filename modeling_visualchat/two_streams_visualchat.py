@@ -36,7 +36,8 @@ class TwoStreamMixin:
     @property
     def probe(self) -> DecoderProbe:
         """What two streams can do with the decoder, tried once on a small replica."""
-        if self._probe is None or self._probe[0] is not self.language_model:
+        is_tried = self._probe is not None and self._probe[0] is self.language_model and self._probe[1].is_final
+        if self._probe is None or not is_tried:
             self._choose_attention(self.language_model.config)
             self._probe = (self.language_model, probe_decoder(self.language_model, self._make_stream))
         return self._probe[1]
@@ -82,8 +83,9 @@ class TwoStreamMixin:
         states = replace(states, features=states.features.to(like.device, like.dtype))
         positions = None if positions is None else positions.view(states.features.shape[:2])
         rotation: Any = self.probe.rotation
-        checkpointed = is_checkpointed(self.language_model, self.training)
-        return run_image_stream(self._decode, states, self._make_stream(), rotation, positions, checkpointed)
+        # A layer that is recomputed in the backward pass has to repeat the same operations.
+        skips = self.probe.skips_queries and not is_checkpointed(self.language_model, self.training)
+        return run_image_stream(self._decode, states, self._make_stream(), rotation, positions, skips)
 
     def _decode(self, embeds, position_ids, plan, past_key_values=None, **kwargs) -> BaseModelOutputWithPast:
         return run_with_plan(self.language_model, embeds, position_ids, plan, past_key_values, **kwargs)

@@ -7,8 +7,10 @@ of changing them; hooks and replaced forwards, which no weight tells, are listed
 """
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 import torch
@@ -17,7 +19,8 @@ from transformers.utils import output_capturing
 
 
 DIGEST_SIZE = 20  # bytes
-COLUMNS = (1021, 1009)  # widths of the checksum; primes, so that rows of a matrix that change places change it
+COLUMNS = 1021  # of the checksum
+MULTIPLIER = -7046029254386353131  # odd, of the golden ratio
 NEUTRAL_HOOK = "make_inputs_require_grads"  # of `enable_input_require_grads`; it changes no value
 
 
@@ -33,8 +36,26 @@ def weights_key(module: Any, description: bytes = b"") -> str:
         described += str(getattr(part, "_attn_implementation", None))
     digest = hashlib.blake2b(description + described.encode(), digest_size=DIGEST_SIZE)
     digest.update(adapter_state(module).encode())
+    classes = {type(part) for part in module.modules() if not type(part).__module__.startswith("torch.")}
+    for functions in sorted(str([*map(_describe_code, vars(each).values())]) for each in classes):
+        digest.update(functions.encode())
     digest.update(_checksum_of_weights(module))
     return digest.hexdigest()
+
+
+def known_key(module: Any) -> str | None:
+    """The key of a module, or `None` where it does not tell everything: weights are elsewhere, or there are hooks."""
+    is_unknown = any(map(is_elsewhere, module.parameters())) or hooked_modules(module)
+    return None if is_unknown else weights_key(module)
+
+
+def _describe_code(function: Any) -> list | None:
+    """What a function does, whatever it is called and wherever it is written; `None` for anything else."""
+    code = function if isinstance(function, CodeType) else getattr(inspect.unwrap(function), "__code__", None)
+    if code is None:
+        return None
+    constants = [_describe_code(each) if isinstance(each, CodeType) else repr(each) for each in code.co_consts]
+    return [code.co_code, code.co_names, constants]
 
 
 def freeze(module: Any) -> None:
@@ -129,14 +150,18 @@ def is_elsewhere(tensor: torch.Tensor) -> bool:
 
 
 def column_sums(tensor: torch.Tensor) -> bytes:
-    """The bits of a tensor summed up as integers, in columns of two widths, at the speed of memory."""
+    """The bits of a tensor, mixed and summed up in columns as integers: a part for each column, the same anywhere."""
     tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     flat = tensor.detach().contiguous().flatten().view(torch.uint8)
     if flat.data_ptr() % 8 or flat.storage_offset() % 8 or len(flat) % 8:
         flat = nn.functional.pad(flat, (0, -len(flat) % 8)).clone()
     words = flat.view(torch.int64)
-    sums = []
-    for width in COLUMNS:
-        whole = len(words) // width * width
-        sums += [words[:whole].view(-1, width).sum(dim=0), words[whole:]]
-    return torch.cat(sums).cpu().numpy().tobytes()
+    rows = words[: len(words) // COLUMNS * COLUMNS].view(-1, COLUMNS)
+    total = words.new_zeros(COLUMNS)
+    size = 256 if words.device.type == "cpu" else 65536  # rows that fit into the caches of a CPU
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        # Rows have factors, and signs enter other bits, so that no changes cancel out.
+        factors = (2 * torch.arange(start, start + len(part), device=words.device) + 1) * MULTIPLIER
+        total += ((part + (part >> 29)) * factors[:, None]).sum(dim=0)
+    return torch.cat([total, words[rows.numel() :]]).cpu().numpy().tobytes()
