@@ -18,8 +18,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from .conversation import Conversation, Dropped
+from .files import list_below
 from .images import is_usable
-from .ingestion import BROKEN_IMAGE, IngestedRecord, IngestionReport, ingest, list_below
+from .ingestion import BROKEN_IMAGE, IngestedRecord, IngestionReport, ingest
 from .readers import RECORDS, read_conversations
 
 

@@ -12,8 +12,6 @@ The text is what records contain and what is stored in columns; only this file p
 """
 
 import contextlib
-import hashlib
-import json
 import os
 import posixpath
 import re
@@ -24,14 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-from datasets import Dataset, Features, Value
-from datasets.exceptions import DatasetGenerationError
+from datasets import Features, Value
 from PIL import Image
 from pyarrow import parquet
 
 from ..conversation_visualchat import image_source
 from ..image_loading_visualchat import decode_base64, load_image
-from . import DATA_VERSION
+from .files import cache_rows, digest_of, parse_json, read_parquet, stamp_of
 
 
 LONGEST_NAME = 255  # characters; longer text in the base64 alphabet is an image, not a path
@@ -133,7 +130,7 @@ class ImageReference:
         """Whether a local image is there; in an archive, whether it is whole too. Others are found out by opening."""
         with contextlib.suppress(OSError, ValueError):  # a path that no file can have, or a broken archive
             if self.kind == "archive":
-                return find_archive(Path(self.path)) is not None and self.key in open_archive(self.path)
+                return self.key in open_archive(self.path)
             folder, name = os.path.split(self.path)
             return self.kind != "file" or name in _list_folder(folder, stamp_of(folder))
         return False
@@ -180,20 +177,6 @@ def is_usable(source: Any) -> bool:
     return True
 
 
-def digest_of(data: bytes) -> str:
-    """128 bits of BLAKE2b, in hexadecimal."""
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def stamp_of(path: str | Path) -> tuple[int, int] | None:
-    """Size and modification time of a file or folder."""
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    return status.st_size, status.st_mtime_ns
-
-
 @lru_cache(maxsize=64)
 def _list_folder(folder: str, stamp: object) -> frozenset[str]:
     return frozenset(os.listdir(folder)) if os.path.isdir(folder) else frozenset()
@@ -212,16 +195,9 @@ class ImageArchive:
     pixel, is not in the archive.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, file: Path, stamp: object):  # of the file, for the cache below
         self.path = path
-        file = find_archive(Path(path))
-        if file is None:
-            raise FileNotFoundError(f"No image archive at {path}, nor as parquet beside it.")
-        options = {"path": str(file.resolve()), "key": f"{stamp_of(file)} {DATA_VERSION}"}
-        try:
-            self.rows = Dataset.from_generator(_generate_images, features=ARCHIVE_FEATURES, gen_kwargs=options)
-        except DatasetGenerationError as error:
-            raise (error.__cause__ or error) from None
+        self.rows = cache_rows(_generate_images, ARCHIVE_FEATURES, {"path": str(file)}, [file])
         names = zip(self.rows["id"], self.rows["is_image"])
         self.indices = {name: index for index, (name, is_image) in enumerate(names) if is_image}
 
@@ -235,15 +211,15 @@ class ImageArchive:
         return self.rows[self.indices[name]]["data"]
 
 
+_cached_archive = lru_cache(maxsize=16)(ImageArchive)
+
+
 def open_archive(path: str) -> ImageArchive:
     """An archive, opened once as long as its file is unchanged."""
     file = find_archive(Path(path))
-    return _open_archive(path, None if file is None else stamp_of(file))
-
-
-@lru_cache(maxsize=16)
-def _open_archive(path: str, stamp: tuple[int, int] | None) -> ImageArchive:
-    return ImageArchive(path)
+    if file is None:
+        raise FileNotFoundError(f"No image archive at {path}, nor as parquet beside it.")
+    return _cached_archive(path, file.resolve(), stamp_of(file))
 
 
 def find_archive(path: Path) -> Path | None:
@@ -261,29 +237,21 @@ def _generate_images(path: str, key: str) -> Iterator[dict]:
 
 
 def _read_json(path: str) -> Iterator[tuple[str, bytes]]:
-    try:
-        images = json.loads(Path(path).read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not whole JSON: {error}. Was the download complete?") from error
+    images = parse_json(Path(path).read_bytes(), path)
     if not isinstance(images, dict):
         raise ValueError(f"{path} has another schema: at its top it should have a dict of base64 by image id.")
     yield from ((name, _decode(text)) for name, text in images.items())
 
 
 def _read_parquet(path: str) -> Iterator[tuple[str, bytes]]:
-    file = parquet.ParquetFile(path)
-    columns = file.schema_arrow.names
-    image_columns = [name for name in IMAGE_COLUMNS if name in columns]
-    names = [name for name in ("id", "__index_level_0__") if name in columns]
-    if names and "base64" in columns:
-        for batch in file.iter_batches(batch_size=64, columns=[names[0], "base64"]):
-            yield from ((str(row[names[0]]), _decode(row["base64"])) for row in batch.to_pylist())
-    elif not image_columns:
+    columns = parquet.read_schema(path).names
+    if "base64" in columns and (ids := [name for name in ("id", "__index_level_0__") if name in columns]):
+        for row in read_parquet(path, path, (ids[0], "base64")):
+            yield str(row[ids[0]]), _decode(row["base64"])
+    elif not set(IMAGE_COLUMNS) & set(columns):
         raise ValueError(f"{path} has the columns {', '.join(columns)}; it should have id and base64, or images.")
-    batches = file.iter_batches(batch_size=64, columns=image_columns) if image_columns else ()
-    rows = (row for batch in batches for row in batch.to_pylist())
-    for number, row in enumerate(rows):
-        values: Any = next((row[name] for name in image_columns if row[name]), [])
+    for number, row in enumerate(read_parquet(path, path, IMAGE_COLUMNS)):
+        values: Any = next((row[name] for name in IMAGE_COLUMNS if row.get(name)), [])
         for index, value in enumerate(values if isinstance(values, list) else [values]):
             data = value.get("bytes") if isinstance(value, dict) else value
             if isinstance(data, bytes):

@@ -1,23 +1,16 @@
 """The ingestion of a dataset: its records are read once, cached by `datasets`, and all accounted for."""
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset, Features, Json, List, Value
-from datasets.exceptions import DatasetGenerationError
 
 from ..conversation_visualchat import validate_conversation
-from . import DATA_VERSION
 from .conversation import Conversation, Dropped
-from .images import stamp_of
-
-
-ARCHIVE_SUFFIXES = (".json", ".parquet")
+from .files import cache_rows
 
 
 @dataclass(frozen=True)
@@ -112,27 +105,13 @@ def ingest(
     name: str, generate: Callable[..., Iterator[IngestedRecord]], root: Path, files: Iterable[Path], options: dict
 ) -> tuple[Dataset, IngestionReport]:
     """
-    Reads a dataset, or finds its cached rows.
+    Reads a dataset, or finds its cached rows: the conversations and the report, see [`load_source`].
 
-    Args:
-        name (`str`): The dataset.
-        generate (`Callable`): From `options` to the outcome of every record, with image paths absolute or relative to
-            the root; a function of a module, since its name is part of the cache key.
-        root (`Path`): The data root, absolute.
-        files, options: All files, folders and settings that the rows depend on.
-
-    Returns:
-        The conversations with the columns `messages` (image paths absolute), `images` (references as text, relative to
-        the data root), `where` and `num_records` (raw records that it stands for); and the [`IngestionReport`].
-
-    Raises:
-        `ValueError`: no conversation is left.
+    `generate(**options)` yields the outcome of every record, with image paths absolute or relative to the root, which
+    is absolute. `files` are all files and folders that it depends on.
     """
-    arguments = {"generate": generate, "options": options, "root": str(root), "key": cache_key(files)}
-    try:
-        rows = Dataset.from_generator(_generate_rows, features=FEATURES, gen_kwargs=arguments)
-    except DatasetGenerationError as error:
-        raise (error.__cause__ or error) from None
+    arguments = {"generate": generate, "options": options, "root": str(root)}
+    rows = cache_rows(_generate_rows, FEATURES, arguments, files)
     report = IngestionReport.from_rows(name, rows)
     if report.conversations == 0:
         raise ValueError(f"Nothing is left of the source {name}.\n{report}")
@@ -180,42 +159,3 @@ def check_record(record: IngestedRecord, root: str | Path = "") -> IngestedRecor
             record, outcome=Dropped(MISSING_IMAGE, f"names the image {name}; there is no file at {missing}")
         )
     return record
-
-
-def cache_key(files: Iterable[Path]) -> str:
-    """The digest of the state of files and folders, and of `DATA_VERSION`."""
-    digest = hashlib.blake2b(str(DATA_VERSION).encode(), digest_size=16)
-    for path in files:
-        digest.update(str((str(path), stamp_of(path))).encode())
-    return digest.hexdigest()
-
-
-def list_below(folders: Iterable[Path]) -> list[Path]:
-    """Folders, all folders inside them, and files that may hold images: everywhere that an image is looked for."""
-    found: set[Path] = set()
-    for folder in folders:
-        for path, names, files in os.walk(folder):
-            names[:] = [name for name in names if not name.startswith(".")]
-            found.add(Path(path))
-            found.update(Path(path, file) for file in files if file.endswith(ARCHIVE_SUFFIXES))
-    return sorted(found)
-
-
-def parse_json(data: bytes, name: str) -> Any:
-    """JSON; a `ValueError` says where it breaks."""
-    try:
-        return json.loads(data)
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise ValueError(f"{name} is not whole JSON: {error.msg} at {place}. Was the download complete?") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} {describe_json_error(error)}.") from error
-
-
-def describe_json_error(error: Exception) -> str:
-    """The fault of a JSON text, as the predicate of a sentence."""
-    if isinstance(error, UnicodeDecodeError):
-        return f"is not UTF-8 text: {error.reason} at byte {error.start}"
-    if isinstance(error, json.JSONDecodeError):
-        return f"is not JSON: {error.msg} at column {error.colno}"
-    return f"cannot be read as JSON: {error}"

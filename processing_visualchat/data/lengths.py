@@ -9,9 +9,8 @@ from datasets import Dataset, config
 
 from ..conversation_visualchat import is_image
 from ..processing_visualchat import VisualChatProcessor
-from . import DATA_VERSION
 from .conversation import messages_of
-from .images import digest_of
+from .files import DATA_VERSION, digest_of
 
 
 MEASURES = ("length", "num_images", "num_rounds")

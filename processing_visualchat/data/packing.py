@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value
 
-from . import DATA_VERSION
+from .files import cache_rows
 
 
 MAX_PACK_LENGTH = 10**9  # tokens; a tokenizer without a limit states more
@@ -49,19 +49,19 @@ def pack_conversations(dataset: Dataset, max_length: int, max_images: int | None
     _check_limits(max_length, max_images)
     if len(lengths) == 0:
         raise ValueError("There is no conversation to pack.")
-    options = {"lengths": np.stack([lengths, num_images]), "max_length": max_length, "max_images": max_images}
-    options |= {"seed": seed, "version": DATA_VERSION}
-    packs = Dataset.from_generator(_generate_packs, features=PACKS, gen_kwargs=options)
+    sizes = np.stack([lengths, num_images])
+    options = {"sizes": sizes, "max_length": max_length, "max_images": max_images, "seed": seed}
+    packs = cache_rows(_generate_packs, PACKS, options)
     return packs.with_transform(ReadPacks(dataset), columns=["members"], output_all_columns=True)
 
 
 PACKS = Features({"members": List(Value("int64")), "length": Value("int64"), "num_images": Value("int64")})
 
 
-def _generate_packs(lengths: np.ndarray, max_length: int, max_images: int | None, seed: int, version: int):
-    sizes, num_images = lengths
-    for pack in plan_packs(sizes, num_images, max_length, max_images, seed):
-        yield {"members": pack, "length": int(sizes[pack].sum()), "num_images": int(num_images[pack].sum())}
+def _generate_packs(sizes: np.ndarray, max_length: int, max_images: int | None, seed: int, key: str):
+    lengths, num_images = sizes
+    for pack in plan_packs(lengths, num_images, max_length, max_images, seed):
+        yield {"members": pack, "length": int(lengths[pack].sum()), "num_images": int(num_images[pack].sum())}
 
 
 @dataclass

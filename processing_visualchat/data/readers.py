@@ -9,14 +9,14 @@ from typing import Any, BinaryIO
 
 import fsspec
 from datasets import Dataset, Features, Json
-from pyarrow import ArrowException, parquet
 from tqdm.auto import tqdm
 
 from ..conversation_visualchat import ROLES, drop_nulls, is_image, validate_conversation
 from ..processing_visualchat import VisualChatProcessor
 from .conversation import Conversation, Dropped
+from .files import describe_json_error, parse_json, read_parquet
 from .images import IMAGE_COLUMNS, ImageReference
-from .ingestion import MISSING_IMAGE, IngestedRecord, check_record, describe_json_error, parse_json
+from .ingestion import MISSING_IMAGE, IngestedRecord, check_record
 from .lengths import count_tokens
 from .schemas import ROLES as KNOWN_ROLES
 from .schemas import convert_record
@@ -133,16 +133,7 @@ def _read_parquet(contents: BinaryIO, name: str, refer: Refer) -> Iterator[tuple
         data = value.get("bytes") if isinstance(value, dict) else value
         return refer(data, row, number) if isinstance(data, bytes) and data else value
 
-    def read_rows() -> Iterator[dict]:
-        try:
-            file = parquet.ParquetFile(contents)
-            columns = [column for column in COLUMNS if column in file.schema_arrow.names]
-            for batch in file.iter_batches(batch_size=64, columns=columns):
-                yield from batch.to_pylist()
-        except (ArrowException, OSError, ValueError, OverflowError) as error:
-            raise ValueError(f"{name} is not whole parquet: {error} Was the download complete?") from error
-
-    for row, record in enumerate(read_rows()):
+    for row, record in enumerate(read_parquet(contents, name, COLUMNS)):
         for column in IMAGE_COLUMNS:
             values = record.get(column)
             if values is not None:

@@ -23,7 +23,8 @@ from datasets import Features, IterableDataset, Json, List, Value, interleave_da
 
 from .conversation import Conversation, Dropped, join_messages
 from .custom import find_files, find_images, group_by_split
-from .images import ImageReference, digest_of
+from .files import digest_of
+from .images import ImageReference
 from .mixture import DatasetSpec, MixtureConfig, group, read_mixture_config
 from .readers import read_conversations
 

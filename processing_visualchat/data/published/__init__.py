@@ -15,8 +15,9 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from ..files import list_below, parse_json
 from ..images import find_archive
-from ..ingestion import IngestedRecord, IngestionReport, check_record, ingest, list_below, parse_json
+from ..ingestion import IngestedRecord, IngestionReport, check_record, ingest
 from .aokvqa import AOKVQA
 from .coco_caption import COCO_CAPTION
 from .llava import LLAVA, LLAVA_DIAL
