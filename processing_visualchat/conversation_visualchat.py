@@ -7,6 +7,7 @@ The message format of a conversation, and its validation.
      {"role": "assistant", "content": "A cat."}, ...]                             # user and assistant take turns
 """
 
+from collections.abc import Callable
 from typing import Any
 
 
@@ -43,14 +44,10 @@ def validate_conversation(messages: list[dict], image_token: str = "<image>", na
     for index, role in enumerate(turns):
         expected = "assistant" if index % 2 else "user"
         if role != expected:
-            raise ValueError(
-                f"{name} has {role!r} at turn {index + 1} where {expected!r} is due: "
-                + (
-                    "it must start with the user."
-                    if index == 0
-                    else "user and assistant take turns; join the two messages."
-                )
+            advice = (
+                "user and assistant take turns; join the two messages." if index else "it must start with the user."
             )
+            raise ValueError(f"{name} has {role!r} at turn {index + 1} where {expected!r} is due: {advice}")
 
 
 def is_image(block) -> bool:
@@ -68,20 +65,25 @@ def image_source(block: dict) -> Any:
     return next((source for source in sources if source is not None), None)
 
 
-def drop_nulls(messages: list[dict]) -> list[dict]:
-    """Messages without the null keys of their blocks, which `datasets` adds for a common schema."""
+def map_blocks(messages: list[dict], change: Callable[[Any], Any]) -> list[dict]:
+    """Messages with other blocks; whatever is not a list of blocks stays as it is."""
     if not isinstance(messages, (list, tuple)):
         return messages
     return [
-        {**message, "content": [_without_nulls(block) for block in message["content"]]}
+        {**message, "content": [change(block) for block in message["content"]]}
         if isinstance(message, dict) and isinstance(message.get("content"), (list, tuple))
         else message
         for message in messages
     ]
 
 
-def _without_nulls(block):
-    return {key: value for key, value in block.items() if value is not None} if isinstance(block, dict) else block
+def drop_nulls(messages: list[dict]) -> list[dict]:
+    """Messages without the null keys of their blocks, which `datasets` adds for a common schema."""
+
+    def without_nulls(block):
+        return {key: value for key, value in block.items() if value is not None} if isinstance(block, dict) else block
+
+    return map_blocks(messages, without_nulls)
 
 
 def _validate_content(message: dict, image_token: str, where: str) -> None:

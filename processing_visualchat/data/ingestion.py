@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,18 +32,24 @@ class IngestionReport:
     used: int = 0
     conversations: int = 0  # made of the used records
     num_repaired: int = 0  # used after a repair
-    dropped: dict[str, int] = field(default_factory=dict)  # records by reason
-    repaired: dict[str, int] = field(default_factory=dict)  # by reason; a record may have several
+    dropped: Counter[str] = field(default_factory=Counter)  # records by reason
+    repaired: Counter[str] = field(default_factory=Counter)  # by reason; a record may have several
     examples: dict[str, str] = field(default_factory=dict)  # the first file and record, by reason
     rows: Dataset | None = field(default=None, repr=False)  # the outcomes of all records, memory-mapped
     _dropped_later: list[tuple[str, str]] = field(default_factory=list, repr=False)
 
     def __str__(self) -> str:
         lines = [f"{self.name}: {self.read} records read, {self.used} used in {self.conversations} conversations"]
-        for title, reasons in (("dropped", self.dropped), ("repaired", self.repaired)):
-            for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
-                lines.append(f"  {count:>8} {title}: {reason} (as in {self.examples[reason]})")
+        lines += [
+            f"  {count:>8} {action}: {reason} (as in {example})" for action, count, reason, example in self.reasons()
+        ]
         return "\n".join(lines)
+
+    def reasons(self) -> Iterator[tuple[str, int, str, str]]:
+        """Why records were dropped or repaired: the action, their number, the reason and the first one."""
+        for action, counts in (("dropped", self.dropped), ("repaired", self.repaired)):
+            for reason, count in counts.most_common():
+                yield action, count, reason, self.examples[reason]
 
     @property
     def num_dropped(self) -> int:
@@ -63,8 +70,8 @@ class IngestionReport:
                 yield from ((where, reason) for where, reason in zip(batch["where"], batch["dropped"]) if reason)
         yield from self._dropped_later
 
-    def _count(self, counts: dict[str, int], reason: str, where: str, num_records: int) -> None:
-        counts[reason] = counts.get(reason, 0) + num_records
+    def _count(self, counts: Counter[str], reason: str, where: str, num_records: int) -> None:
+        counts[reason] += num_records
         self.examples.setdefault(reason, where)
 
     @classmethod
@@ -140,22 +147,21 @@ def _generate_rows(generate: Callable[..., Iterator[IngestedRecord]], options: d
 
 def check_record(record: IngestedRecord, root: str | Path = "") -> IngestedRecord:
     """The record itself if its conversation is valid and all images exist, else the reason to drop it."""
-    if isinstance(record.outcome, Dropped):
-        return record
+    fault = None if isinstance(record.outcome, Dropped) else _find_fault(record.outcome, root)
+    return replace(record, outcome=fault or record.outcome)
+
+
+def _find_fault(conversation: Conversation, root: str | Path) -> Dropped | None:
     try:
-        messages = record.outcome.messages()
+        messages = conversation.messages()
         validate_conversation(messages)
         json.dumps(messages, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        return replace(record, outcome=Dropped("text that is not Unicode"))
+        return Dropped("text that is not Unicode")
     except ValueError as error:
-        return replace(
-            record, outcome=Dropped("a round without text, or with a literal <image>", f"is invalid: {error}")
-        )
-    missing = next((image for image in record.outcome.images if not image.under(root).exists()), None)
-    if missing is not None:
-        name = missing.key or os.path.basename(missing.path)
-        return replace(
-            record, outcome=Dropped(MISSING_IMAGE, f"names the image {name}; there is no file at {missing}")
-        )
-    return record
+        return Dropped("a round without text, or with a literal <image>", f"is invalid: {error}")
+    for image in (image.under(root) for image in conversation.images):
+        if not image.exists():
+            name = image.key or os.path.basename(image.path)
+            return Dropped(MISSING_IMAGE, f"names the image {name}; there is no file at {image}")
+    return None

@@ -37,23 +37,14 @@ Conversations = list[tuple[list[int], str]]  # the numbers of their images, and 
 
 def split_by_image(images: Sequence[Sequence[str]], sources: Sequence[str], share: float, seed: int = 0) -> list[str]:
     """
-    Assigns conversations to training or evaluation, so that no image is on both sides.
+    Assigns conversations to training or evaluation by their images, none for a text-only one.
 
-    Args:
-        images (`Sequence` of `Sequence` of `str`): The images of each conversation, none for a text-only one.
-        sources (`Sequence` of `str`): The source of each conversation.
-        share (`float`): The wanted evaluation share of each source's conversations, from 0 to below 1. The share of
-            what is kept is within a fifth of it where the images permit that. Best effort are sources with fewer than
-            `MIN_TARGET / share` conversations, sources whose whole groups do not add up to it, and sources that
-            depend on a few images.
-        seed (`int`, *optional*, defaults to 0): The seed of all random choices.
+    Of each source, `share` of what is kept is for evaluation, within a fifth of it where the images permit that. Best
+    effort are sources with fewer than `MIN_TARGET / share` conversations, sources whose whole groups do not add up to
+    it, and sources that depend on a few images.
 
-    Returns:
-        `list[str]`: For each conversation `"train"`, `"evaluation"`, or a key of `DROP_REASONS`. Without a group
-        larger than the share, none is dropped. No source is dropped as a whole.
-
-    Raises:
-        `ValueError`: `share` is out of range, or `images` and `sources` differ in length.
+    Returns `"train"`, `"evaluation"`, or a key of `DROP_REASONS` for each conversation. Without a group larger than
+    the share, none is dropped. No source is dropped as a whole.
     """
     if not 0 <= share < 1:
         raise ValueError(f"The evaluation share is {share!r}; use a share from 0 to below 1.")
