@@ -8,6 +8,7 @@ The message format of a conversation, and its validation.
 """
 
 from collections.abc import Callable
+from itertools import cycle
 from typing import Any
 
 
@@ -41,13 +42,10 @@ def validate_conversation(messages: list[dict], image_token: str = "<image>", na
     turns = [message["role"] for message in messages if message["role"] != "system"]
     if "user" not in turns:
         raise ValueError(f"{name} has no user turn; it needs a question.")
-    for index, role in enumerate(turns):
-        expected = "assistant" if index % 2 else "user"
+    for turn, (role, expected) in enumerate(zip(turns, cycle(("user", "assistant"))), start=1):
         if role != expected:
-            advice = (
-                "user and assistant take turns; join the two messages." if index else "it must start with the user."
-            )
-            raise ValueError(f"{name} has {role!r} at turn {index + 1} where {expected!r} is due: {advice}")
+            fix = "user and assistant take turns; join the two messages" if turn > 1 else "it must start with the user"
+            raise ValueError(f"{name} has {role!r} at turn {turn} where {expected!r} is due: {fix}.")
 
 
 def is_image(block) -> bool:
@@ -58,10 +56,7 @@ def is_image(block) -> bool:
 def image_source(block: dict) -> Any:
     """The source of an image block, as [`load_image`] accepts it; `None` if it has none."""
     url = block.get("image_url")
-    sources = (
-        *(block.get(name) for name in IMAGE_SOURCES),
-        url.get("url") if isinstance(url, dict) else url,
-    )
+    sources = [*(block.get(name) for name in IMAGE_SOURCES), url.get("url") if isinstance(url, dict) else url]
     return next((source for source in sources if source is not None), None)
 
 

@@ -86,11 +86,9 @@ class DataCollatorForVisualChat:
                 conversations.append(opened)
         if not conversations:
             return self._empty_batch()
+        padding = {"padding": True, "padding_side": "right"}
         batch: BatchFeature = self.processor.apply_chat_template(
-            conversations,
-            return_labels=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "right"},
+            conversations, return_labels=True, return_tensors="pt", processor_kwargs=padding
         )
         lengths = batch["attention_mask"].sum(dim=1).tolist()
         has_answers = (batch["labels"] != IGNORE_INDEX).any(dim=1).tolist()

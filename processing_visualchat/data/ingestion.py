@@ -54,7 +54,7 @@ class IngestionReport:
     @property
     def num_dropped(self) -> int:
         """Raw records that were dropped."""
-        return sum(self.dropped.values())
+        return self.dropped.total()
 
     def drop(self, where: str, num_records: int, reason: str) -> None:
         """Counts a conversation, used so far, as dropped."""
@@ -62,6 +62,10 @@ class IngestionReport:
         self.conversations -= 1
         self._count(self.dropped, reason, where, num_records)
         self._dropped_later.append((where, reason))
+
+    def require_conversations(self) -> None:
+        if self.conversations == 0:
+            raise ValueError(f"Nothing is left of the source {self.name}.\n{self}")
 
     def list_dropped(self) -> Iterator[tuple[str, str]]:
         """Every record, or first of several, that was dropped, and the reason."""
@@ -120,8 +124,7 @@ def ingest(
     arguments = {"generate": generate, "options": options, "root": str(root)}
     rows = cache_rows(_generate_rows, FEATURES, arguments, files)
     report = IngestionReport.from_rows(name, rows)
-    if report.conversations == 0:
-        raise ValueError(f"Nothing is left of the source {name}.\n{report}")
+    report.require_conversations()
     used = rows.filter(_is_used, input_columns=["num_records", "dropped"], batched=True)
     return used.select_columns(["messages", "images", "where", "num_records"]), report
 

@@ -224,15 +224,15 @@ def load_mixture(
     reports = [report for _, report in loaded]
     rows = concatenate_datasets([dataset for dataset, _ in loaded])
     source_of = [spec.name for spec, (dataset, _) in zip(config.sources, loaded) for _ in range(len(dataset))]
-    images_of = [images for dataset, _ in loaded for images in _column(dataset, "images")]
+    images_of = rows.select_columns(["images"]).with_format("arrow")[:]["images"].to_pylist()  # faster than by row
     contents = read_image_contents({image for images in images_of for image in images}, root, check_images)
     reasons = [_find_fault(images, contents, config.max_images) for images in images_of]
     kept = [index for index, reason in enumerate(reasons) if reason is None]
     digests = [[contents[image].digest for image in images_of[index]] for index in kept]
     sides = split_by_image(digests, [source_of[index] for index in kept], config.eval_share, config.seed)
-    for index, side in zip(kept, sides):
-        reasons[index] = DROP_REASONS.get(side)
     side_of = dict(zip(kept, sides))
+    for index, side in side_of.items():
+        reasons[index] = DROP_REASONS.get(side)
     usable: dict[str, list[int]] = {report.name: [] for report in reports}
     report_of = {report.name: report for report in reports}
     for index, (source, reason) in enumerate(zip(source_of, reasons)):
@@ -241,8 +241,7 @@ def load_mixture(
         else:
             report_of[source].drop(rows[index]["where"], rows[index]["num_records"], reason)
     for report in reports:
-        if report.conversations == 0:
-            raise ValueError(f"Nothing is left of the source {report.name}.\n{report}")
+        report.require_conversations()
 
     train: list[list[int]] = []
     evaluation: list[list[int]] = []
@@ -325,11 +324,6 @@ def group(
         current.append(member)
     if current:
         yield current
-
-
-def _column(rows: Dataset, name: str) -> list:
-    """A column as a list; much faster than row by row."""
-    return rows.select_columns([name]).with_format("arrow")[:][name].to_pylist()
 
 
 def _is_number(value: Any) -> TypeGuard[int | float]:

@@ -83,8 +83,7 @@ def plan_packs(
     order = list(range(len(sizes)))
     random.Random(seed).shuffle(order)
     packs = []
-    for start in range(0, len(order), WINDOW):
-        window = np.array(order[start : start + WINDOW])
+    for window in map(np.array, _cut(order, WINDOW)):
         packs += [window[members].tolist() for members in _plan_window(sizes[window], limits)]
     return packs
 
@@ -136,10 +135,7 @@ def compare_batching(
     random.Random(seed).shuffle(order)
     generator = torch.Generator().manual_seed(seed)
     grouped = get_length_grouped_indices(sizes.tolist(), batch_size, generator=generator)
-    batches = {
-        name: [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
-        for name, indices in (("random order, padded", order), ("grouped by length, padded", grouped))
-    }
+    batches = {"random order, padded": _cut(order, batch_size), "grouped by length, padded": _cut(grouped, batch_size)}
     computed = {name: [len(batch) * sizes[batch].max() for batch in members] for name, members in batches.items()}
     batches["packed"] = plan_packs(sizes, images, max_length, seed=seed)
     computed["packed"] = [sizes[pack].sum() for pack in batches["packed"]]
@@ -153,6 +149,10 @@ def compare_batching(
             batches=len(members),
         )
     return statistics
+
+
+def _cut(indices: list[int], size: int) -> list[list[int]]:
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
 def batching_table(batching: dict[str, BatchingStatistics]) -> list[Row]:

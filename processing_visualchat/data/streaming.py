@@ -61,9 +61,9 @@ def stream_mixture(
     def stream(side: str) -> IterableDataset:
         streams = []
         for spec, (files, images) in zip(config.sources, located):
-            # An object, not a list of files, which ranks and workers would divide among themselves.
-            options = {"stream": SourceStream(spec, config, files, images, side)}
-            streams.append(IterableDataset.from_generator(_generate, features=FEATURES, gen_kwargs=options))
+            # Bound to its files, which ranks and workers would otherwise divide among themselves.
+            generate = SourceStream(spec, config, files, images, side).generate
+            streams.append(IterableDataset.from_generator(generate, features=FEATURES))
         if side == "evaluation":
             return interleave_datasets(streams, stopping_strategy=EACH_ONCE).take(num_evaluation)
         streams = [one.shuffle(seed=config.seed, buffer_size=config.shuffle_buffer) for one in streams]
@@ -162,10 +162,6 @@ class SourceStream:
                 yield where, conversation
             elif found is None:
                 drop("images on both sides of the split")
-
-
-def _generate(stream: SourceStream) -> Iterator[dict]:
-    return stream.generate()
 
 
 def find_side(conversation: Conversation, config: MixtureConfig) -> str | None:

@@ -125,10 +125,9 @@ def examine(
     is_estimated = processor is None
     processor = processor or make_estimating_processor()
     max_length = min(max_length, processor.tokenizer.model_max_length)
-    sides = {
-        side: measure_lengths(dataset, processor, os.cpu_count() if len(dataset) > MANY else None)
-        for side, dataset in (("train", mixture.train), ("evaluation", mixture.evaluation))
-    }
+    sides = {"train": mixture.train, "evaluation": mixture.evaluation}
+    for side, dataset in sides.items():
+        sides[side] = measure_lengths(dataset, processor, os.cpu_count() if len(dataset) > MANY else None)
     duplicates, leaked = compare_images(mixture)
     train = sides["train"].with_format(None)
     return Diagnosis(
@@ -184,10 +183,8 @@ def compare_images(mixture: Mixture) -> tuple[list[list[str]], list[list[str]]]:
 def _summarize(name: str, group: str, values: np.ndarray) -> list[Row]:
     if len(values) == 0:
         return []
-    median, tenth = np.percentile(values, [50, 90])
-    return [
-        (name, group, int(values.min()), int(median), round(float(values.mean()), 1), int(tenth), int(values.max()))
-    ]
+    low, median, tenth, high = np.percentile(values, [0, 50, 90, 100]).astype(int).tolist()
+    return [(name, group, low, median, round(float(values.mean()), 1), tenth, high)]
 
 
 def _name_some(groups: list[list[str]], count: int = 3) -> str:

@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from networkx import Graph, bfs_edges
+
 from ..conversation import Conversation, Dropped
 from ..images import ImageReference
 from ..ingestion import IngestedRecord
@@ -29,24 +31,19 @@ def group_mimicit(instructions: dict[str, Any]) -> list[list[str]]:
     Groups the records of one conversation each: those that name one another in `rel_ins_ids`, in either direction, and
     have the same images. Every record is in exactly one group, which begins with its first record.
     """
-    partners: dict[str, list[str]] = {name: [] for name in instructions}
+    related = Graph()
+    related.add_nodes_from(instructions)
     for name, record in instructions.items():
-        related = (other for other in get_field(record, "rel_ins_ids", list) or () if isinstance(other, str))
-        for other in related:
-            is_other = other in instructions and other != name
-            if is_other and _comparable_ids(record) == _comparable_ids(instructions[other]):
-                partners[name].append(other)
-                partners[other].append(name)
-    groups, used = [], set()
+        for other in get_field(record, "rel_ins_ids", list) or ():
+            is_known = isinstance(other, str) and other in instructions
+            if is_known and _comparable_ids(record) == _comparable_ids(instructions[other]):
+                related.add_edge(name, other)
+    groups: list[list[str]] = []
+    used: set[str] = set()
     for name in instructions:
-        group, waiting = [], [name]
-        while waiting:
-            member = waiting.pop(0)
-            if member not in used:
-                used.add(member)
-                group.append(member)
-                waiting += partners[member]
-        groups += [group] if group else []
+        if name not in used:
+            groups.append([name, *(member for _, member in bfs_edges(related, name))])
+            used.update(groups[-1])
     return groups
 
 
