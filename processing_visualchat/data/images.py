@@ -76,7 +76,7 @@ class ImageReference:
     @classmethod
     def from_bytes(cls, data: bytes) -> "ImageReference":
         """An inline image from its encoded bytes."""
-        return cls.from_base64(base64.b64encode(data).decode())
+        return cls.from_base64(f"data:image;base64,{base64.b64encode(data).decode()}")
 
     @classmethod
     def from_source(cls, source: Any) -> "ImageReference | None":
