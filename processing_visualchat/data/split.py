@@ -117,12 +117,13 @@ def _cut(images: list[int], group: Conversations, targets: dict[str, float], see
         return [images]
     vertices = {image: vertex for vertex, image in enumerate(images)}
     pairs = [(vertices[a], vertices[b]) for row, _ in group for a, b in pairwise(row)]
-    both_ways = np.array([*pairs, *((b, a) for a, b in pairs)]).reshape(-1, 2)
-    edges, weights = np.unique(both_ways, axis=0, return_counts=True)
-    starts = np.searchsorted(edges[:, 0], np.arange(len(images) + 1))
+    both_ways = np.array([*pairs, *((b, a) for a, b in pairs)], dtype=int).reshape(-1, 2)
+    edges, weights = np.unique(both_ways @ [len(images), 1], return_counts=True)  # as one number: much faster
+    heads, tails = np.divmod(edges, len(images))
+    starts = np.searchsorted(heads, np.arange(len(images) + 1))
     _, part_of = pymetis.part_graph(
         min(num_blocks, 1 + len(images) // 2),
-        pymetis.CSRAdjacency(starts, edges[:, 1]),
+        pymetis.CSRAdjacency(starts, tails),
         eweights=weights,
         recursive=True,
         options=pymetis.Options(seed=seed),
