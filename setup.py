@@ -40,6 +40,8 @@ setup(
         "safetensors>=0.8,<1",
         "peft>=0.21.2,<0.22",
         "pillow>=11.3,<14",
+        "networkx>=3.6,<4",
+        "pymetis>=2025.2,<2026",
     ],
     extras_require={"examples": EXAMPLES, "gguf": GGUF, "tests": EXAMPLES + GGUF + TESTS},
 )

@@ -7,6 +7,8 @@ The message format of a conversation, and its validation.
      {"role": "assistant", "content": "A cat."}, ...]                             # user and assistant take turns
 """
 
+from collections.abc import Callable
+from itertools import cycle
 from typing import Any
 
 
@@ -40,17 +42,10 @@ def validate_conversation(messages: list[dict], image_token: str = "<image>", na
     turns = [message["role"] for message in messages if message["role"] != "system"]
     if "user" not in turns:
         raise ValueError(f"{name} has no user turn; it needs a question.")
-    for index, role in enumerate(turns):
-        expected = "assistant" if index % 2 else "user"
+    for turn, (role, expected) in enumerate(zip(turns, cycle(("user", "assistant"))), start=1):
         if role != expected:
-            raise ValueError(
-                f"{name} has {role!r} at turn {index + 1} where {expected!r} is due: "
-                + (
-                    "it must start with the user."
-                    if index == 0
-                    else "user and assistant take turns; join the two messages."
-                )
-            )
+            fix = "user and assistant take turns; join the two messages" if turn > 1 else "it must start with the user"
+            raise ValueError(f"{name} has {role!r} at turn {turn} where {expected!r} is due: {fix}.")
 
 
 def is_image(block) -> bool:
@@ -61,27 +56,29 @@ def is_image(block) -> bool:
 def image_source(block: dict) -> Any:
     """The source of an image block, as [`load_image`] accepts it; `None` if it has none."""
     url = block.get("image_url")
-    sources = (
-        *(block.get(name) for name in IMAGE_SOURCES),
-        url.get("url") if isinstance(url, dict) else url,
-    )
+    sources = [*(block.get(name) for name in IMAGE_SOURCES), url.get("url") if isinstance(url, dict) else url]
     return next((source for source in sources if source is not None), None)
 
 
-def drop_nulls(messages: list[dict]) -> list[dict]:
-    """Messages without the null keys of their blocks, which `datasets` adds for a common schema."""
+def map_blocks(messages: list[dict], change: Callable[[Any], Any]) -> list[dict]:
+    """Messages with other blocks; whatever is not a list of blocks stays as it is."""
     if not isinstance(messages, (list, tuple)):
         return messages
     return [
-        {**message, "content": [_without_nulls(block) for block in message["content"]]}
+        {**message, "content": [change(block) for block in message["content"]]}
         if isinstance(message, dict) and isinstance(message.get("content"), (list, tuple))
         else message
         for message in messages
     ]
 
 
-def _without_nulls(block):
-    return {key: value for key, value in block.items() if value is not None} if isinstance(block, dict) else block
+def drop_nulls(messages: list[dict]) -> list[dict]:
+    """Messages without the null keys of their blocks, which `datasets` adds for a common schema."""
+
+    def without_nulls(block):
+        return {key: value for key, value in block.items() if value is not None} if isinstance(block, dict) else block
+
+    return map_blocks(messages, without_nulls)
 
 
 def _validate_content(message: dict, image_token: str, where: str) -> None:

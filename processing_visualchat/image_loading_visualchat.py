@@ -4,9 +4,11 @@ import base64
 import binascii
 import contextlib
 import io
+import os
 import struct
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from huggingface_hub.utils import httpx
@@ -23,15 +25,12 @@ SHORTEST_BASE64 = 64  # characters; a path that does not exist is shorter than a
 
 def load_image(source) -> Image.Image:
     """
-    Opens one image, decodes all of it and converts it to RGB.
-
-    Grey, palette and CMYK images become RGB, 16-bit and float ones are scaled to 8 bits, transparent ones are put on
-    white, and an EXIF orientation is applied.
+    Opens one image, decodes all of it and converts it to RGB: 16-bit and float images are scaled to 8 bits,
+    transparent ones are put on white, and an EXIF orientation is applied.
 
     Args:
-        source (`str`, `Path`, `bytes`, `PIL.Image.Image` or array):
-            A path, an http(s) URL, a `data:` URI or base64 text, an encoded file in memory, an image, or an array
-            of shape (height, width) or (height, width, channels).
+        source (`str`, `Path`, `bytes`, `PIL.Image.Image` or array): A path, an http(s) URL, a `data:` URI or base64
+            text, an encoded file in memory, an image, or an array (height, width) or (height, width, channels).
 
     Returns:
         `PIL.Image.Image`: the image in mode RGB.
@@ -42,49 +41,37 @@ def load_image(source) -> Image.Image:
     """
     if isinstance(source, Image.Image):
         return _convert(source, "The image")
-    if isinstance(source, (str, Path)) and str(source).startswith(("http://", "https://")):
-        return _fetch(str(source))
     if isinstance(source, bytes):
         return _decode(source, "The image in memory")
     if isinstance(source, (str, Path)):
-        text = str(source)
-        if not text.startswith("data:") and (path := Path(text.removeprefix("file://"))) and _is_file(path):
-            return _decode(path.read_bytes(), f"The image file {path}")
-        if (data := _from_base64(text)) is not None:
-            return _decode(data, "The image given as base64")
-        raise FileNotFoundError(
-            f"No image file at {text[:200]}; check the path, or the folder that it is relative to."
-        )
+        return _decode(*_read(str(source)))
     if hasattr(source, "__array__"):
         return _from_array(np.asarray(source))
     raise ValueError(f"An image must be a path, a URL, bytes, a PIL image or an array, got {type(source).__name__}.")
 
 
-def _fetch(url: str) -> Image.Image:
-    try:
-        response = httpx.get(url, follow_redirects=True, timeout=30).raise_for_status()
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ValueError(f"The image at {url} cannot be downloaded: {error}.") from error
-    return _decode(response.content, f"The image at {url}")
+def _read(text: str) -> tuple[bytes, str]:
+    """The encoded image at a URL or path, or in base64 text, maybe broken into lines; and its name in errors."""
+    if text.startswith(("http://", "https://")):
+        try:
+            response = httpx.get(text, follow_redirects=True, timeout=30).raise_for_status()
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise ValueError(f"The image at {text} cannot be downloaded: {error}.") from error
+        return response.content, f"The image at {text}"
+    is_uri, path = text.startswith("data:"), text.removeprefix("file://")
+    if not is_uri and os.path.isfile(path):
+        return Path(path).read_bytes(), f"The image file {path}"
+    encoded = "".join((text.partition(",")[2] if is_uri else text).split())
+    if len(encoded) >= SHORTEST_BASE64 and (data := decode_base64(encoded)) is not None:
+        return data, "The image given as base64"
+    raise FileNotFoundError(f"No image file at {text[:200]}; check the path, or the folder that it is relative to.")
 
 
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name that is too long, as base64 text is
-        return False
-
-
-def _from_base64(text: str) -> bytes | None:
-    """The bytes behind a `data:` URI or base64 text, which may be broken into lines; nothing if it is neither."""
-    text = "".join((text.partition(",")[2] if text.startswith("data:") else text).split())
-    if len(text) < SHORTEST_BASE64:
+def decode_base64(text: Any) -> bytes | None:
+    """Base64 of either alphabet, with or without padding and line breaks, to bytes; `None` for anything else."""
+    text = text.decode("ascii", "replace") if isinstance(text, bytes) else text
+    if not isinstance(text, str):
         return None
-    return decode_base64(text)
-
-
-def decode_base64(text: str) -> bytes | None:
-    """Base64 of either alphabet, with or without padding and line breaks, to bytes; nothing if it is not that."""
     text = "".join(text.split()).rstrip("=").translate(str.maketrans("-_", "+/"))
     try:
         return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)

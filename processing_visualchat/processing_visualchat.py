@@ -18,8 +18,7 @@ class VisualChatProcessor(ProcessorMixin):
     An image processor, a tokenizer and the chat template.
 
     Args:
-        image_processor (`BaseImageProcessor`): That of the vision tower.
-        tokenizer (`PreTrainedTokenizerBase`): That of the language model; `<image>` is one of its tokens.
+        image_processor, tokenizer: Those of vision tower and language model; `<image>` is a token.
         image_seq_length (`int`): Tokens that one image takes, `config.image_seq_length` of the model.
         chat_template (`str`, *optional*): By default the format of arXiv 2309.14327.
         image_token (`str`, *optional*, defaults to `"<image>"`): The placeholder of an image.
@@ -45,10 +44,7 @@ class VisualChatProcessor(ProcessorMixin):
                 f"got {image_seq_length}."
             )
         if image_token not in tokenizer.get_vocab():
-            raise ValueError(
-                f"The tokenizer has no token {image_token}; build the processor with from_vision_text_pretrained, "
-                "which adds it."
-            )
+            raise ValueError(f"The tokenizer has no token {image_token}; from_vision_text_pretrained adds it.")
         if tokenizer.eos_token is None:
             raise ValueError("The tokenizer has no end-of-sequence token, without which an answer never ends.")
         if tokenizer.pad_token is None:

@@ -11,7 +11,9 @@ from published_data import write_published_data
 from test_finetune import EXAMPLES, environment
 
 from processing_visualchat import DatasetSpec, MixtureConfig, load_mixture
-from processing_visualchat.doctor import compare_images, draw_sample, examine, format_table
+from processing_visualchat.data.tables import format_table
+from processing_visualchat.doctor.diagnosis import compare_images, examine
+from processing_visualchat.doctor.samples import draw_sample
 
 
 PAPER = EXAMPLES / "configs" / "paper_set2.yaml"
@@ -70,13 +72,13 @@ def test_one_run_finds_all_sources_that_are_missing(root, tmp_path):
     )
     diagnosis = examine(tmp_path / "mixture.yaml", root)
     assert set(diagnosis.failures) == {"mine", "theirs"} and len(diagnosis.problems) == 2
-    assert [report.name for report in diagnosis.reports] == ["llava_dial"]
+    assert [report.name for report in diagnosis.mixture.reports] == ["llava_dial"]
     assert "PROBLEM: mine cannot be read: The source mine has no file at" in str(diagnosis)
     draw_picture(0, (1, 5)).save(root / "thin.png")
     turns = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "x"}]
     (root / "thin.json").write_text(json.dumps([{"conversations": turns, "image": "thin.png"}]))
     thin = examine(MixtureConfig((DatasetSpec("thin", "thin.json"), DatasetSpec("llava_dial"))), root)
-    assert list(thin.failures) == ["thin"] and [report.name for report in thin.reports] == ["llava_dial"]
+    assert list(thin.failures) == ["thin"] and [report.name for report in thin.mixture.reports] == ["llava_dial"]
     with pytest.raises(ValueError, match=r"No source can be read.*\n.*gone.jsonl"):
         examine(MixtureConfig((DatasetSpec("mine", "gone.jsonl"),)), root)
 

@@ -9,7 +9,7 @@ from datasets import Dataset
 from test_custom_sources import picture
 
 from processing_visualchat import ImageReference
-from processing_visualchat.data.images import digest_of
+from processing_visualchat.data.files import digest_of
 
 
 ENCODED = base64.b64encode(picture(1)).decode()

@@ -56,7 +56,7 @@ def test_a_fault_is_dropped_or_raised(tmp_path, suffix, record, reason, message)
     assert outcomes[1].reason == reason and str(outcomes[0].images[0]) == str(tmp_path / "a.png")
     where = "line 2" if suffix == ".jsonl" else "record 1"
     with pytest.raises((ValueError, FileNotFoundError), match=f"data{suffix}, {where}.* {message}"):
-        list(read_conversations(path, on_error="raise"))
+        list(read_conversations(path, is_strict=True))
 
 
 def test_a_broken_line_is_dropped_or_raised(tmp_path):
@@ -65,15 +65,13 @@ def test_a_broken_line_is_dropped_or_raised(tmp_path):
     (tmp_path / "a.png").write_bytes(picture(0))
     assert [read.outcome for read in read_conversations(path)][1].reason == "a line that is not JSON"
     with pytest.raises(ValueError, match=r"line 2 is not JSON: .* at column 2\.$"):
-        list(read_conversations(path, on_error="raise"))
-    for on_error in ("drop", "raise"):
+        list(read_conversations(path, is_strict=True))
+    for is_strict in (False, True):
         (tmp_path / "half.json").write_text('[{"messages": ')
         with pytest.raises(ValueError, match=r"half.json is not whole JSON"):
-            list(read_conversations(tmp_path / "half.json", on_error=on_error))
+            list(read_conversations(tmp_path / "half.json", is_strict=is_strict))
         with pytest.raises(ValueError, match=r"is one of .jsonl, .json, .parquet"):
-            list(read_conversations(tmp_path / "a.png", on_error=on_error))
-    with pytest.raises(ValueError, match="on_error is 'skip'; choose one of raise, drop"):
-        list(read_conversations(path, on_error="skip"))
+            list(read_conversations(tmp_path / "a.png", is_strict=is_strict))
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
@@ -103,6 +101,6 @@ def test_messages_of_every_shape_survive_a_data_set(tmp_path):
     ]
     (tmp_path / "a.png").write_bytes(picture(0))
     write(tmp_path / "data.jsonl", records)
-    expected = [read.outcome.messages() for read in read_conversations(tmp_path / "data.jsonl", on_error="raise")]
+    expected = [read.outcome.messages() for read in read_conversations(tmp_path / "data.jsonl", is_strict=True)]
     assert load_conversations(tmp_path / "data.jsonl", make_processor())["messages"][:] == expected
     assert expected[0] == records[0]["messages"]

@@ -165,7 +165,7 @@ EXPECTED = {
 @pytest.mark.parametrize("name", EXPECTED)
 def test_every_record_is_accounted_for(name, root):
     conversations, dropped, repaired = EXPECTED[name]
-    outcomes = [record.outcome for record in read_source(SOURCES[name], root)]
+    outcomes = [record.outcome for record in read_source(name, str(root.resolve()))]
     assert [rounds_of(outcome) for outcome in outcomes if isinstance(outcome, Conversation)] == conversations
     dataset, report = load_source(name, root)
     assert (report.dropped, report.repaired) == (dropped, repaired)
@@ -368,7 +368,7 @@ def test_odd_texts_never_reach_a_batch(tmp_path):
     }
     for name, rounds in expected.items():
         dataset, report = load_source(name, root)
-        first = next(iter(read_source(SOURCES[name], root))).outcome
+        first = next(iter(read_source(name, str(root.resolve())))).outcome
         assert rounds is None or rounds_of(first) == rounds
         assert "<image>" not in str(dataset["messages"][:]) and report.used >= 1
         DataCollatorForVisualChat(make_processor())(list(dataset))
@@ -436,6 +436,6 @@ def test_odd_names_of_images(tmp_path):
     report = load_source("otter_mimicit_cgd", root)[1]
     assert (report.used, report.dropped) == (1, {"image id of an unknown form": 1})
     (root / "llava/conversation_58k.json").write_text(json.dumps(DIALOGUES))
-    records = list(read_source(SOURCES["llava_otter_blend"], root))
+    records = list(read_source("llava_otter_blend", str(root.resolve())))
     assert sum(record.num_records for record in records) == len(DETAIL) + len(REASONING) + len(DIALOGUES) + 2
     assert Dropped("no pair of images") in [record.outcome for record in records]

@@ -26,7 +26,7 @@ from processing_visualchat import (
     load_mixture,
     stream_mixture,
 )
-from processing_visualchat.data.images import digest_of
+from processing_visualchat.data.files import digest_of
 from processing_visualchat.data.mixture import group
 
 

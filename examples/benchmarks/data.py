@@ -34,7 +34,8 @@ from configuration_visualchat import VisualChatConfig
 from modeling_visualchat import VisionFeatureCache, VisualChatForConditionalGeneration
 from processing_visualchat import DataCollatorForVisualChat, VisualChatProcessor
 from processing_visualchat.data.packing import batching_table, compare_batching
-from processing_visualchat.doctor import format_table, make_estimating_processor
+from processing_visualchat.data.tables import format_table
+from processing_visualchat.doctor.samples import make_estimating_processor
 
 
 IMAGE_SIZE, PATCH_SIZE = 224, 14  # pixels; 256 tokens an image

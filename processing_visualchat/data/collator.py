@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import get_worker_info
 from transformers import BatchFeature
 
-from ..conversation_visualchat import image_source, is_image
+from ..conversation_visualchat import image_source, is_image, map_blocks
 from ..processing_visualchat import IGNORE_INDEX, VisualChatProcessor
 from .conversation import messages_of
 from .images import ImageReference, open_image
@@ -31,13 +31,12 @@ class DataCollatorForVisualChat:
         processor (`VisualChatProcessor`): The processor of the model.
         max_length (`int`, *optional*): Maximum tokens of a conversation; by default the model's.
         overlong (`str`, *optional*, defaults to `"error"`): How over-length conversations are handled:
-            `"drop_first_rounds"` and `"drop_last_rounds"` leave out whole rounds, with their images, until it fits; no
-            cut goes through an image or an answer. `"skip"` leaves it out, as the others do if no single round fits.
+            `"drop_first_rounds"` and `"drop_last_rounds"` leave out whole rounds, with their images, until it fits;
+            `"skip"` leaves out the conversation, as the others do if no single round fits.
         packing (`bool`, *optional*, defaults to `False`): Packs all conversations of a batch into one row without
             padding. `position_ids` restart with each, and no attention crosses from one to another.
-        max_broken (`int`, *optional*, defaults to 100): Maximum conversations with an image that is missing, cannot be
-            read or is one pixel high or wide; they are left out, each with a warning, and one more is an error. Every
-            rank counts its own.
+        max_broken (`int`, *optional*, defaults to 100): Maximum conversations of a rank with an image that is missing,
+            broken or one pixel wide; they are left out, each with a warning, and one more is an error.
 
     Raises:
         `ValueError`: a conversation longer than `max_length`, or without an answer; or one broken image too many.
@@ -87,11 +86,9 @@ class DataCollatorForVisualChat:
                 conversations.append(opened)
         if not conversations:
             return self._empty_batch()
+        padding = {"padding": True, "padding_side": "right"}
         batch: BatchFeature = self.processor.apply_chat_template(
-            conversations,
-            return_labels=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "right"},
+            conversations, return_labels=True, return_tensors="pt", processor_kwargs=padding
         )
         lengths = batch["attention_mask"].sum(dim=1).tolist()
         has_answers = (batch["labels"] != IGNORE_INDEX).any(dim=1).tolist()
@@ -124,12 +121,7 @@ class DataCollatorForVisualChat:
     def _open_images(self, messages: list[dict]) -> list[dict] | None:
         """Messages with all images opened, or `None` if one cannot be opened."""
         try:
-            return [
-                {**message, "content": [self._open_image(block) for block in message["content"]]}
-                if isinstance(message, dict) and isinstance(message.get("content"), (list, tuple))
-                else message
-                for message in messages
-            ]
+            return map_blocks(messages, self._open_image)
         except (ValueError, OSError) as error:
             self._count("broken")
             num_broken = self.counts["broken"]
@@ -138,9 +130,8 @@ class DataCollatorForVisualChat:
                     f"{error} It is conversation {num_broken} with an image that cannot be used, and "
                     f"max_broken={self.max_broken}."
                 ) from error
-            warnings.warn(
-                f"A conversation is left out, {num_broken} of at most {self.max_broken}: {error}", stacklevel=2
-            )
+            message = f"A conversation is left out, {num_broken} of at most {self.max_broken}: {error}"
+            warnings.warn(message, stacklevel=2)
             return None
 
     def _open_image(self, block):

@@ -32,6 +32,10 @@ class Dropped:
     detail: str = ""  # the fault of this one, as the predicate of a sentence
 
 
+NO_ROUND = Dropped("no question with an answer")
+OUTSIDE = Dropped("image path outside of its folder")
+
+
 @dataclass(frozen=True)
 class Conversation:
     """An optional system turn, then user and assistant in turn; and what was repaired in the raw record."""
@@ -40,12 +44,12 @@ class Conversation:
     repairs: tuple[str, ...] = ()
 
     @classmethod
-    def from_rounds(cls, rounds: Sequence[Round], repairs: Sequence[str] = ()) -> "Conversation":
+    def from_rounds(cls, rounds: Sequence[Round], repairs: Sequence[str] = ()) -> "Conversation | Dropped":
         """A conversation whose images come before the words of their question."""
         turns = []
         for images, question, answer in rounds:
             turns += [Turn("user", [*images, *([question] if question else [])]), Turn("assistant", [answer])]
-        return cls(turns, tuple(dict.fromkeys(repairs)))
+        return cls(turns, tuple(dict.fromkeys(repairs))) if turns else NO_ROUND
 
     @property
     def images(self) -> list[ImageReference]:
@@ -106,7 +110,7 @@ def pair_turns(turns: Sequence[Turn], repairs: Sequence[str] = ()) -> Conversati
     if question is not None:
         notes.append("a question without an answer left out")
     if len(paired) < 2:
-        return Dropped("no question with an answer")
+        return NO_ROUND
     return Conversation(paired, tuple(dict.fromkeys(notes)))
 
 

@@ -18,8 +18,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from .conversation import Conversation, Dropped
+from .files import list_below
 from .images import is_usable
-from .ingestion import BROKEN_IMAGE, IngestedRecord, IngestionReport, ingest, list_below
+from .ingestion import BROKEN_IMAGE, IngestedRecord, IngestionReport, ingest
 from .readers import RECORDS, read_conversations
 
 
@@ -33,13 +34,12 @@ class CustomSource:
 
     Args:
         name (`str`): Its name in reports.
-        path (`str`, *optional*): A file, a folder, or a pattern like `train-*.parquet`, under the data root or, with
-            `hub`, in the repository.
+        path (`str`, *optional*): A file, a folder, or a pattern like `train-*.parquet`, under the data root or in the
+            repository.
         hub (`str`, *optional*): A dataset on the Hub, `user/name`, which is downloaded as a whole.
         revision (`str`, *optional*): Its branch, tag or commit.
         split (`str`, *optional*, defaults to `"train"`): The split of a folder.
-        images (`str`, *optional*): The folder that image paths are relative to, under the data root or, with `hub`, in
-            the repository; by default the folder of each file.
+        images (`str`, *optional*): The folder that image paths are relative to; by default that of each file.
     """
 
     name: str
@@ -52,14 +52,7 @@ class CustomSource:
 
 def load_custom_source(source: CustomSource, data_root: str | Path) -> tuple[Dataset, IngestionReport]:
     """
-    Reads a custom dataset, as [`load_source`] reads a published one.
-
-    Args:
-        source ([`CustomSource`]): The dataset.
-        data_root (`str` or `Path`): The folder that paths are relative to.
-
-    Returns:
-        The conversations and the [`IngestionReport`], see [`load_source`].
+    Reads a custom dataset, with paths relative to the data root; returns what [`load_source`] returns.
 
     Raises:
         `ValueError`: no download, a file that is broken or unsupported, or no conversation left.
@@ -67,10 +60,9 @@ def load_custom_source(source: CustomSource, data_root: str | Path) -> tuple[Dat
     """
     root = Path(os.path.abspath(data_root))
     base = root if source.hub is None else _download(source)
-    files = find_files(source, base)
-    images = find_images(source, base)
-    options = {"files": [*map(str, files)], "root": str(root), "images": None if images is None else str(images)}
-    inputs = [*files, *list_below({images or file.parent for file in files})]
+    files, images = find_files(source, base), find_images(source, base)
+    options = {"files": [*map(str, files)], "root": str(root), "images": images}
+    inputs = [*files, *list_below({Path(images or file.parent) for file in files})]
     return ingest(source.name, _read, root, inputs, options)
 
 
@@ -107,12 +99,14 @@ def find_files(source: CustomSource, base: Path) -> list[Path]:
     return files
 
 
-def find_images(source: CustomSource, base: Path) -> Path | None:
+def find_images(source: CustomSource, base: Path) -> str | None:
     """The image folder that a dataset names, if any; a `FileNotFoundError` if it does not exist."""
-    images = None if source.images is None else _find_below(base, source.images, source.name)
-    if images is not None and not images.is_dir():
+    if source.images is None:
+        return None
+    images = _find_below(base, source.images, source.name)
+    if not images.is_dir():
         raise FileNotFoundError(f"The source {source.name} has its images in {images}; there is no such folder.")
-    return images
+    return str(images)
 
 
 def _find_below(base: Path, name: str, source: str) -> Path:

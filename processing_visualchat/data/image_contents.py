@@ -5,10 +5,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import Dataset, Features, Value
+from datasets import Features, Value
 
-from .images import ImageReference, digest_of, find_archive, is_usable
-from .ingestion import cache_key
+from .files import ARCHIVE_SUFFIXES, cache_rows, digest_of
+from .images import ImageReference, find_archive, is_usable
 
 
 FEATURES = Features({"name": Value("string"), "digest": Value("string"), "is_broken": Value("bool")})
@@ -25,12 +25,8 @@ class ImageContent:
 
 def read_image_contents(names: Iterable[str], root: Path, check_images: bool = True) -> dict[str, ImageContent]:
     """
-    Reads every image once, or finds the cached result.
-
-    Args:
-        names (`Iterable` of `str`): Image references as text, relative to the root. A URL is not downloaded.
-        root (`Path`): The data root.
-        check_images (`bool`, *optional*, defaults to `True`): Decodes them, to find the broken ones.
+    Reads every image once, or finds the cached result, by references as text, relative to the root. A URL is not
+    downloaded. `check_images` decodes them, to find the broken ones.
     """
     root = root.resolve()
     references = {name: ImageReference.parse(name).under(root) for name in sorted(set(names))}
@@ -39,15 +35,11 @@ def read_image_contents(names: Iterable[str], root: Path, check_images: bool = T
     if not files:
         return contents
     paths = {Path(references[name].path) for name in files}
-    paths = {find_archive(path) or path if path.suffix in (".json", ".parquet") else path for path in paths}
-    options = {
-        "names": [files[start : start + CHUNK] for start in range(0, len(files), CHUNK)],
-        "root": str(root),
-        "check_images": check_images,
-        "key": cache_key(sorted(paths)),
-    }
-    num_proc = min(os.cpu_count() or 1, len(files) // CHUNK)
-    rows = Dataset.from_generator(_generate_contents, features=FEATURES, gen_kwargs=options, num_proc=max(num_proc, 1))
+    paths = {find_archive(path) or path if path.suffix in ARCHIVE_SUFFIXES else path for path in paths}
+    chunks = [files[start : start + CHUNK] for start in range(0, len(files), CHUNK)]
+    num_proc = max(min(os.cpu_count() or 1, len(files) // CHUNK), 1)
+    options = {"names": chunks, "root": str(root), "check_images": check_images}
+    rows = cache_rows(_generate_contents, FEATURES, options, sorted(paths), num_proc)
     for name, *content in zip(*(rows.data.column(name).to_pylist() for name in FEATURES)):
         contents[name] = ImageContent(*content)
     return contents

@@ -3,7 +3,7 @@ Image references: where an encoded image is, as a value that opens itself.
 
     kind       text                               the image
     file       a.png                              a local file
-    archive    a.json#id, a.parquet#row.number    one of many in a file, see [`ImageArchive`]
+    archive    a.json#id, a.parquet#row.number    one of many in a file, see [`open_archive`]
     url        https://…                          downloaded when it is opened
     hub        hf://datasets/…                    a file of a repository on the Hub
     inline     data:… or base64                   inside its record; named `inline:` and its digest
@@ -11,9 +11,8 @@ Image references: where an encoded image is, as a value that opens itself.
 The text is what records contain and what is stored in columns; only this file parses it.
 """
 
+import base64
 import contextlib
-import hashlib
-import json
 import os
 import posixpath
 import re
@@ -25,13 +24,12 @@ from typing import Any
 
 import fsspec
 from datasets import Dataset, Features, Value
-from datasets.exceptions import DatasetGenerationError
 from PIL import Image
 from pyarrow import parquet
 
 from ..conversation_visualchat import image_source
 from ..image_loading_visualchat import decode_base64, load_image
-from . import DATA_VERSION
+from .files import cache_rows, digest_of, parse_json, read_parquet, stamp_of
 
 
 LONGEST_NAME = 255  # characters; longer text in the base64 alphabet is an image, not a path
@@ -74,6 +72,11 @@ class ImageReference:
     def from_base64(cls, text: str) -> "ImageReference":
         """An inline image from base64 text or a `data:` URI."""
         return cls("inline", key=digest_of(_decode_inline(text)), data=text)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "ImageReference":
+        """An inline image from its encoded bytes."""
+        return cls.from_base64(f"data:image;base64,{base64.b64encode(data).decode()}")
 
     @classmethod
     def from_source(cls, source: Any) -> "ImageReference | None":
@@ -133,7 +136,7 @@ class ImageReference:
         """Whether a local image is there; in an archive, whether it is whole too. Others are found out by opening."""
         with contextlib.suppress(OSError, ValueError):  # a path that no file can have, or a broken archive
             if self.kind == "archive":
-                return find_archive(Path(self.path)) is not None and self.key in open_archive(self.path)
+                return self.key in open_archive(self.path)[1]
             folder, name = os.path.split(self.path)
             return self.kind != "file" or name in _list_folder(folder, stamp_of(folder))
         return False
@@ -141,7 +144,10 @@ class ImageReference:
     def read(self) -> bytes:
         """The encoded image, of any kind but a URL; an `OSError` or `ValueError` if it cannot be read."""
         if self.kind == "archive":
-            return open_archive(self.path)[self.key]
+            rows, numbers = open_archive(self.path)
+            if self.key not in numbers:
+                raise ValueError(f"{self.path} holds no image {self.key}, or a broken one.")
+            return rows[numbers[self.key]]["data"]
         if self.kind == "inline":
             if data := _decode_inline(self.data):
                 return data
@@ -173,25 +179,10 @@ def open_image(source: Any, name: str = "in memory") -> Image.Image:
 
 def is_usable(source: Any) -> bool:
     """Whether an image can be opened for training."""
-    try:
+    with contextlib.suppress(ValueError, OSError):
         source.open() if isinstance(source, ImageReference) else open_image(source)
-    except (ValueError, OSError):
-        return False
-    return True
-
-
-def digest_of(data: bytes) -> str:
-    """128 bits of BLAKE2b, in hexadecimal."""
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def stamp_of(path: str | Path) -> tuple[int, int] | None:
-    """Size and modification time of a file or folder."""
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    return status.st_size, status.st_mtime_ns
+        return True
+    return False
 
 
 @lru_cache(maxsize=64)
@@ -203,47 +194,24 @@ def _decode_inline(text: str) -> bytes:
     return decode_base64(text.rpartition(",")[2]) or b""
 
 
-class ImageArchive:
+def open_archive(path: str) -> tuple[Dataset, dict[str, int]]:
     """
-    The images of one file, or of its parquet sibling: base64 by id, as JSON (`{"id": "base64", …}`) or as parquet with
-    the columns `id` and `base64`; or the encoded images of a parquet file of records, named `row.number`.
+    The images of a file, or of its parquet sibling, and their row numbers by name; opened once while it is unchanged.
 
-    The file is read once into memory-mapped Arrow, and every image is decoded once: one that is broken, or a single
-    pixel, is not in the archive.
+    It has base64 by id: as JSON (`{"id": "base64", …}`), or as parquet with the columns `id` and `base64`. Or it is a
+    parquet file of records, whose encoded images are named `row.number`. Broken images and single pixels have no name.
     """
-
-    def __init__(self, path: str):
-        self.path = path
-        file = find_archive(Path(path))
-        if file is None:
-            raise FileNotFoundError(f"No image archive at {path}, nor as parquet beside it.")
-        options = {"path": str(file.resolve()), "key": f"{stamp_of(file)} {DATA_VERSION}"}
-        try:
-            self.rows = Dataset.from_generator(_generate_images, features=ARCHIVE_FEATURES, gen_kwargs=options)
-        except DatasetGenerationError as error:
-            raise (error.__cause__ or error) from None
-        names = zip(self.rows["id"], self.rows["is_image"])
-        self.indices = {name: index for index, (name, is_image) in enumerate(names) if is_image}
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.indices
-
-    def __getitem__(self, name: str) -> bytes:
-        """The encoded image."""
-        if name not in self:
-            raise ValueError(f"{self.path} holds no image {name}, or a broken one.")
-        return self.rows[self.indices[name]]["data"]
-
-
-def open_archive(path: str) -> ImageArchive:
-    """An archive, opened once as long as its file is unchanged."""
     file = find_archive(Path(path))
-    return _open_archive(path, None if file is None else stamp_of(file))
+    if file is None:
+        raise FileNotFoundError(f"No image archive at {path}, nor as parquet beside it.")
+    return _read_archive(file.resolve(), stamp_of(file))
 
 
 @lru_cache(maxsize=16)
-def _open_archive(path: str, stamp: tuple[int, int] | None) -> ImageArchive:
-    return ImageArchive(path)
+def _read_archive(file: Path, stamp: object) -> tuple[Dataset, dict[str, int]]:
+    rows = cache_rows(_generate_images, ARCHIVE_FEATURES, {"path": str(file)}, [file])
+    names = zip(rows["id"], rows["is_image"])
+    return rows, {name: index for index, (name, is_image) in enumerate(names) if is_image}
 
 
 def find_archive(path: Path) -> Path | None:
@@ -261,36 +229,22 @@ def _generate_images(path: str, key: str) -> Iterator[dict]:
 
 
 def _read_json(path: str) -> Iterator[tuple[str, bytes]]:
-    try:
-        images = json.loads(Path(path).read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not whole JSON: {error}. Was the download complete?") from error
+    images = parse_json(Path(path).read_bytes(), path)
     if not isinstance(images, dict):
         raise ValueError(f"{path} has another schema: at its top it should have a dict of base64 by image id.")
-    yield from ((name, _decode(text)) for name, text in images.items())
+    yield from ((name, decode_base64(text) or b"") for name, text in images.items())
 
 
 def _read_parquet(path: str) -> Iterator[tuple[str, bytes]]:
-    file = parquet.ParquetFile(path)
-    columns = file.schema_arrow.names
-    image_columns = [name for name in IMAGE_COLUMNS if name in columns]
-    names = [name for name in ("id", "__index_level_0__") if name in columns]
-    if names and "base64" in columns:
-        for batch in file.iter_batches(batch_size=64, columns=[names[0], "base64"]):
-            yield from ((str(row[names[0]]), _decode(row["base64"])) for row in batch.to_pylist())
-    elif not image_columns:
+    columns = parquet.read_schema(path).names
+    if "base64" in columns and (ids := [name for name in ("id", "__index_level_0__") if name in columns]):
+        for row in read_parquet(path, path, (ids[0], "base64")):
+            yield str(row[ids[0]]), decode_base64(row["base64"]) or b""
+    elif not set(IMAGE_COLUMNS) & set(columns):
         raise ValueError(f"{path} has the columns {', '.join(columns)}; it should have id and base64, or images.")
-    batches = file.iter_batches(batch_size=64, columns=image_columns) if image_columns else ()
-    rows = (row for batch in batches for row in batch.to_pylist())
-    for number, row in enumerate(rows):
-        values: Any = next((row[name] for name in image_columns if row[name]), [])
+    for number, row in enumerate(read_parquet(path, path, IMAGE_COLUMNS)):
+        values: Any = next((row[name] for name in IMAGE_COLUMNS if row.get(name)), [])
         for index, value in enumerate(values if isinstance(values, list) else [values]):
             data = value.get("bytes") if isinstance(value, dict) else value
             if isinstance(data, bytes):
                 yield f"{number}.{index}", data
-
-
-def _decode(text: Any) -> bytes:
-    if isinstance(text, bytes):
-        text = text.decode("ascii", "replace")
-    return (decode_base64(text) if isinstance(text, str) else None) or b""

@@ -1,23 +1,17 @@
 """The ingestion of a dataset: its records are read once, cached by `datasets`, and all accounted for."""
 
-import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset, Features, Json, List, Value
-from datasets.exceptions import DatasetGenerationError
 
 from ..conversation_visualchat import validate_conversation
-from . import DATA_VERSION
 from .conversation import Conversation, Dropped
-from .images import stamp_of
-
-
-ARCHIVE_SUFFIXES = (".json", ".parquet")
+from .files import cache_rows
 
 
 @dataclass(frozen=True)
@@ -38,23 +32,29 @@ class IngestionReport:
     used: int = 0
     conversations: int = 0  # made of the used records
     num_repaired: int = 0  # used after a repair
-    dropped: dict[str, int] = field(default_factory=dict)  # records by reason
-    repaired: dict[str, int] = field(default_factory=dict)  # by reason; a record may have several
+    dropped: Counter[str] = field(default_factory=Counter)  # records by reason
+    repaired: Counter[str] = field(default_factory=Counter)  # by reason; a record may have several
     examples: dict[str, str] = field(default_factory=dict)  # the first file and record, by reason
     rows: Dataset | None = field(default=None, repr=False)  # the outcomes of all records, memory-mapped
     _dropped_later: list[tuple[str, str]] = field(default_factory=list, repr=False)
 
     def __str__(self) -> str:
         lines = [f"{self.name}: {self.read} records read, {self.used} used in {self.conversations} conversations"]
-        for title, reasons in (("dropped", self.dropped), ("repaired", self.repaired)):
-            for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
-                lines.append(f"  {count:>8} {title}: {reason} (as in {self.examples[reason]})")
+        lines += [
+            f"  {count:>8} {action}: {reason} (as in {example})" for action, count, reason, example in self.reasons()
+        ]
         return "\n".join(lines)
+
+    def reasons(self) -> Iterator[tuple[str, int, str, str]]:
+        """Why records were dropped or repaired: the action, their number, the reason and the first one."""
+        for action, counts in (("dropped", self.dropped), ("repaired", self.repaired)):
+            for reason, count in counts.most_common():
+                yield action, count, reason, self.examples[reason]
 
     @property
     def num_dropped(self) -> int:
         """Raw records that were dropped."""
-        return sum(self.dropped.values())
+        return self.dropped.total()
 
     def drop(self, where: str, num_records: int, reason: str) -> None:
         """Counts a conversation, used so far, as dropped."""
@@ -63,6 +63,10 @@ class IngestionReport:
         self._count(self.dropped, reason, where, num_records)
         self._dropped_later.append((where, reason))
 
+    def require_conversations(self) -> None:
+        if self.conversations == 0:
+            raise ValueError(f"Nothing is left of the source {self.name}.\n{self}")
+
     def list_dropped(self) -> Iterator[tuple[str, str]]:
         """Every record, or first of several, that was dropped, and the reason."""
         if self.rows is not None:
@@ -70,8 +74,8 @@ class IngestionReport:
                 yield from ((where, reason) for where, reason in zip(batch["where"], batch["dropped"]) if reason)
         yield from self._dropped_later
 
-    def _count(self, counts: dict[str, int], reason: str, where: str, num_records: int) -> None:
-        counts[reason] = counts.get(reason, 0) + num_records
+    def _count(self, counts: Counter[str], reason: str, where: str, num_records: int) -> None:
+        counts[reason] += num_records
         self.examples.setdefault(reason, where)
 
     @classmethod
@@ -112,30 +116,15 @@ def ingest(
     name: str, generate: Callable[..., Iterator[IngestedRecord]], root: Path, files: Iterable[Path], options: dict
 ) -> tuple[Dataset, IngestionReport]:
     """
-    Reads a dataset, or finds its cached rows.
+    Reads a dataset, or finds its cached rows: the conversations and the report, see [`load_source`].
 
-    Args:
-        name (`str`): The dataset.
-        generate (`Callable`): From `options` to the outcome of every record, with image paths absolute or relative to
-            the root; a function of a module, since its name is part of the cache key.
-        root (`Path`): The data root, absolute.
-        files, options: All files, folders and settings that the rows depend on.
-
-    Returns:
-        The conversations with the columns `messages` (image paths absolute), `images` (references as text, relative to
-        the data root), `where` and `num_records` (raw records that it stands for); and the [`IngestionReport`].
-
-    Raises:
-        `ValueError`: no conversation is left.
+    `generate(**options)` yields the outcome of every record, with image paths absolute or relative to the root, which
+    is absolute. `files` are all files and folders that it depends on.
     """
-    arguments = {"generate": generate, "options": options, "root": str(root), "key": cache_key(files)}
-    try:
-        rows = Dataset.from_generator(_generate_rows, features=FEATURES, gen_kwargs=arguments)
-    except DatasetGenerationError as error:
-        raise (error.__cause__ or error) from None
+    arguments = {"generate": generate, "options": options, "root": str(root)}
+    rows = cache_rows(_generate_rows, FEATURES, arguments, files)
     report = IngestionReport.from_rows(name, rows)
-    if report.conversations == 0:
-        raise ValueError(f"Nothing is left of the source {name}.\n{report}")
+    report.require_conversations()
     used = rows.filter(_is_used, input_columns=["num_records", "dropped"], batched=True)
     return used.select_columns(["messages", "images", "where", "num_records"]), report
 
@@ -161,61 +150,21 @@ def _generate_rows(generate: Callable[..., Iterator[IngestedRecord]], options: d
 
 def check_record(record: IngestedRecord, root: str | Path = "") -> IngestedRecord:
     """The record itself if its conversation is valid and all images exist, else the reason to drop it."""
-    if isinstance(record.outcome, Dropped):
-        return record
+    fault = None if isinstance(record.outcome, Dropped) else _find_fault(record.outcome, root)
+    return replace(record, outcome=fault or record.outcome)
+
+
+def _find_fault(conversation: Conversation, root: str | Path) -> Dropped | None:
     try:
-        messages = record.outcome.messages()
+        messages = conversation.messages()
         validate_conversation(messages)
         json.dumps(messages, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        return replace(record, outcome=Dropped("text that is not Unicode"))
+        return Dropped("text that is not Unicode")
     except ValueError as error:
-        return replace(
-            record, outcome=Dropped("a round without text, or with a literal <image>", f"is invalid: {error}")
-        )
-    missing = next((image for image in record.outcome.images if not image.under(root).exists()), None)
-    if missing is not None:
-        name = missing.key or os.path.basename(missing.path)
-        return replace(
-            record, outcome=Dropped(MISSING_IMAGE, f"names the image {name}; there is no file at {missing}")
-        )
-    return record
-
-
-def cache_key(files: Iterable[Path]) -> str:
-    """The digest of the state of files and folders, and of `DATA_VERSION`."""
-    digest = hashlib.blake2b(str(DATA_VERSION).encode(), digest_size=16)
-    for path in files:
-        digest.update(str((str(path), stamp_of(path))).encode())
-    return digest.hexdigest()
-
-
-def list_below(folders: Iterable[Path]) -> list[Path]:
-    """Folders, all folders inside them, and files that may hold images: everywhere that an image is looked for."""
-    found: set[Path] = set()
-    for folder in folders:
-        for path, names, files in os.walk(folder):
-            names[:] = [name for name in names if not name.startswith(".")]
-            found.add(Path(path))
-            found.update(Path(path, file) for file in files if file.endswith(ARCHIVE_SUFFIXES))
-    return sorted(found)
-
-
-def parse_json(data: bytes, name: str) -> Any:
-    """JSON; a `ValueError` says where it breaks."""
-    try:
-        return json.loads(data)
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise ValueError(f"{name} is not whole JSON: {error.msg} at {place}. Was the download complete?") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} {describe_json_error(error)}.") from error
-
-
-def describe_json_error(error: Exception) -> str:
-    """The fault of a JSON text, as the predicate of a sentence."""
-    if isinstance(error, UnicodeDecodeError):
-        return f"is not UTF-8 text: {error.reason} at byte {error.start}"
-    if isinstance(error, json.JSONDecodeError):
-        return f"is not JSON: {error.msg} at column {error.colno}"
-    return f"cannot be read as JSON: {error}"
+        return Dropped("a round without text, or with a literal <image>", f"is invalid: {error}")
+    for image in (image.under(root) for image in conversation.images):
+        if not image.exists():
+            name = image.key or os.path.basename(image.path)
+            return Dropped(MISSING_IMAGE, f"names the image {name}; there is no file at {image}")
+    return None

@@ -9,9 +9,8 @@ from datasets import Dataset, config
 
 from ..conversation_visualchat import is_image
 from ..processing_visualchat import VisualChatProcessor
-from . import DATA_VERSION
 from .conversation import messages_of
-from .images import digest_of
+from .files import DATA_VERSION, digest_of
 
 
 MEASURES = ("length", "num_images", "num_rounds")
@@ -21,9 +20,8 @@ TRANSIENT = ("padding", "truncation")  # tokenizer settings that its last call l
 def count_tokens(messages: list[dict], processor: VisualChatProcessor) -> int:
     """The tokens of a conversation, including those of its images, which are not opened."""
     text = processor.apply_chat_template(messages)
-    return len(processor.tokenizer(text, verbose=False)["input_ids"]) + text.count(processor.image_token) * (
-        processor.image_seq_length - 1
-    )
+    num_tokens = len(processor.tokenizer(text, verbose=False)["input_ids"])
+    return num_tokens + text.count(processor.image_token) * (processor.image_seq_length - 1)
 
 
 def measure_lengths(dataset: Dataset, processor: VisualChatProcessor, num_proc: int | None = None) -> Dataset:

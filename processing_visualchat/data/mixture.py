@@ -29,8 +29,9 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import yaml
 from datasets import Dataset, Features, List, Value, concatenate_datasets
@@ -41,6 +42,7 @@ from .image_contents import ImageContent, read_image_contents
 from .ingestion import BROKEN_IMAGE, IngestionReport
 from .published import SOURCES, get_source, load_source
 from .split import DROP_REASONS, split_by_image
+from .tables import Row, format_table
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,9 @@ class DatasetSpec(CustomSource):
         return self.path is None and self.hub is None
 
     def __post_init__(self):
-        for name in ("name", "path", "hub", "revision", "split", "images"):
-            if not isinstance(value := getattr(self, name), str) and (value is not None or name in ("name", "split")):
+        for entry in fields(CustomSource):
+            name, value = entry.name, getattr(self, entry.name)
+            if not isinstance(value, str) and (value is not None or name in ("name", "split")):
                 raise ValueError(f"{name} of the source {self.name!r} is {value!r}; use text.")
         if self.is_published:
             get_source(self.name)
@@ -72,16 +75,16 @@ class DatasetSpec(CustomSource):
                 raise ValueError(f"{self.name} is a published source; it takes no {' and no '.join(given)}.")
         elif self.name in SOURCES:
             raise ValueError(f"{self.name} is the name of a published source; choose another name for yours.")
-        samples: Any = self.samples
+        samples, size = self.samples, self.concatenate
         is_share = isinstance(samples, float) and 0 < samples <= 1
-        if not (samples == "all" or is_share or (_is_number(samples) and samples > 0 and int(samples) == samples)):
-            raise ValueError(
-                f"samples of {self.name} is {self.samples!r}; use all, a number, or a share between 0 and 1."
-            )
-        if not isinstance(self.concatenate, int) or isinstance(self.concatenate, bool) or self.concatenate < 1:
-            raise ValueError(f"concatenate of {self.name} is {self.concatenate!r}; use a number from 1 up.")
-        if not _is_number(self.weight) or not 0 < self.weight <= 100:
-            raise ValueError(f"weight of {self.name} is {self.weight!r}; use a number above 0, 1 for one pass.")
+        is_number = _is_number(samples) and samples > 0 and int(samples) == samples
+        for is_valid, name, wanted in (
+            (samples == "all" or is_share or is_number, "samples", "all, a number, or a share between 0 and 1"),
+            (isinstance(size, int) and size is not True and size > 0, "concatenate", "a number from 1 up"),
+            (_is_number(self.weight) and 0 < self.weight <= 100, "weight", "a number above 0, 1 for one pass"),
+        ):
+            if not is_valid:
+                raise ValueError(f"{name} of {self.name} is {getattr(self, name)!r}; use {wanted}.")
 
     def load(self, data_root: Path) -> tuple[Dataset, IngestionReport]:
         """All its conversations, and the report of its records."""
@@ -123,6 +126,13 @@ class MixtureConfig:
         if not isinstance(self.eval_share, (int, float)) or not 0 <= self.eval_share < 1:
             raise ValueError(f"eval_share is {self.eval_share!r}; use a share from 0 to below 1.")
 
+    def find_root(self, data_root: str | Path | None = None) -> Path:
+        """The folder that contains the datasets, if not another one."""
+        root = Path(data_root or self.data_root)
+        if not root.is_dir():
+            raise FileNotFoundError(f"No data root at {root}; the mixture names it as data_root, or pass another.")
+        return root
+
 
 @dataclass
 class Mixture:
@@ -143,34 +153,32 @@ class Mixture:
     sizes: dict[str, tuple[int, int]]
     contents: dict[str, ImageContent] = field(repr=False)
 
-    def __str__(self) -> str:
-        lines = [f"{'source':<20} {'records':>9} {'dropped':>9} {'train':>9} {'eval':>9}"]
+    def source_table(self) -> list[Row]:
+        """Records of each dataset, and its groups of conversations on the two sides."""
+        rows: list[Row] = [("source", "read", "used", "repaired", "dropped", "train", "evaluation")]
         for report in self.reports:
-            train, evaluation = self.sizes[report.name]
-            lines.append(f"{report.name:<20} {report.read:>9} {report.num_dropped:>9} {train:>9} {evaluation:>9}")
-        return "\n".join([*lines, f"{'all':<40} {len(self.train):>9} {len(self.evaluation):>9}"])
+            counts = (report.read, report.used, report.num_repaired, report.num_dropped)
+            rows.append((report.name, *counts, *self.sizes[report.name]))
+        return [*rows, ("all", *(sum(column) for column in list(zip(*rows[1:]))[1:]))]
+
+    def __str__(self) -> str:
+        return format_table(self.source_table())
 
 
-@dataclass
-class ReadGroups:
-    """From row numbers to groups of conversations; a transform of `datasets`."""
-
-    rows: Dataset
-
-    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        groups = [[self.rows[row] for row in numbers] for numbers in batch["rows"]]
-        return {
-            "messages": [join_messages([row["messages"] for row in group]) for group in groups],
-            "images": [[image for row in group for image in row["images"]] for group in groups],
-            "where": [[row["where"] for row in group] for group in groups],
-        }
+def _read_groups(rows: Dataset, batch: dict[str, list]) -> dict[str, list]:
+    groups = [[rows[row] for row in numbers] for numbers in batch["rows"]]
+    return {
+        "messages": [join_messages([row["messages"] for row in group]) for group in groups],
+        "images": [[image for row in group for image in row["images"]] for group in groups],
+        "where": [[row["where"] for row in group] for group in groups],
+    }
 
 
 def _as_dataset(rows: Dataset, groups: list[list[int]], num_images: list[int]) -> Dataset:
     columns = {"rows": groups, "num_images": [sum(num_images[row] for row in group) for group in groups]}
     features = Features({"rows": List(Value("int64")), "num_images": Value("int32")})
     numbers = Dataset.from_dict(columns, features=features)
-    return numbers.with_transform(ReadGroups(rows), columns=["rows"], output_all_columns=True)
+    return numbers.with_transform(partial(_read_groups, rows), columns=["rows"], output_all_columns=True)
 
 
 def read_mixture_config(path: str | Path) -> MixtureConfig:
@@ -211,43 +219,47 @@ def load_mixture(
     """
     if not isinstance(config, MixtureConfig):
         config = read_mixture_config(config)
-    root = Path(data_root or config.data_root)
-    if not root.is_dir():
-        raise FileNotFoundError(f"No data root at {root}; the mixture names it as data_root, or pass another.")
+    root = config.find_root(data_root)
     loaded = [spec.load(root) for spec in config.sources]
     reports = [report for _, report in loaded]
     rows = concatenate_datasets([dataset for dataset, _ in loaded])
-    names = [images for dataset, _ in loaded for images in _column(dataset, "images")]
-    contents = read_image_contents({image for images in names for image in images}, root, check_images)
-    num_images = list(map(len, names))
-    reasons = [_find_fault(images, contents, config.max_images) for images in names]
-    usable, start = [], 0
-    for dataset, report in loaded:
-        members = range(start, start + len(dataset))
-        usable.append(_drop_unusable(members, reasons, rows, report))
-        start += len(dataset)
-    kept = [index for indices in usable for index in indices]
-    digests = [[contents[image].digest for image in names[index]] for index in kept]
-    source_of = [spec.name for spec, indices in zip(config.sources, usable) for _ in indices]
-    side_of = dict(zip(kept, split_by_image(digests, source_of, config.eval_share, config.seed)))
-    reasons = [DROP_REASONS.get(side_of.get(index, "")) for index in range(start)]
-    usable = [_drop_unusable(indices, reasons, rows, report) for indices, (_, report) in zip(usable, loaded)]
+    source_of = [spec.name for spec, (dataset, _) in zip(config.sources, loaded) for _ in range(len(dataset))]
+    images_of = rows.select_columns(["images"]).with_format("arrow")[:]["images"].to_pylist()  # faster than by row
+    contents = read_image_contents({image for images in images_of for image in images}, root, check_images)
+    reasons = [_find_fault(images, contents, config.max_images) for images in images_of]
+    kept = [index for index, reason in enumerate(reasons) if reason is None]
+    digests = [[contents[image].digest for image in images_of[index]] for index in kept]
+    sides = split_by_image(digests, [source_of[index] for index in kept], config.eval_share, config.seed)
+    side_of = dict(zip(kept, sides))
+    for index, side in side_of.items():
+        reasons[index] = DROP_REASONS.get(side)
+    usable: dict[str, list[int]] = {report.name: [] for report in reports}
+    report_of = {report.name: report for report in reports}
+    for index, (source, reason) in enumerate(zip(source_of, reasons)):
+        if reason is None:
+            usable[source].append(index)
+        else:
+            report_of[source].drop(rows[index]["where"], rows[index]["num_records"], reason)
+    for report in reports:
+        report.require_conversations()
 
-    sides: tuple[list, list] = ([], [])
+    train: list[list[int]] = []
+    evaluation: list[list[int]] = []
+    num_images = list(map(len, images_of))
     sizes = {}
-    for spec, indices in zip(config.sources, usable):
+    for spec in config.sources:
         rng = random.Random(f"{config.seed} {spec.name}")
-        chosen = choose(indices, spec.samples, rng)
+        chosen = choose(usable[spec.name], spec.samples, rng)
         is_joined = spec.concatenate > 1 and not spec.is_published  # published conversations have no system message
         systems = {index: _get_system(rows[index]) for index in chosen} if is_joined else {}
-        before = [len(side) for side in sides]
-        for side, wanted in zip(sides, (False, True)):
-            of_side = [index for index in chosen if (side_of[index] == "evaluation") is wanted]
-            for taken in _passes(of_side, 1.0 if wanted else spec.weight, rng):
-                side += group(taken, spec.concatenate, config.max_images, rng, num_images.__getitem__, systems.get)
-        sizes[spec.name] = (len(sides[0]) - before[0], len(sides[1]) - before[1])
-    train, evaluation = (_as_dataset(rows, side, num_images) for side in sides)
-    return Mixture(train, evaluation, reports, sizes, contents)
+        before = (len(train), len(evaluation))
+        for side, groups, weight in (("train", train, spec.weight), ("evaluation", evaluation, 1.0)):
+            for taken in _passes([index for index in chosen if side_of[index] == side], weight, rng):
+                groups += group(taken, spec.concatenate, config.max_images, rng, num_images.__getitem__, systems.get)
+        sizes[spec.name] = (len(train) - before[0], len(evaluation) - before[1])
+    return Mixture(
+        _as_dataset(rows, train, num_images), _as_dataset(rows, evaluation, num_images), reports, sizes, contents
+    )
 
 
 def _find_fault(images: list[str], contents: dict[str, ImageContent], max_images: int) -> str | None:
@@ -255,18 +267,6 @@ def _find_fault(images: list[str], contents: dict[str, ImageContent], max_images
     if len(images) > max_images:
         return f"more than {max_images} images"
     return BROKEN_IMAGE if any(contents[image].is_broken for image in images) else None
-
-
-def _drop_unusable(
-    indices: Sequence[int], reasons: list[str | None], rows: Dataset, report: IngestionReport
-) -> list[int]:
-    """The usable conversations of a dataset; the others are counted."""
-    for index in indices:
-        if (reason := reasons[index]) is not None:
-            report.drop(rows[index]["where"], rows[index]["num_records"], reason)
-    if report.conversations == 0:
-        raise ValueError(f"Nothing is left of the source {report.name}.\n{report}")
-    return [index for index in indices if reasons[index] is None]
 
 
 def _get_system(row: dict) -> str:
@@ -277,9 +277,8 @@ def _get_system(row: dict) -> str:
 
 def _passes(members: list[int], weight: float, rng: random.Random) -> list[list[int]]:
     """`weight` passes, each in another order; the last one may be a part."""
-    passes = [members] if weight >= 1 else []
-    while len(passes) + 1 <= weight:
-        passes.append(rng.sample(members, len(members)))
+    shuffled = (rng.sample(members, len(members)) for _ in range(int(weight) - 1))
+    passes = [members, *shuffled] if weight >= 1 else []
     rest = round((weight - len(passes)) * len(members))
     if not passes and members:
         rest = max(rest, 1)
@@ -307,14 +306,8 @@ def group(
     get_system: Callable[[Member], Any] = lambda member: None,
 ) -> Iterator[list[Member]]:
     """
-    Groups conversations as they come, for mixtures and streams alike.
-
-    Args:
-        members (`Iterable`): The conversations; each is used once, in order.
-        max_members, max_images (`int`): Maximum conversations and images of a group.
-        rng (`random.Random`): Draws the size of each group, from 1 to `max_members`.
-        count_images (`Callable`): The number of images of a conversation.
-        get_system (`Callable`, *optional*): Its system message, which all conversations of a group share.
+    Groups conversations as they come, for mixtures and streams alike: 1 to `max_members`, drawn for each group, with
+    at most `max_images` images and the same system message.
     """
     current: list[Member] = []
     size = 0
@@ -333,12 +326,7 @@ def group(
         yield current
 
 
-def _column(rows: Dataset, name: str) -> list:
-    """A column as a list; much faster than row by row."""
-    return rows.select_columns([name]).with_format("arrow")[:][name].to_pylist()
-
-
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -5,20 +5,21 @@ Packing: conversations that share a row, balanced over tokens and images.
     packs = pack_conversations(dataset, max_length=4096)
     Trainer(…, train_dataset=packs, data_collator=DataCollatorForVisualChat(processor, packing=True))
 
-A training step costs what its tokens cost in the decoder and its images in the vision tower, so both are balanced:
-conversations, the largest first, go where they leave the smaller load (longest processing time first, in two
-dimensions).
+Tokens cost time in the decoder and images in the vision tower, so both are balanced: conversations, the largest first,
+go where they leave the smaller load (longest processing time first, in two dimensions).
 """
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value
 
-from . import DATA_VERSION
+from .files import cache_rows
+from .tables import Row
 
 
 MAX_PACK_LENGTH = 10**9  # tokens; a tokenizer without a limit states more
@@ -31,14 +32,12 @@ def pack_conversations(dataset: Dataset, max_length: int, max_images: int | None
 
     Args:
         dataset (`datasets.Dataset`): As [`measure_lengths`] returns it.
-        max_length (`int`): Maximum tokens of a pack. An over-length conversation is a pack of its own, which the
-            collator handles.
+        max_length (`int`): Maximum tokens of a pack. An over-length conversation is a pack of its own.
         max_images (`int`, *optional*): Maximum images of a pack.
         seed (`int`, *optional*, defaults to 0): The seed of the assignment.
 
     Returns:
-        A `datasets.Dataset` of examples with `pack`, a list of examples, for [`DataCollatorForVisualChat`], and with
-        the columns `length` and `num_images`.
+        A `datasets.Dataset` for [`DataCollatorForVisualChat`]: `pack`, a list of examples, `length` and `num_images`.
 
     Raises:
         `ValueError`: a dataset that was not measured, or is empty; or a limit below 1.
@@ -46,32 +45,25 @@ def pack_conversations(dataset: Dataset, max_length: int, max_images: int | None
     if missing := {"length", "num_images"} - set(dataset.column_names):
         raise ValueError(f"The dataset has no column {', '.join(sorted(missing))}; pass it to measure_lengths first.")
     lengths, num_images = (np.asarray(dataset.with_format(None)[name][:]) for name in ("length", "num_images"))
-    _check_limits(max_length, max_images)
     if len(lengths) == 0:
         raise ValueError("There is no conversation to pack.")
-    options = {"lengths": np.stack([lengths, num_images]), "max_length": max_length, "max_images": max_images}
-    options |= {"seed": seed, "version": DATA_VERSION}
-    packs = Dataset.from_generator(_generate_packs, features=PACKS, gen_kwargs=options)
-    return packs.with_transform(ReadPacks(dataset), columns=["members"], output_all_columns=True)
+    sizes = np.stack([lengths, num_images])
+    options = {"sizes": sizes, "max_length": max_length, "max_images": max_images, "seed": seed}
+    packs = cache_rows(_generate_packs, PACKS, options)
+    return packs.with_transform(partial(_read_packs, dataset), columns=["members"], output_all_columns=True)
 
 
 PACKS = Features({"members": List(Value("int64")), "length": Value("int64"), "num_images": Value("int64")})
 
 
-def _generate_packs(lengths: np.ndarray, max_length: int, max_images: int | None, seed: int, version: int):
-    sizes, num_images = lengths
-    for pack in plan_packs(sizes, num_images, max_length, max_images, seed):
-        yield {"members": pack, "length": int(sizes[pack].sum()), "num_images": int(num_images[pack].sum())}
+def _generate_packs(sizes: np.ndarray, max_length: int, max_images: int | None, seed: int, key: str):
+    lengths, num_images = sizes
+    for pack in plan_packs(lengths, num_images, max_length, max_images, seed):
+        yield {"members": pack, "length": int(lengths[pack].sum()), "num_images": int(num_images[pack].sum())}
 
 
-@dataclass
-class ReadPacks:
-    """From indices to packs of examples; a transform of `datasets`."""
-
-    dataset: Dataset
-
-    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        return {"pack": [[self.dataset[number] for number in members] for members in batch["members"]]}
+def _read_packs(dataset: Dataset, batch: dict[str, list]) -> dict[str, list]:
+    return {"pack": [[dataset[number] for number in members] for members in batch["members"]]}
 
 
 def plan_packs(
@@ -81,33 +73,19 @@ def plan_packs(
     max_images: int | None = None,
     seed: int = 0,
 ) -> list[list[int]]:
-    """
-    Assigns every conversation to exactly one pack.
-
-    Args:
-        lengths, num_images (`Sequence` of N `int`): Tokens and images per conversation.
-        max_length, max_images, seed: As for [`pack_conversations`].
-    """
-    limits = _check_limits(max_length, max_images)
+    """Assigns every conversation to exactly one pack, by its tokens and images, see [`pack_conversations`]."""
+    limits = np.array([max_length, np.inf if max_images is None else max_images])
+    if max_length > MAX_PACK_LENGTH:
+        raise ValueError(f"A pack of {max_length} tokens is unlimited; set max_length, as the tokenizer has no limit.")
+    if limits.min() < 1:
+        raise ValueError(f"A pack holds at least 1 token and 1 image, got {max_length} and {max_images}.")
     sizes = np.stack([np.asarray(lengths, dtype=np.int64), np.asarray(num_images, dtype=np.int64)], axis=1)
     order = list(range(len(sizes)))
     random.Random(seed).shuffle(order)
     packs = []
-    for start in range(0, len(order), WINDOW):
-        window = np.array(order[start : start + WINDOW])
+    for window in map(np.array, _cut(order, WINDOW)):
         packs += [window[members].tolist() for members in _plan_window(sizes[window], limits)]
     return packs
-
-
-def _check_limits(max_length: int, max_images: int | None) -> np.ndarray:
-    limits = np.array([max_length, np.inf if max_images is None else max_images])
-    if max_length > MAX_PACK_LENGTH:
-        raise ValueError(
-            f"A pack of {max_length} tokens is unlimited; set max_length, since the tokenizer has no limit."
-        )
-    if limits.min() < 1:
-        raise ValueError(f"A pack holds at least 1 token and 1 image, got {max_length} and {max_images}.")
-    return limits
 
 
 def _plan_window(sizes: np.ndarray, limits: np.ndarray) -> list[list[int]]:
@@ -133,13 +111,10 @@ def _plan_window(sizes: np.ndarray, limits: np.ndarray) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class BatchingStatistics:
-    """
-    The cost of a batching strategy beyond the conversations themselves. A spread is the standard deviation over the
-    mean of a batch, that is, the imbalance between ranks.
-    """
+    """The cost of a batching strategy beyond the conversations themselves."""
 
     padding: float  # share of the tokens of all batches
-    token_spread: float  # including padding
+    token_spread: float  # including padding; standard deviation over mean of a batch, the imbalance between ranks
     image_spread: float
     batches: int  # their number
 
@@ -148,16 +123,8 @@ def compare_batching(
     lengths: Sequence[int], num_images: Sequence[int], max_length: int, batch_size: int = 8, seed: int = 0
 ) -> dict[str, BatchingStatistics]:
     """
-    Compares batches in random order, grouped by length, and packed.
-
-    Args:
-        lengths, num_images (`Sequence` of `int`): Tokens and images per conversation.
-        max_length (`int`): Maximum tokens of a pack.
-        batch_size (`int`, *optional*, defaults to 8): Conversations per padded batch.
-        seed (`int`, *optional*, defaults to 0): The seed of all three.
-
-    Returns:
-        [`BatchingStatistics`] by strategy; empty without conversations. Over-length ones count as `max_length`.
+    Compares padded batches of `batch_size` in random order or grouped by length, and packs of `max_length` tokens.
+    Over-length conversations count as `max_length`; without conversations, there is nothing to compare.
     """
     from transformers.trainer_pt_utils import get_length_grouped_indices
 
@@ -168,31 +135,29 @@ def compare_batching(
     random.Random(seed).shuffle(order)
     generator = torch.Generator().manual_seed(seed)
     grouped = get_length_grouped_indices(sizes.tolist(), batch_size, generator=generator)
+    batches = {"random order, padded": _cut(order, batch_size), "grouped by length, padded": _cut(grouped, batch_size)}
+    computed = {name: [len(batch) * sizes[batch].max() for batch in members] for name, members in batches.items()}
+    batches["packed"] = plan_packs(sizes, images, max_length, seed=seed)
+    computed["packed"] = [sizes[pack].sum() for pack in batches["packed"]]
     statistics = {}
-    for name, indices in (("random order, padded", order), ("grouped by length, padded", grouped)):
-        batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
-        computed = np.array([len(batch) * sizes[batch].max() for batch in batches])
-        statistics[name] = _summarize(computed, batches, sizes, images)
-    packs = plan_packs(sizes, images, max_length, seed=seed)
-    computed = np.array([sizes[pack].sum() for pack in packs])
-    return {**statistics, "packed": _summarize(computed, packs, sizes, images)}
+    for name, members in batches.items():
+        num_tokens, shown = np.array(computed[name]), np.array([images[batch].sum() for batch in members])
+        statistics[name] = BatchingStatistics(
+            padding=1 - sizes.sum() / max(num_tokens.sum(), 1),
+            token_spread=num_tokens.std() / max(num_tokens.mean(), 1),
+            image_spread=shown.std() / max(shown.mean(), 1e-9),
+            batches=len(members),
+        )
+    return statistics
 
 
-def _summarize(
-    computed: np.ndarray, batches: list[list[int]], sizes: np.ndarray, images: np.ndarray
-) -> BatchingStatistics:
-    images = np.array([images[batch].sum() for batch in batches])
-    return BatchingStatistics(
-        padding=1 - sizes.sum() / max(computed.sum(), 1),
-        token_spread=computed.std() / max(computed.mean(), 1),
-        image_spread=images.std() / max(images.mean(), 1e-9),
-        batches=len(batches),
-    )
+def _cut(indices: list[int], size: int) -> list[list[int]]:
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
-def batching_table(batching: dict[str, BatchingStatistics]) -> list[Sequence]:
+def batching_table(batching: dict[str, BatchingStatistics]) -> list[Row]:
     """The results of [`compare_batching`] as rows of a table."""
-    rows: list[Sequence] = [("batches", "number", "padding", "spread of tokens", "spread of images")]
+    rows: list[Row] = [("batches", "number", "padding", "spread of tokens", "spread of images")]
     for strategy, found in batching.items():
         spreads = (f"{found.token_spread:.1%}", f"{found.image_spread:.1%}")
         rows.append((strategy, found.batches, f"{found.padding:.1%}", *spreads))

@@ -9,60 +9,48 @@ from typing import Any, BinaryIO
 
 import fsspec
 from datasets import Dataset, Features, Json
-from pyarrow import ArrowException, parquet
 from tqdm.auto import tqdm
 
 from ..conversation_visualchat import ROLES, drop_nulls, is_image, validate_conversation
 from ..processing_visualchat import VisualChatProcessor
-from .conversation import Conversation, Dropped
+from .conversation import OUTSIDE, Conversation, Dropped
+from .files import describe_json_error, parse_json, read_parquet
 from .images import IMAGE_COLUMNS, ImageReference
-from .ingestion import MISSING_IMAGE, IngestedRecord, check_record, describe_json_error, parse_json
+from .ingestion import MISSING_IMAGE, IngestedRecord, check_record
 from .lengths import count_tokens
 from .schemas import ROLES as KNOWN_ROLES
 from .schemas import convert_record
 
 
-ON_ERROR = ("raise", "drop")
 COLUMNS = ("messages", "conversations", *IMAGE_COLUMNS)
 
-# From an encoded image inside a row, and its row and number there, to the reference to it.
-Refer = Callable[[bytes, int, int], ImageReference]
+Reader = Callable[[BinaryIO, str], Iterator[tuple[str, Any]]]  # from a file and its name to places and records
 
 
 def read_conversations(
     file: str | Path,
     image_folder: str | None = None,
     name: str | None = None,
-    on_error: str = "drop",
-    refer: Refer | None = None,
+    is_strict: bool = False,
+    embed: bool = False,
 ) -> Iterator[IngestedRecord]:
     """
-    Reads the conversations of a file.
+    Reads the conversations of a file, an absolute path or `hf://…`; image paths, relative to their folder, by default
+    that of the file, become absolute. Images inside parquet rows become images of an archive, or inline with `embed`.
 
-    Args:
-        file (`str` or `Path`): An absolute path, or `hf://…`.
-        image_folder (`str`, *optional*): The folder that image paths are relative to and may not leave; by default
-            that of the file.
-        name (`str`, *optional*): The name of the file in reports; by default its path.
-        on_error (`str`, *optional*, defaults to `"drop"`): `"drop"` yields a faulty record with the reason; `"raise"`
-            raises a `ValueError` or, for a missing image, a `FileNotFoundError`, and lets image paths leave their
-            folder, since the user named this very file. A file that is broken as a whole always raises.
-        refer (`Callable`, *optional*): How to refer to images inside parquet rows; by default as in an archive.
-
-    Yields:
-        [`IngestedRecord`], with absolute image paths.
+    A faulty record is yielded with its reason. `is_strict` raises a `ValueError` or `FileNotFoundError` instead, and
+    lets image paths leave their folder, since the user named this very file. A broken file always raises.
     """
-    if on_error not in ON_ERROR:
-        raise ValueError(f"on_error is {on_error!r}; choose one of {', '.join(ON_ERROR)}.")
     file, name = str(file), name or str(file)
     suffix = os.path.splitext(file)[1]
     if suffix not in RECORDS:
         raise ValueError(f"{name} cannot be read; a file of conversations is one of {', '.join(RECORDS)}.")
-    folder, is_strict = image_folder or os.path.dirname(file), on_error == "raise"
-    refer = refer or (lambda data, row, number: ImageReference("archive", file, f"{row}.{number}"))
+    folder = image_folder or os.path.dirname(file)
     with fsspec.open(file, "rb") if "://" in file else open(file, "rb") as contents:
-        for place, record in RECORDS[suffix](contents, file, refer):
+        for index, (place, record) in enumerate(RECORDS[suffix](contents, file)):
             where = f"{name}, {place}"
+            if suffix == ".parquet":
+                _refer_to_images(record, index, file, embed)
             if is_strict:
                 _check_strictly(record, where)
             outcome = record if isinstance(record, Dropped) else convert_record(record)
@@ -76,10 +64,23 @@ def read_conversations(
             yield read
 
 
+def _refer_to_images(record: dict, row: int, file: str, embed: bool) -> None:
+    """Replaces encoded images in a row of a parquet file by references."""
+    for column in IMAGE_COLUMNS:
+        if record.get(column) is not None:
+            values = record[column] if isinstance(record[column], list) else [record[column]]
+            for number, value in enumerate(values):
+                data = value.get("bytes") if isinstance(value, dict) else value
+                if data and isinstance(data, bytes):
+                    archived = ImageReference("archive", file, f"{row}.{number}")
+                    values[number] = ImageReference.from_bytes(data) if embed else archived
+            record[column] = values
+
+
 def _resolve_images(outcome: Conversation, folder: str, file: str, is_confined: bool) -> Conversation | Dropped:
     resolved = {image: image.resolve(folder, file, is_confined) for image in outcome.images}
     if None in resolved.values():
-        return Dropped("image path outside of its folder")
+        return OUTSIDE
     return outcome.map_images(lambda image: resolved[image] or image)
 
 
@@ -104,7 +105,7 @@ def _check_strictly(record: Any, where: str) -> None:
             raise ValueError(f"{where} has an image without a path, url or base64 text: {block!r:.80}.")
 
 
-def _read_lines(contents: BinaryIO, name: str, refer: Refer) -> Iterator[tuple[str, Any]]:
+def _read_lines(contents: BinaryIO, name: str) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(contents, start=1):
         if line.strip():
             try:
@@ -114,11 +115,11 @@ def _read_lines(contents: BinaryIO, name: str, refer: Refer) -> Iterator[tuple[s
             yield f"line {number}", record
 
 
-def _read_list(contents: BinaryIO, name: str, refer: Refer) -> Iterator[tuple[str, Any]]:
+def _read_list(contents: BinaryIO, name: str) -> Iterator[tuple[str, Any]]:
     data = contents.read()
     first, _, rest = data.strip().partition(b"\n")
     if first.startswith(b"{") and first.endswith(b"}") and rest:  # JSON lines under another name
-        yield from _read_lines(io.BytesIO(data), name, refer)
+        yield from _read_lines(io.BytesIO(data), name)
         return
     records = parse_json(data, name)
     if not isinstance(records, list):
@@ -126,36 +127,11 @@ def _read_list(contents: BinaryIO, name: str, refer: Refer) -> Iterator[tuple[st
     yield from ((f"record {index}", record) for index, record in enumerate(records))
 
 
-def _read_parquet(contents: BinaryIO, name: str, refer: Refer) -> Iterator[tuple[str, Any]]:
-    """Rows in which encoded images are replaced by references."""
-
-    def refer_to(value: Any, row: int, number: int) -> Any:
-        data = value.get("bytes") if isinstance(value, dict) else value
-        return refer(data, row, number) if isinstance(data, bytes) and data else value
-
-    def read_rows() -> Iterator[dict]:
-        try:
-            file = parquet.ParquetFile(contents)
-            columns = [column for column in COLUMNS if column in file.schema_arrow.names]
-            for batch in file.iter_batches(batch_size=64, columns=columns):
-                yield from batch.to_pylist()
-        except (ArrowException, OSError, ValueError, OverflowError) as error:
-            raise ValueError(f"{name} is not whole parquet: {error} Was the download complete?") from error
-
-    for row, record in enumerate(read_rows()):
-        for column in IMAGE_COLUMNS:
-            values = record.get(column)
-            if values is not None:
-                values = values if isinstance(values, list) else [values]
-                record[column] = [refer_to(value, row, number) for number, value in enumerate(values)]
-        yield f"row {row}", record
+def _read_parquet(contents: BinaryIO, name: str) -> Iterator[tuple[str, Any]]:
+    return ((f"row {row}", record) for row, record in enumerate(read_parquet(contents, name, COLUMNS)))
 
 
-RECORDS: dict[str, Callable[[BinaryIO, str, Refer], Iterator[tuple[str, Any]]]] = {
-    ".jsonl": _read_lines,
-    ".json": _read_list,
-    ".parquet": _read_parquet,
-}
+RECORDS: dict[str, Reader] = {".jsonl": _read_lines, ".json": _read_list, ".parquet": _read_parquet}
 
 
 def load_conversations(
@@ -166,24 +142,21 @@ def load_conversations(
     check_length: bool = True,
 ) -> Dataset:
     r"""
-    Reads a file in which every fault is an error, so that it is found before training starts.
+    Reads a file (.jsonl, .json or .parquet) in which every fault is an error, so that it is found before training.
 
     Args:
-        path (`str` or `Path`): A file (.jsonl, .json or .parquet) of a supported schema, see `schemas.py`; image paths
-            are relative to it.
+        path (`str` or `Path`): A file of a schema in `schemas.py`; image paths are relative to its folder.
         processor (`VisualChatProcessor`): The processor of the model, for the lengths.
         max_length (`int`, *optional*): Maximum tokens of a conversation; by default the model's.
         check_images (`bool`, *optional*, defaults to `True`): Opens every image once, except URLs.
-        check_length (`bool`, *optional*, defaults to `True`): Refuses over-length conversations, which the collator
-            has to handle otherwise.
+        check_length (`bool`, *optional*, defaults to `True`): Refuses over-length conversations.
 
     Returns:
         `datasets.Dataset` with the column `messages`; image paths are absolute.
 
     Raises:
         `FileNotFoundError`: the file, or an image that it names, does not exist.
-        `ValueError`: a faulty record, a broken image, an over-length conversation, each with file and record; or no
-            conversation at all.
+        `ValueError`: a faulty record, a broken image or an over-length conversation, by name; or no conversation.
     """
     path = Path(os.path.abspath(path))
     if not path.is_file():
@@ -191,7 +164,7 @@ def load_conversations(
     limit = min(max_length or processor.tokenizer.model_max_length, processor.tokenizer.model_max_length)
     conversations: list[list[dict]] = []
     opened: set[ImageReference] = set()
-    records = read_conversations(path, on_error="raise")
+    records = read_conversations(path, is_strict=True)
     for record in tqdm(records, desc=f"Checking {path.name}", unit="conversation"):
         conversation: Any = record.outcome
         messages = conversation.messages()

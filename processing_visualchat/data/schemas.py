@@ -30,7 +30,7 @@ def convert_record(record: Any) -> Conversation | Dropped:
     turns: Any = record
     images: list = []
     if isinstance(record, dict):
-        candidates = (parse_messages(record[key]) for key in ("messages", "conversations") if record.get(key))
+        candidates = (_parse_messages(record[key]) for key in ("messages", "conversations") if record.get(key))
         turns = next((turns for turns in candidates if isinstance(turns, list) and turns), None)
         images = next((record[key] for key in ("images", "image") if record.get(key)), [])
         images = list(images) if isinstance(images, (list, tuple)) else [images]
@@ -48,12 +48,10 @@ def convert_record(record: Any) -> Conversation | Dropped:
     return outcome
 
 
-def parse_messages(turns: Any) -> Any:
+def _parse_messages(turns: Any) -> Any:
     """Messages, which may be JSON text."""
-    if isinstance(turns, str):
-        with contextlib.suppress(ValueError, RecursionError):
-            return json.loads(turns)
-    return turns
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(turns) if isinstance(turns, str) else turns
 
 
 def _read_turn(turn: Any, has_images: bool) -> Turn | None:

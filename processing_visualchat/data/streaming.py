@@ -8,13 +8,13 @@ The split is a rule for one image at a time: a hash of its content (of the text,
 below `eval_share` or not, so every image is on one side. A conversation with images on both sides is left out.
 """
 
-import base64
 import itertools
 import os
 import random
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from datasets import Features, IterableDataset, Json, List, Value, interleave_da
 
 from .conversation import Conversation, Dropped, join_messages
 from .custom import find_files, find_images, group_by_split
-from .images import ImageReference, digest_of
+from .files import digest_of
 from .mixture import DatasetSpec, MixtureConfig, group, read_mixture_config
 from .readers import read_conversations
 
@@ -40,9 +40,8 @@ def stream_mixture(
     Streams a mixture.
 
     Args:
-        config (`MixtureConfig`, `str` or `Path`): The configuration, or its YAML file. Its keys mean what they mean
-            for [`load_mixture`]; a number of `samples` are the first ones. Sources take turns at random, by `weight`.
-        data_root (`str` or `Path`, *optional*): The folder that paths are relative to; by default as configured.
+        config, data_root: As for [`load_mixture`]; a number of `samples` are the first ones, and sources take turns at
+            random, by `weight`.
         num_evaluation (`int`, *optional*, defaults to 256): Maximum examples for evaluation.
 
     Returns:
@@ -62,9 +61,9 @@ def stream_mixture(
     def stream(side: str) -> IterableDataset:
         streams = []
         for spec, (files, images) in zip(config.sources, located):
-            # One shard, as a tuple, so that neither ranks nor workers divide the files among themselves.
-            options = {"files": tuple(files), "images": images, "spec": spec, "config": config, "side": side}
-            streams.append(IterableDataset.from_generator(_generate, features=FEATURES, gen_kwargs=options))
+            # Bound to its files, which ranks and workers would otherwise divide among themselves.
+            generate = SourceStream(spec, config, files, images, side).generate
+            streams.append(IterableDataset.from_generator(generate, features=FEATURES))
         if side == "evaluation":
             return interleave_datasets(streams, stopping_strategy=EACH_ONCE).take(num_evaluation)
         streams = [one.shuffle(seed=config.seed, buffer_size=config.shuffle_buffer) for one in streams]
@@ -88,17 +87,14 @@ def _locate(spec: DatasetSpec, data_root: str | Path) -> tuple[list[str], str | 
         )
     if spec.hub is None:
         root = Path(os.path.abspath(data_root))
-        files = [str(file) for file in find_files(spec, root)]
-        folder = find_images(spec, root)
-        images = None if folder is None else str(folder)
+        files, images = [str(file) for file in find_files(spec, root)], find_images(spec, root)
     else:
         base = f"hf://datasets/{spec.hub}" + (f"@{spec.revision}" if spec.revision else "")
         files = _find_on_hub(spec, base)
         images = None if spec.images is None else f"{base}/{spec.images}"
-    if unsupported := [file for file in files if not file.endswith(STREAMED)]:
-        raise ValueError(
-            f"The source {spec.name} has the file {unsupported[0]}; a stream reads {' or '.join(STREAMED)}."
-        )
+    for file in files:
+        if not file.endswith(STREAMED):
+            raise ValueError(f"The source {spec.name} has the file {file}; a stream reads {' or '.join(STREAMED)}.")
     return files, images
 
 
@@ -120,49 +116,52 @@ def _find_on_hub(spec: DatasetSpec, base: str) -> list[str]:
     return [f"{base}/{file}" for file in sorted(files)]
 
 
-def _generate(
-    files: tuple[str, ...], images: str | None, spec: DatasetSpec, config: MixtureConfig, side: str
-) -> Iterator[dict]:
-    """The groups of one side of a dataset, in the order of its files, once per pass."""
-    rng = random.Random(f"{config.seed} {spec.name}")
-    for _ in range(int(spec.weight) if side == "train" else 1):
-        members = _read_side(files, images, spec, config, side)
-        count, system = (lambda member: len(member[1].images)), (lambda member: member[1].system)
-        for joined in group(members, spec.concatenate, config.max_images, rng, count, system):
-            messages = join_messages([conversation.messages() for _, conversation in joined])
-            yield {"messages": messages, "where": [where for where, _ in joined]}
+@dataclass(frozen=True)
+class SourceStream:
+    """One side of a dataset."""
 
+    spec: DatasetSpec
+    config: MixtureConfig
+    files: list[str]
+    images: str | None  # the image folder
+    side: str
 
-def _read_side(
-    files: tuple[str, ...], images: str | None, spec: DatasetSpec, config: MixtureConfig, side: str
-) -> Iterator[tuple[str, Conversation]]:
-    """The conversations of one side, of the first `samples` of both; what is left out is counted in warnings."""
-    dropped: Counter[str] = Counter()
+    def generate(self) -> Iterator[dict]:
+        """The groups, in the order of the files, once per pass."""
+        rng = random.Random(f"{self.config.seed} {self.spec.name}")
+        for _ in range(int(self.spec.weight) if self.side == "train" else 1):
+            count, system = (lambda member: len(member[1].images)), (lambda member: member[1].system)
+            members = self._read_side()
+            for joined in group(members, self.spec.concatenate, self.config.max_images, rng, count, system):
+                messages = join_messages([conversation.messages() for _, conversation in joined])
+                yield {"messages": messages, "where": [where for where, _ in joined]}
 
-    def drop(reason: str) -> None:
-        dropped[reason] += 1
-        if str(dropped.total()).strip("0") == "1":  # 1, 10, 100, …
-            warnings.warn(f"{spec.name}: {dropped.total()} records left out: {dict(dropped)}", stacklevel=2)
+    def _read_side(self) -> Iterator[tuple[str, Conversation]]:
+        """The conversations of the side, of the first `samples` of both; what is left out is counted in warnings."""
+        dropped: Counter[str] = Counter()
 
-    def read() -> Iterator[tuple[str, Conversation]]:
-        for record in (record for file in files for record in read_conversations(file, images, refer=_embed)):
-            if isinstance(record.outcome, Dropped):
-                drop(record.outcome.reason)
-            elif len(record.outcome.images) > config.max_images:
-                drop(f"more than {config.max_images} images")
-            else:
-                yield record.where, record.outcome
+        def drop(reason: str) -> None:
+            dropped[reason] += 1
+            if str(dropped.total()).strip("0") == "1":  # 1, 10, 100, …
+                warnings.warn(f"{self.spec.name}: {dropped.total()} records left out: {dict(dropped)}", stacklevel=2)
 
-    for where, conversation in itertools.islice(read(), None if spec.samples == "all" else int(spec.samples)):
-        found = find_side(conversation, config)
-        if found == side:
-            yield where, conversation
-        elif found is None:
-            drop("images on both sides of the split")
+        def read() -> Iterator[tuple[str, Conversation]]:
+            records = (read_conversations(file, self.images, embed=True) for file in self.files)
+            for record in itertools.chain.from_iterable(records):
+                if isinstance(record.outcome, Dropped):
+                    drop(record.outcome.reason)
+                elif len(record.outcome.images) > self.config.max_images:
+                    drop(f"more than {self.config.max_images} images")
+                else:
+                    yield record.where, record.outcome
 
-
-def _embed(data: bytes, row: int, number: int) -> ImageReference:
-    return ImageReference.from_base64(f"data:image;base64,{base64.b64encode(data).decode()}")
+        samples = self.spec.samples
+        for where, conversation in itertools.islice(read(), None if samples == "all" else int(samples)):
+            found = find_side(conversation, self.config)
+            if found == self.side:
+                yield where, conversation
+            elif found is None:
+                drop("images on both sides of the split")
 
 
 def find_side(conversation: Conversation, config: MixtureConfig) -> str | None:
@@ -171,12 +170,6 @@ def find_side(conversation: Conversation, config: MixtureConfig) -> str | None:
         return "train"
     digests = {image.digest() for image in conversation.images}
     digests = digests or {digest_of(str(conversation.messages()).encode("utf-8", "replace"))}
-    sides = {_is_held_out(digest, config) for digest in digests}
-    if len(sides) > 1:
-        return None
-    return "evaluation" if sides == {True} else "train"
-
-
-def _is_held_out(digest: str, config: MixtureConfig) -> bool:
-    salted = digest_of(f"{config.seed} {digest}".encode())
-    return int(salted, 16) < config.eval_share * 16 ** len(salted)
+    salted = (digest_of(f"{config.seed} {digest}".encode()) for digest in digests)
+    sides = {"evaluation" if int(text, 16) < config.eval_share * 16 ** len(text) else "train" for text in salted}
+    return sides.pop() if len(sides) == 1 else None

@@ -3,19 +3,18 @@
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
 
-from ..data.image_contents import ImageContent
-from ..data.ingestion import IngestionReport
 from ..data.lengths import measure_lengths
 from ..data.mixture import DatasetSpec, Mixture, MixtureConfig, load_mixture, read_mixture_config
 from ..data.packing import BatchingStatistics, batching_table, compare_batching
 from ..data.readers import RECORDS
+from ..data.tables import Row, format_table
 from ..processing_visualchat import VisualChatProcessor
 from .samples import Sample, draw_samples, make_estimating_processor
 
@@ -29,11 +28,9 @@ class Diagnosis:
     """The result of [`examine`]."""
 
     name: str  # of the mixture
-    reports: list[IngestionReport]  # of each readable dataset
+    mixture: Mixture
     failures: dict[str, str]  # reasons of unreadable datasets, by name
     sides: dict[str, Dataset]  # `train` and `evaluation`, measured
-    sizes: dict[str, tuple[int, int]]  # conversations on the two sides, by dataset
-    contents: dict[str, ImageContent]  # of every image, by its reference
     leaked: list[list[str]]  # references to the same image, on both sides of the split
     duplicates: list[list[str]]  # references to the same image
     max_length: int  # tokens of a conversation
@@ -51,57 +48,43 @@ class Diagnosis:
     @property
     def num_dropped(self) -> int:
         """Records that were dropped, of all datasets."""
-        return sum(report.num_dropped for report in self.reports)
-
-    @property
-    def num_broken(self) -> int:
-        """Images that cannot be used."""
-        return sum(content.is_broken for content in self.contents.values())
+        return sum(report.num_dropped for report in self.mixture.reports)
 
     def lengths(self, quantity: str, side: str) -> np.ndarray:
         """A column of a side: `length`, `num_images` or `num_rounds`."""
         return np.asarray(self.sides[side].with_format(None)[quantity][:], dtype=np.int64)
 
-    def source_table(self) -> list[Sequence]:
-        """Records and conversations of each dataset."""
-        rows: list[Sequence] = [("source", "read", "used", "repaired", "dropped", "train", "evaluation")]
-        for report in self.reports:
-            counts = (report.read, report.used, report.num_repaired, report.num_dropped)
-            rows.append((report.name, *counts, *self.sizes[report.name]))
-        columns = list(zip(*(row[1:] for row in rows[1:])))
-        return [*rows, ("all", *map(sum, columns))] if columns else rows
-
-    def reason_table(self) -> list[Sequence]:
+    def reason_table(self) -> list[Row]:
         """The reasons why records were dropped or repaired, each with the first record."""
-        rows: list[Sequence] = [("source", "action", "records", "reason", "first")]
-        for report in self.reports:
-            for action, reasons in (("dropped", report.dropped), ("repaired", report.repaired)):
-                for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
-                    rows.append((report.name, action, count, reason, report.examples[reason]))
+        rows: list[Row] = [("source", "action", "records", "reason", "first")]
+        for report in self.mixture.reports:
+            rows += [(report.name, *reason) for reason in report.reasons()]
         return rows
 
-    def length_table(self) -> list[Sequence]:
+    def length_table(self) -> list[Row]:
         """Tokens, images and rounds of the conversations of each side, and of each dataset."""
-        rows: list[Sequence] = [("per conversation", "of", "minimum", "median", "mean", "90%", "maximum")]
+        rows: list[Row] = [("per conversation", "of", "minimum", "median", "mean", "90%", "maximum")]
         for quantity, name in QUANTITIES.items():
             for side in self.sides:
                 rows += _summarize(name, side, self.lengths(quantity, side))
             start = 0
-            for source, (num_train, _) in self.sizes.items():
+            for source, (num_train, _) in self.mixture.sizes.items():
                 rows += _summarize(name, f"  {source}", self.lengths(quantity, "train")[start : start + num_train])
                 start += num_train
         return rows
 
     def findings(self) -> list[str]:
         """The most important numbers, in sentences."""
-        num_images = len({content.digest for content in self.contents.values()})
+        contents = self.mixture.contents.values()
+        num_images = len({content.digest for content in contents})
         lengths = self.lengths("length", "train")
         overlong = int((lengths > self.max_length).sum())
         spare = sum(map(len, self.duplicates)) - len(self.duplicates)
         counted = ", counted as words and marks, 256 for an image (no --model)" if self.is_estimated else ""
         return [
             f"{len(self.sides['train'])} conversations to train on, {lengths.sum()} tokens{counted}.",
-            f"{len(self.contents)} image names, {num_images} different images; {self.num_broken} cannot be used.",
+            f"{len(contents)} image names, {num_images} different images; "
+            f"{sum(content.is_broken for content in contents)} cannot be used.",
             f"{spare} image names are duplicates of others, by content" + _name_some(self.duplicates),
             f"{len(self.leaked)} images are on both sides of the split" + _name_some(self.leaked),
             f"{overlong} conversations to train on have more than {self.max_length} tokens; set --overlong of "
@@ -112,23 +95,10 @@ class Diagnosis:
 
     def __str__(self) -> str:
         """The report as text."""
-        tables = (self.source_table(), self.reason_table(), self.length_table(), batching_table(self.batching))
+        tables = (self.mixture.source_table(), self.reason_table(), self.length_table(), batching_table(self.batching))
         problems = [f"PROBLEM: {problem}" for problem in self.problems]
         parts = [self.name, *(format_table(table) for table in tables if len(table) > 1)]
         return "\n\n".join([*parts, "\n".join(self.findings()), *(["\n".join(problems)] if problems else [])])
-
-
-def format_table(rows: Sequence[Sequence]) -> str:
-    """Aligned columns, numbers on the right."""
-    texts = [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*texts)]
-    is_number = [any(isinstance(cell, (int, float)) for cell in column) for column in zip(*rows)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(row, widths, is_number)
-        ).rstrip()
-        for row in texts
-    )
 
 
 def examine(
@@ -141,26 +111,13 @@ def examine(
     check_images: bool = True,
 ) -> Diagnosis:
     """
-    Reads all data of a mixture.
-
-    Args:
-        config (`MixtureConfig`, `str` or `Path`): The mixture, or its YAML file; or a file or folder of conversations.
-        data_root (`str` or `Path`, *optional*): The folder that contains the datasets; by default as configured.
-        processor (`VisualChatProcessor`, *optional*): The processor of the model; without it, tokens are estimated.
-        max_length (`int`, *optional*, defaults to 4096): Maximum tokens of a conversation, and of a pack.
-        batch_size (`int`, *optional*, defaults to 8): Conversations per padded batch, to compare with packs.
-        num_samples (`int`, *optional*, defaults to 5): The number of conversations to show.
-        check_images (`bool`, *optional*, defaults to `True`): Decodes every image.
-
-    Raises:
-        `ValueError` or `FileNotFoundError`: an invalid configuration, or no readable dataset.
+    Reads all data of a mixture, or of a file or folder of conversations; the options are those of the command line.
+    Without a processor, tokens are estimated.
     """
     name = "The mixture" if isinstance(config, MixtureConfig) else str(config)
     if not isinstance(config, MixtureConfig):
         config, data_root = _read_config(Path(config), data_root)
-    root = Path(data_root or config.data_root)
-    if not root.is_dir():
-        raise FileNotFoundError(f"No data root at {root}; the mixture names it as data_root, or pass another.")
+    root = config.find_root(data_root)
     mixture, failures = _load_readable(config, root, check_images)
     for report in mixture.reports:
         if report.read != report.used + report.num_dropped:
@@ -168,19 +125,16 @@ def examine(
     is_estimated = processor is None
     processor = processor or make_estimating_processor()
     max_length = min(max_length, processor.tokenizer.model_max_length)
-    sides = {
-        side: measure_lengths(dataset, processor, os.cpu_count() if len(dataset) > MANY else None)
-        for side, dataset in (("train", mixture.train), ("evaluation", mixture.evaluation))
-    }
+    sides = {"train": mixture.train, "evaluation": mixture.evaluation}
+    for side, dataset in sides.items():
+        sides[side] = measure_lengths(dataset, processor, os.cpu_count() if len(dataset) > MANY else None)
     duplicates, leaked = compare_images(mixture)
     train = sides["train"].with_format(None)
     return Diagnosis(
         name=name,
-        reports=mixture.reports,
+        mixture=mixture,
         failures=failures,
         sides=sides,
-        sizes=mixture.sizes,
-        contents=mixture.contents,
         leaked=leaked,
         duplicates=duplicates,
         max_length=max_length,
@@ -219,22 +173,18 @@ def compare_images(mixture: Mixture) -> tuple[list[list[str]], list[list[str]]]:
     names = defaultdict(set)
     for name, content in mixture.contents.items():
         names[content.digest].add(name)
-    sides: list[set[str]] = []
-    for dataset in (mixture.train, mixture.evaluation):
-        sides.append({image for example in dataset for image in example["images"]})
-    digests = [{mixture.contents[name].digest for name in side} for side in sides]
+    sides = [{name for example in side for name in example["images"]} for side in (mixture.train, mixture.evaluation)]
+    train, evaluation = ({mixture.contents[name].digest for name in side} for side in sides)
     duplicates = [sorted(same) for same in names.values() if len(same) > 1]
-    leaked = [sorted(names[digest] & (sides[0] | sides[1])) for digest in sorted(digests[0] & digests[1])]
+    leaked = [sorted(names[digest] & set.union(*sides)) for digest in sorted(train & evaluation)]
     return sorted(duplicates), leaked
 
 
-def _summarize(name: str, group: str, values: np.ndarray) -> list[Sequence]:
+def _summarize(name: str, group: str, values: np.ndarray) -> list[Row]:
     if len(values) == 0:
         return []
-    median, tenth = np.percentile(values, [50, 90])
-    return [
-        (name, group, int(values.min()), int(median), round(float(values.mean()), 1), int(tenth), int(values.max()))
-    ]
+    low, median, tenth, high = np.percentile(values, [0, 50, 90, 100]).astype(int).tolist()
+    return [(name, group, low, median, round(float(values.mean()), 1), tenth, high)]
 
 
 def _name_some(groups: list[list[str]], count: int = 3) -> str:

@@ -6,13 +6,13 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ..data.images import ImageReference
 from ..data.packing import batching_table
 from ..data.published import SOURCES
+from ..data.tables import Row
 from .diagnosis import QUANTITIES, Diagnosis
 from .samples import Sample
 
@@ -37,7 +37,7 @@ def write_report(diagnosis: Diagnosis, folder: str | Path) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "dropped.jsonl").open("w") as lines:
-        for report in diagnosis.reports:
+        for report in diagnosis.mixture.reports:
             for where, reason in report.list_dropped():
                 lines.write(json.dumps({"source": report.name, "where": where, "reason": reason}) + "\n")
     part, page = folder / "report.part", folder / "report.html"
@@ -49,14 +49,14 @@ def write_report(diagnosis: Diagnosis, folder: str | Path) -> Path:
 def _format_page(diagnosis: Diagnosis) -> str:
     problems = "".join(f'<p class="problem">{html.escape(problem)}</p>' for problem in diagnosis.problems)
     findings = "".join(f"<li>{html.escape(finding)}</li>" for finding in diagnosis.findings())
-    terms: list[Sequence] = [("source", "license, as its authors state it", "citation")]
-    names = (report.name for report in diagnosis.reports)
+    terms: list[Row] = [("source", "license, as its authors state it", "citation")]
+    names = (report.name for report in diagnosis.mixture.reports)
     terms += [(name, SOURCES[name].license, SOURCES[name].attribution) for name in names if name in SOURCES]
     title, reasons = html.escape(diagnosis.name), diagnosis.reason_table()
     parts = [
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>',
         f"<h1>{title}</h1>{problems}<ul>{findings}</ul>",
-        f"<h2>Sources</h2>{_table(diagnosis.source_table())}",
+        f"<h2>Sources</h2>{_table(diagnosis.mixture.source_table())}",
         f"<h2>Dropped and repaired</h2>{_table(reasons)}" if len(reasons) > 1 else "",
         f"<h2>Lengths</h2>{_histograms(diagnosis)}{_table(diagnosis.length_table())}",
         "<h2>Batching</h2><p>Padding is the share of all computed tokens; the spread is the standard deviation over "
@@ -68,15 +68,14 @@ def _format_page(diagnosis: Diagnosis) -> str:
     return "\n".join(parts) + "</html>\n"
 
 
-def _table(rows: Sequence[Sequence]) -> str:
+def _table(rows: Sequence[Row]) -> str:
     head = "".join(f"<th>{html.escape(str(cell))}</th>" for cell in rows[0])
-    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows[1:])
-    return f"<table><tr>{head}</tr>{body}</table>"
-
-
-def _cell(cell: Any) -> str:
-    attribute = ' class="number"' if isinstance(cell, (int, float)) else ""
-    return f"<td{attribute}>{html.escape(str(cell))}</td>"
+    lines = [f"<tr>{head}</tr>"]
+    for row in rows[1:]:
+        kinds = (' class="number"' if isinstance(cell, (int, float)) else "" for cell in row)
+        cells = (f"<td{kind}>{html.escape(str(cell))}</td>" for kind, cell in zip(kinds, row))
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return f"<table>{''.join(lines)}</table>"
 
 
 def _histograms(diagnosis: Diagnosis) -> str:
@@ -97,11 +96,8 @@ def _histograms(diagnosis: Diagnosis) -> str:
     axes[0].legend(frameon=False)
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=110)
-    return f'<img alt="Histograms of tokens, images and rounds" src="data:image/png;base64,{_encode(data)}">'
-
-
-def _encode(data: io.BytesIO) -> str:
-    return base64.b64encode(data.getvalue()).decode()
+    encoded = base64.b64encode(data.getvalue()).decode()
+    return f'<img alt="Histograms of tokens, images and rounds" src="data:image/png;base64,{encoded}">'
 
 
 def _sample(sample: Sample) -> str:
@@ -122,4 +118,5 @@ def _thumbnail(reference: ImageReference) -> str:
     data = io.BytesIO()
     image.save(data, "JPEG", quality=85)
     name = "an image inside its record" if reference.kind == "inline" else str(reference)
-    return f'<img title="{html.escape(name, quote=True)}" src="data:image/jpeg;base64,{_encode(data)}">'
+    encoded = base64.b64encode(data.getvalue()).decode()
+    return f'<img title="{html.escape(name, quote=True)}" src="data:image/jpeg;base64,{encoded}">'

@@ -42,12 +42,7 @@ def draw_samples(mixture: Mixture, processor: VisualChatProcessor, count: int) -
 
 
 def draw_sample(example: dict, processor: VisualChatProcessor) -> Sample:
-    """
-    A conversation after processor and collator.
-
-    Raises:
-        `ValueError`: it cannot be collated: over-length, without an answer, or with a broken image.
-    """
+    """A conversation after processor and collator; a `ValueError` if it cannot be collated."""
     batch = DataCollatorForVisualChat(processor, max_broken=0)([example])
     ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
     text: Any = processor.apply_chat_template(example["messages"])
@@ -74,13 +69,8 @@ def make_estimating_processor() -> VisualChatProcessor:
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "<pad>": 1, "</s>": 2, "<image>": 3}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|[^\w\s]"), "removed", invert=True)
     tokenizer.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        pad_token="<pad>",
-        eos_token="</s>",
-        extra_special_tokens=["<image>"],
-    )
+    special = {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "</s>", "extra_special_tokens": ["<image>"]}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     size = {"height": 32, "width": 32}
     image_processor = CLIPImageProcessor(size=size, crop_size=size)
     return VisualChatProcessor(image_processor, fast, image_seq_length=ESTIMATED_IMAGE_LENGTH)

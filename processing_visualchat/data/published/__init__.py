@@ -15,8 +15,9 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from ..files import list_below, parse_json
 from ..images import find_archive
-from ..ingestion import IngestedRecord, IngestionReport, check_record, ingest, list_below, parse_json
+from ..ingestion import IngestedRecord, IngestionReport, check_record, ingest
 from .aokvqa import AOKVQA
 from .coco_caption import COCO_CAPTION
 from .llava import LLAVA, LLAVA_DIAL
@@ -28,12 +29,8 @@ from .source import PublishedSource
 from .sparkles import SPARKLES
 
 
-SOURCES: dict[str, PublishedSource] = {
-    source.name: source
-    for source in (
-        LLAVA, LLAVA_DIAL, CGD, BLEND, *OTHERS, SPARKLES, AOKVQA, COCO_CAPTION, OCR_VQA, MINIGPT4
-    )
-}  # fmt: skip
+_ALL = (LLAVA, LLAVA_DIAL, CGD, BLEND, *OTHERS, SPARKLES, AOKVQA, COCO_CAPTION, OCR_VQA, MINIGPT4)
+SOURCES: dict[str, PublishedSource] = {source.name: source for source in _ALL}
 
 
 def get_source(name: str) -> PublishedSource:
@@ -55,42 +52,37 @@ def load_source(name: str, data_root: str | Path) -> tuple[Dataset, IngestionRep
 
     Returns:
         A `datasets.Dataset` with the columns `messages` (image paths absolute), `images` (references as text, relative
-        to the data root), `where` and `num_records` (raw records of the conversation); and the [`IngestionReport`].
+        to the data root), `where` and `num_records` (raw records of each); and the [`IngestionReport`].
 
     Raises:
         `ValueError`: an unknown name, a file that is not JSON or of another schema, or no conversation left.
         `FileNotFoundError`: the data root, or a file of the dataset, does not exist.
     """
     source = get_source(name)
-    root = Path(data_root)
+    root = Path(data_root).resolve()
     if not root.is_dir():
-        raise FileNotFoundError(f"No data root at {root}.")
-    images = root / source.images
-    missing = [f"reads {file}; there is no file at {root / file}" for file in source.annotations
-               if not (root / file).is_file()]  # fmt: skip
-    if images.suffix != ".json" and not images.is_dir():
-        missing.append(f"has its images in {source.images}; there is no folder at {images}")
-    elif images.suffix == ".json" and find_archive(images) is None:
-        missing.append(f"has its images in {source.images}; there is no file at {images}, nor as parquet beside it")
-    if missing:
-        raise FileNotFoundError(f"The source {name} {missing[0]}. See {source.homepage}.")
-    options = {"name": name, "root": str(root.resolve())}
-    return ingest(name, _read, root.resolve(), _find_files(source, root), options)
+        raise FileNotFoundError(f"No data root at {data_root}.")
+    for file in source.annotations:
+        if not (root / file).is_file():
+            raise FileNotFoundError(
+                f"The source {name} reads {file}; there is no file at {root / file}. See {source.homepage}."
+            )
+    files, images = [root / file for file in source.annotations], root / source.images
+    archive = find_archive(images) if images.suffix == ".json" else None
+    if archive is None and not images.is_dir():
+        kind, sibling = ("file", ", nor as parquet beside it") if images.suffix == ".json" else ("folder", "")
+        raise FileNotFoundError(
+            f"The source {name} has its images in {source.images}; there is no {kind} at {images}{sibling}. "
+            f"See {source.homepage}."
+        )
+    folders = {images, *(file.parent.parent / "images" for file in files)}
+    inputs = [*files, *list_below(folders), *([archive] if archive else [])]
+    return ingest(name, read_source, root, inputs, {"name": name, "root": str(root)})
 
 
-def read_source(source: PublishedSource, data_root: Path) -> Iterator[IngestedRecord]:
-    """The outcome of every record, file after file; image paths are relative to the data root."""
-    root = data_root.resolve()
-    contents = {file: parse_json((root / file).read_bytes(), str(root / file)) for file in source.annotations}
-    yield from source.read(contents, source.images, partial(check_record, root=root))
-
-
-def _read(name: str, root: str) -> Iterator[IngestedRecord]:
-    return read_source(SOURCES[name], Path(root))
-
-
-def _find_files(source: PublishedSource, root: Path) -> list[Path]:
-    """All files and folders that the rows depend on."""
-    folders = {root / source.images, *((root / file).parent.parent / "images" for file in source.annotations)}
-    archives = {find_archive(folder) or folder for folder in folders if folder.suffix == ".json"}
-    return [*(root / file for file in source.annotations), *list_below(folders), *sorted(archives)]
+def read_source(name: str, root: str) -> Iterator[IngestedRecord]:
+    """The outcome of every record, file after file; image paths are relative to the data root, which is absolute."""
+    source = SOURCES[name]
+    files = {file: Path(root, file) for file in source.annotations}
+    contents = {file: parse_json(path.read_bytes(), str(path)) for file, path in files.items()}
+    return source.read(contents, source.images, partial(check_record, root=root))

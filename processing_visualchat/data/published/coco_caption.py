@@ -7,17 +7,8 @@ COCO captions, Karpathy's train and restval splits: the first caption that is no
 
 from typing import Any
 
-from ..conversation import Conversation, Dropped, Round
-from .source import (
-    COCO_IMAGES,
-    OUTSIDE,
-    PublishedSource,
-    get_field,
-    list_reader,
-    locate_image,
-    remove_tag,
-    to_sentence,
-)
+from ..conversation import OUTSIDE, Conversation, Dropped, Round
+from .source import COCO_IMAGES, PublishedSource, get_field, list_reader, locate_image, remove_tag, to_sentence
 
 
 def convert_coco_caption(record: Any, folder: str) -> Conversation | Dropped:

@@ -7,23 +7,10 @@ LLaVA-Instruct: conversations about one COCO image.
 
 from typing import Any
 
-from ..conversation import Conversation, Dropped, Turn, pair_turns
-from .source import (
-    COCO,
-    COCO_IMAGES,
-    IMAGE_TAG,
-    OUTSIDE,
-    PublishedSource,
-    get_field,
-    list_reader,
-    locate_image,
-    remove_tag,
-)
+from ..conversation import OUTSIDE, Conversation, Dropped, Turn, pair_turns
+from .source import COCO, COCO_IMAGES, IMAGE_TAG, PublishedSource, get_field, list_reader, locate_image, remove_tag
 
 
-HOMEPAGE = "https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K"
-ATTRIBUTION = "Liu et al., Visual Instruction Tuning, arXiv 2304.08485"
-LICENSE = f"CC BY 4.0 (earlier copies: CC BY-NC 4.0) and the terms of OpenAI; {COCO_IMAGES}"
 ROLES = {"human": "user", "gpt": "assistant"}
 
 
@@ -50,12 +37,9 @@ LLAVA, LLAVA_DIAL = (
         annotations=tuple(f"llava/{file}.json" for file in files),
         images=COCO,
         read=list_reader(convert_llava),
-        homepage=HOMEPAGE,
-        attribution=ATTRIBUTION,
-        license=LICENSE,
+        homepage="https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K",
+        attribution="Liu et al., Visual Instruction Tuning, arXiv 2304.08485",
+        license=f"CC BY 4.0 (earlier copies: CC BY-NC 4.0) and the terms of OpenAI; {COCO_IMAGES}",
     )
-    for name, files in (
-        ("llava", ("detail_23k", "complex_reasoning_77k")),
-        ("llava_dial", ("conversation_58k",)),
-    )
+    for name, files in (("llava", ("detail_23k", "complex_reasoning_77k")), ("llava_dial", ("conversation_58k",)))
 )

@@ -16,18 +16,13 @@ from .source import COCO, Check, PublishedSource
 
 SEED = 0
 
+Waiting = dict[ImageReference, list[Conversation]]  # the unused conversations about each image
 
-def blend(
-    pair: Conversation, about: dict[ImageReference, list[Conversation]], rng: random.Random
-) -> Conversation | Dropped:
+
+def blend(pair: Conversation, about: Waiting, rng: random.Random) -> Conversation | Dropped:
     """
-    One or more conversations about the first image of a pair, any number about the second, then the pair's own rounds.
-    An image is shown once, when it first comes up.
-
-    Args:
-        pair (`Conversation`): A conversation of CGD.
-        about (`dict`): The unused LLaVA conversations about each image; those that are used are removed.
-        rng (`random.Random`): Draws their number.
+    One or more of the conversations `about` the first image of a pair, any number about the second, then the pair's
+    own rounds. An image is shown once, when it first comes up. Those that are used are removed from `about`.
     """
     if len(pair.images) < 2:
         return Dropped("no pair of images")
@@ -51,7 +46,7 @@ def blend(
 def _read(files: dict[str, Any], images: str, check: Check) -> Iterator[IngestedRecord]:
     """A pair of CGD with the LLaVA records that it uses; unused records are dropped."""
     *llava_files, pairs_file = files
-    about: dict[ImageReference, list[Conversation]] = {}
+    about: Waiting = {}
     sources: dict[int, str] = {}
     for record in LLAVA.read({file: files[file] for file in llava_files}, images, check):
         if isinstance(record.outcome, Conversation):

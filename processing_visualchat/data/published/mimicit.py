@@ -9,15 +9,14 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from networkx import Graph, bfs_edges
+
 from ..conversation import Conversation, Dropped
 from ..images import ImageReference
 from ..ingestion import IngestedRecord
 from .source import COCO, IMAGE_TAG, Check, PublishedSource, expect, filter_rounds, get_field
 
 
-HOMEPAGE = "https://huggingface.co/datasets/pufanyi/MIMICIT"
-ATTRIBUTION = "Li et al., MIMIC-IT: Multi-Modal In-Context Instruction Tuning, arXiv 2306.05425"
-LICENSE = "MIT, with an agreement to research use only"
 ORIGINS = {
     "cgd": "COCO (Flickr)",
     "sd": "Spot-the-Diff",
@@ -32,35 +31,24 @@ def group_mimicit(instructions: dict[str, Any]) -> list[list[str]]:
     Groups the records of one conversation each: those that name one another in `rel_ins_ids`, in either direction, and
     have the same images. Every record is in exactly one group, which begins with its first record.
     """
-    partners: dict[str, list[str]] = {name: [] for name in instructions}
+    related = Graph()
+    related.add_nodes_from(instructions)
     for name, record in instructions.items():
         for other in get_field(record, "rel_ins_ids", list) or ():
-            if not isinstance(other, str) or other not in instructions or other == name:
-                continue
-            if _comparable_ids(record) == _comparable_ids(instructions[other]):
-                partners[name].append(other)
-                partners[other].append(name)
-    groups, used = [], set()
+            is_known = isinstance(other, str) and other in instructions
+            if is_known and _comparable_ids(record) == _comparable_ids(instructions[other]):
+                related.add_edge(name, other)
+    groups: list[list[str]] = []
+    used: set[str] = set()
     for name in instructions:
-        group, waiting = [], [name]
-        while waiting:
-            member = waiting.pop(0)
-            if member not in used:
-                used.add(member)
-                group.append(member)
-                waiting += partners[member]
-        groups += [group] if group else []
+        if name not in used:
+            groups.append([name, *(member for _, member in bfs_edges(related, name))])
+            used.update(groups[-1])
     return groups
 
 
 def convert_mimicit(records: Sequence[Any], archive: str) -> Conversation | Dropped:
-    """
-    Converts the records of one conversation.
-
-    Args:
-        records (`Sequence`): A group of [`group_mimicit`].
-        archive (`str`): The archive of the images or, for CGD, the folder of COCO.
-    """
+    """A group of [`group_mimicit`], with images in an archive or, for CGD, in the folder of COCO."""
     ids = _get_image_ids(records[0])
     if ids is None:
         return Dropped("image_ids is not a list of names")
@@ -106,9 +94,9 @@ CGD, *OTHERS = (
         annotations=(f"MIMIC-IT/{name.upper()}_instructions.json",),
         images=COCO if name == "cgd" else f"MIMIC-IT/{name.upper()}.json",
         read=read_mimicit,
-        homepage=HOMEPAGE,
-        attribution=ATTRIBUTION,
-        license=f"{LICENSE}; images: terms of {origin}",
+        homepage="https://huggingface.co/datasets/pufanyi/MIMICIT",
+        attribution="Li et al., MIMIC-IT: Multi-Modal In-Context Instruction Tuning, arXiv 2306.05425",
+        license=f"MIT, with an agreement to research use only; images: terms of {origin}",
     )
     for name, origin in ORIGINS.items()
 )

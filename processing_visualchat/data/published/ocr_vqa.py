@@ -7,9 +7,9 @@ OCR-VQA: questions about book covers; split 1 is train.
 from collections.abc import Iterator
 from typing import Any
 
-from ..conversation import Conversation, Dropped
+from ..conversation import OUTSIDE, Conversation, Dropped
 from ..ingestion import IngestedRecord
-from .source import OUTSIDE, Check, PublishedSource, expect, filter_rounds, get_field, locate_image
+from .source import Check, PublishedSource, expect, filter_rounds, get_field, locate_image
 
 
 def convert_ocr_vqa(image_id: str, record: Any, folder: str) -> Conversation | Dropped:

@@ -14,8 +14,6 @@ COCO = "coco/train2017"
 COCO_IMAGES = "images (COCO): Flickr terms of use"
 IMAGE_TAG = "<image>"
 LEFT_OUT = "a round without question or answer left out"
-NO_ROUND = Dropped("no question with an answer")
-OUTSIDE = Dropped("image path outside of its folder")
 
 # The record itself, or why it is dropped: invalid, or without its images.
 Check = Callable[[IngestedRecord], IngestedRecord]
@@ -89,7 +87,7 @@ def filter_rounds(pairs: Any, image: list[ImageReference], repairs: list[str]) -
             rounds.append(Round([] if rounds else image, question, answer))
         else:
             repairs.append(LEFT_OUT)
-    return Conversation.from_rounds(rounds, repairs) if rounds else NO_ROUND
+    return Conversation.from_rounds(rounds, repairs)
 
 
 def capitalize(text: str) -> str:

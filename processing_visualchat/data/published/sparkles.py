@@ -12,7 +12,7 @@ from typing import Any
 from ..conversation import Conversation, Dropped, Round
 from ..images import ImageReference
 from ..ingestion import IngestedRecord
-from .source import NO_ROUND, Check, PublishedSource, get_field, get_image_id, list_reader, remove_tag
+from .source import Check, PublishedSource, get_field, get_image_id, list_reader, remove_tag
 
 
 # The whole id: `IMAGE#14` is not the beginning of `IMAGE#1417`.
@@ -52,8 +52,6 @@ def convert_sparkles(record: Any, folder: str) -> Conversation | Dropped:
         else:
             rounds.append(Round(*question, text))
             question = None
-    if not rounds:
-        return NO_ROUND
     return Conversation.from_rounds(rounds, [] if question is None else ["a question without an answer left out"])
 
 
