@@ -302,6 +302,8 @@ def check_decoder(config: PreTrainedConfig) -> None:
         reason = "its positions are not rotary, so an image would depend on where it stands"
     elif unset := [name for name in layer_types if config.rope_parameters.get(name, {}) is None]:
         reason = f"the rotary embedding of its layers of type {unset[0]} is not configured"
+    elif config.model_type == "modernbert-decoder":
+        reason = "its scores come from a prediction head before the output layer, which VisualChat has no place for"
     elif not decoder_class._supports_sdpa:
         reason = "its attention is more than a softmax over keys (sinks, or scores that are capped)"
     elif getattr(config, "hidden_size_per_layer_input", None):

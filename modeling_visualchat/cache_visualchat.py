@@ -51,7 +51,8 @@ class ConversationCache(DynamicCache):
         self.image_cache = DynamicCache()
         self.token_types = self.slots = self.token_ids = self.position_ids = torch.zeros(0, 0, dtype=torch.long)
         self.images: list[list[tuple[int, str]]] = []
-        self.longest, self.is_interleaved, self.model_key = 0, False, None
+        self.longest, self.is_interleaved = 0, False
+        self.model_key: str | None = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The number of positions, of text, images and padding."""

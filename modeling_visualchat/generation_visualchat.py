@@ -87,10 +87,10 @@ class VisualChatGenerationMixin(GenerationMixin):
             kwargs["mm_token_type_ids"] = self.model.get_placeholder_mask(None, embeds).long()
         repeats, key = 1, known_key(self.model) if is_conversation_cache(cache) else None
         if num_cached > 0 and is_conversation_cache(cache):
-            if key != cache.model_key and cache.model_key is not None:
+            if key is None or key != cache.model_key:
                 raise ValueError(
-                    "The weights, adapters, hooks or dtype of the model are not those that filled the cache; pass an "
-                    "empty cache, or use a ChatSession, which does."
+                    "The weights, adapters, hooks or dtype of the model are not those that filled the cache, or are "
+                    "unknown (offloaded, hooked); pass an empty cache, or use a ChatSession, which does."
                 )
             repeats = self._check_cache(cache, ids, embeds, kwargs)
         self._replace_images(kwargs, num_cached, image_memory)

@@ -53,9 +53,10 @@ def load_language_model(text: str | PreTrainedModel, dtype: torch.dtype | None =
 
 
 def _cast(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
-    """Casts parameters only: buffers such as rotary frequencies stay in the precision they need."""
+    """Casts parameters only: buffers such as rotary frequencies, and packed weights, stay in what they need."""
     for parameter in model.parameters() if dtype is not None else ():
-        parameter.data = parameter.data.to(dtype)
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
     return model
 
 

@@ -138,7 +138,7 @@ class TensorStore:
         assert self.folder is not None
         return self.folder / f"{key}.safetensors"
 
-    def _load(self, key: str) -> Entry | None:
+    def _load(self, key: str, retries: int = 1) -> Entry | None:
         path = self._path(key)
         try:
             with safe_open(path, "pt") as file:
@@ -148,8 +148,10 @@ class TensorStore:
             if metadata.get("entry") != f"{key} {_checksum(entry)}":
                 raise ValueError("it does not hold what was written under its name")
         except (SafetensorError, ValueError, OSError, RuntimeError) as error:
-            if "No such file" in str(error):  # also if another process has removed it in between
+            if not path.exists():
                 return None
+            if retries:  # another process has replaced it in between
+                return self._load(key, retries - 1)
             warnings.warn(f"The file {path} cannot be used and is computed again: {error}", stacklevel=2)
             return None
         with contextlib.suppress(OSError):  # a folder that may only be read

@@ -9,12 +9,13 @@ of changing them; hooks and replaced forwards, which no weight tells, are listed
 import hashlib
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as module_hooks
 from transformers.utils import output_capturing
 
 
@@ -39,6 +40,10 @@ def weights_key(module: Any, description: bytes = b"") -> str:
     classes = {type(part) for part in module.modules() if not type(part).__module__.startswith("torch.")}
     for functions in sorted(str([*map(_describe_code, vars(each).values())]) for each in classes):
         digest.update(functions.encode())
+    for name, part in module.named_modules():
+        plain = [(key, value) for key, value in vars(part).items() if isinstance(value, float)]
+        replaced = [(key, value.__name__) for key, value in vars(part).items() if inspect.isroutine(value)]
+        digest.update(str((name, type(part).__qualname__, plain, replaced)).encode())
     digest.update(_checksum_of_weights(module))
     return digest.hexdigest()
 
@@ -77,19 +82,39 @@ def _checksum_of_weights(module: Any) -> bytes:
             return frozen[1]
     digest = hashlib.blake2b(digest_size=DIGEST_SIZE)
     for name, part in module.named_modules():
-        if name.endswith("rotary_emb"):
-            continue  # made from the configuration, and changed by it in the course of a run
+        if any(rope_type in str(getattr(part, "rope_type", "")) for rope_type in ("dynamic", "longrope")):
+            continue  # its frequencies follow the length of a text
         for key, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
             if is_elsewhere(tensor):
                 raise ValueError(
                     f"The weight {name}.{key} is offloaded or sharded, so a change of it would not be noticed. Load "
                     "the model without offloading or ZeRO-3."
                 )
-            digest.update(str((name, key, tensor.dtype, tuple(tensor.shape), tensor.device.type)).encode())
-            digest.update(column_sums(tensor))
+            for plain in _plain_tensors(tensor):
+                digest.update(str((name, key, plain.dtype, tuple(plain.shape), plain.device.type)).encode())
+                digest.update(column_sums(plain))
     if frozen is not None:
         module._frozen_checksum = (versions, digest.digest())
     return digest.digest()
+
+
+def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors of a weight: of a quantized one its packed numbers and their scales."""
+    tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    if type(tensor) not in (torch.Tensor, nn.Parameter) and hasattr(tensor, "__tensor_flatten__"):  # torchao, quanto
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _plain_tensors(getattr(tensor, name))
+        return
+    yield tensor
+    yield from _scales(tensor)
+    yield from _scales(getattr(tensor, "quant_state", None))
+
+
+def _scales(state: Any) -> list[torch.Tensor]:
+    """The scales that bitsandbytes keeps beside a weight, nested ones included."""
+    found = [getattr(state, name, None) for name in ("SCB", "absmax", "offset", "code")]
+    nested = getattr(state, "state2", None)
+    return [scale for scale in found if isinstance(scale, torch.Tensor)] + (_scales(nested) if nested else [])
 
 
 def image_key(pixel_values: torch.Tensor) -> str:
@@ -103,7 +128,8 @@ def adapter_state(module: nn.Module) -> str:
     """The state of adapters, active, disabled or merged, and of autocast."""
     state: list[Any] = []
     for name, part in module.named_modules():
-        adapters = [str(getattr(part, what, None)) for what in ("active_adapters", "disable_adapters", "merged")]
+        found = [getattr(part, what, None) for what in ("active_adapters", "disable_adapters", "merged")]
+        adapters = [str(None if callable(value) else value) for value in found]
         scaling = getattr(part, "scaling", None)
         if adapters != ["None"] * 3 or isinstance(scaling, dict):
             state.append((name, adapters, scaling))
@@ -124,6 +150,7 @@ def hooked_modules(model: nn.Module) -> list[str]:
 
     def is_hooked(module: nn.Module) -> bool:
         hooks = [hook for hook in hooks_of(module) if getattr(hook, "__name__", None) != NEUTRAL_HOOK]
+        hooks += [*module_hooks._global_forward_pre_hooks.values(), *module_hooks._global_forward_hooks.values()]
         return bool(hooks) or ("forward" in vars(module) and not hasattr(module, "_hf_hook"))
 
     return [name or type(module).__name__ for name, module in model.named_modules() if is_hooked(module)]
@@ -151,7 +178,6 @@ def is_elsewhere(tensor: torch.Tensor) -> bool:
 
 def column_sums(tensor: torch.Tensor) -> bytes:
     """The bits of a tensor, mixed and summed up in columns as integers: a part for each column, the same anywhere."""
-    tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     flat = tensor.detach().contiguous().flatten().view(torch.uint8)
     if flat.data_ptr() % 8 or flat.storage_offset() % 8 or len(flat) % 8:
         flat = nn.functional.pad(flat, (0, -len(flat) % 8)).clone()

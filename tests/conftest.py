@@ -169,3 +169,17 @@ def chat(tmp_path_factory):
         {"role": "user", "content": second},
         {"role": "assistant", "content": "The colors are different."},
     ]
+
+
+def interrupt(monkeypatch, mlp, place=0):
+    """Interrupts the call number `place` of an MLP, without a change of the model that its key would tell."""
+    calls, linear = [], torch.nn.functional.linear
+
+    def stop(states, weight, *args):
+        if weight is mlp.down_proj.weight:
+            calls.append(states)
+            if len(calls) > place:
+                raise KeyboardInterrupt
+        return linear(states, weight, *args)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", stop)

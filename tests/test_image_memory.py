@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import IMAGE_SEQ_LENGTH, IMAGE_TOKEN_ID, TEXT_CONFIGS, make_model, pad_left, pixels, tokens
+from conftest import IMAGE_SEQ_LENGTH, IMAGE_TOKEN_ID, TEXT_CONFIGS, interrupt, make_model, pad_left, pixels, tokens
 from peft import LoraConfig, get_peft_model
 from test_finetune import environment
 from transformers import LlamaConfig
@@ -529,17 +529,8 @@ def test_an_interrupted_run_leaves_the_cache_usable(monkeypatch):
     """Interrupted in the image stream, in the text and at the first new token; then another image in its place."""
     model, cache = make_model(), ConversationCache()
     ids, images = tokens(3, "I", 4), pixels(0)
-    last = model.model.language_model.layers[1].mlp
     for place in range(3):
-        calls, forward = [], last.forward
-
-        def stop(states, forward=forward, calls=calls, place=place):
-            calls.append(states)
-            if len(calls) > place:
-                raise KeyboardInterrupt
-            return forward(states)
-
-        monkeypatch.setattr(last, "forward", stop)
+        interrupt(monkeypatch, model.model.language_model.layers[1].mlp, place)
         with pytest.raises(KeyboardInterrupt):
             model.generate(ids, pixel_values=images, past_key_values=cache, **OPTIONS)
         monkeypatch.undo()
@@ -555,8 +546,8 @@ def test_an_interrupted_run_leaves_the_cache_usable(monkeypatch):
 def test_the_cost_grows_with_the_number_of_known_images_alone():
     """Counted in tokens that go through the decoder: text, however many images are known."""
     model, memory = make_model(), ImageMemory()
-    memory.get_states(model.model, pixels(*range(6)))
     widths = widths_of(model)
+    memory.get_states(model.model, pixels(*range(6)))
     for count in (1, 3, 6):
         widths.clear()
         logits(model, [tokens(*["I"] * count, 7)], pixels(*range(count)), image_memory=memory)

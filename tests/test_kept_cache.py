@@ -9,6 +9,7 @@ from conftest import (
     IMAGE_TOKEN_ID,
     TEXT_CONFIGS,
     draw_picture,
+    interrupt,
     make_model,
     make_processor,
     pixels,
@@ -429,16 +430,7 @@ def test_a_cache_after_an_interrupted_masked_forward_is_usable(monkeypatch, kind
         ids = torch.cat([answered, tokens(3, seed=3)], dim=1)
     mlp = model.model.language_model.layers[layer].mlp
     for place in (0, 1, 2):
-        calls, forward = [], type(mlp).forward
-
-        def stop(self, states, forward=forward, calls=calls, place=place):
-            if self is mlp:
-                calls.append(states)
-            if len(calls) > place:
-                raise KeyboardInterrupt
-            return forward(self, states)
-
-        monkeypatch.setattr(type(mlp), "forward", stop)
+        interrupt(monkeypatch, mlp, place)
         with pytest.raises(KeyboardInterrupt):
             model.generate(ids, pixel_values=pixels(0), past_key_values=cache, **GREEDY)
         monkeypatch.undo()
@@ -455,14 +447,7 @@ def test_a_cache_after_an_interrupted_forward_is_usable_without_a_crop(monkeypat
     ids = tokens(3, "I", 4)
     mlp = model.model.language_model.layers[1].mlp
     for _ in range(2):
-        forward = type(mlp).forward
-
-        def stop(self, states, forward=forward):
-            if self is mlp:
-                raise KeyboardInterrupt
-            return forward(self, states)
-
-        monkeypatch.setattr(type(mlp), "forward", stop)
+        interrupt(monkeypatch, mlp)
         with pytest.raises(KeyboardInterrupt):
             model.generate(ids, pixel_values=pixels(0), past_key_values=cache, **GREEDY)
         monkeypatch.undo()

@@ -406,10 +406,10 @@ def test_after_freeze_a_plain_step_and_loading_are_still_noticed(kind):
         if kind == "session":
             session = subject.model.start_chat(make_processor(), **OPTIONS)
             session.ask("What?", [draw_picture(0)])
-            key = session._weights_key
+            key = session.cache.model_key
             CHANGES[name](subject)
             session.ask("So?")
-            assert session._weights_key != key
+            assert session.cache.model_key != key
             continue
         if kind == "memory":
             memory = ImageMemory()
