@@ -39,7 +39,7 @@ class ConversationCache(DynamicCache):
             for an embedding; on the CPU.
         position_ids (`torch.Tensor` of shape `(B, S)`): The position of each token; on the CPU.
         images (`list` of B lists of `tuple`): Of each image of a row where it begins, and its key.
-        model_key (`str`, *optional*): The key of the model that filled it, see [`weights_key`].
+        model_key (`str`, *optional*): The key of the model that fills it, if it was passed to `generate` empty.
         longest (`int`): The largest number of positions so far, also if the cache was cropped since.
     """
 

@@ -60,24 +60,7 @@ class VisualChatGenerationMixin(GenerationMixin):
         cache: Any = kwargs.get("past_key_values")
         num_cached = num_past(cache)
         is_drafting = kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens") is not None
-        if cache is not None and kwargs.get("use_cache") is False:
-            raise ValueError("use_cache=False does not go with past_key_values; leave out one of them.")
-        is_usual = {name: kwargs.get(name) in (None, getattr(self.config, name)) for name in VISION_OPTIONS}
-        if (image_memory is not None or cache is not None) and not all(is_usual.values()):
-            named = " and ".join(name for name in VISION_OPTIONS if not is_usual[name])
-            raise ValueError(
-                f"{named} cannot be chosen for one call with an image memory or a kept cache; set it in the "
-                "configuration."
-            )
-        if kwargs.get("guidance_scale") not in (None, 1, 1.0) and self._makes_masks():
-            raise ValueError(
-                "guidance_scale needs a second text without images, which transformers runs without telling which of "
-                'its tokens are images; leave it out, or use attention_type="causal".'
-            )
-        if is_drafting and num_cached > 0:
-            raise ValueError(
-                "Assisted and prompt-lookup decoding start from an empty cache; leave out past_key_values."
-            )
+        self._check_options(kwargs, image_memory, is_drafting)
         if is_drafting:
             kwargs.pop("mm_token_type_ids", None)  # derived from the ids; an assistant may be text-only
             return super().generate(inputs, **kwargs)
@@ -85,20 +68,47 @@ class VisualChatGenerationMixin(GenerationMixin):
             kwargs["mm_token_type_ids"] = self._all_mm_token_type_ids(ids, num_cached, kwargs)
         elif embeds is not None and kwargs.get("mm_token_type_ids") is None and kwargs.keys() & IMAGE_INPUTS:
             kwargs["mm_token_type_ids"] = self.model.get_placeholder_mask(None, embeds).long()
-        repeats, key = 1, known_key(self.model) if is_conversation_cache(cache) else None
-        if num_cached > 0 and is_conversation_cache(cache):
-            if key is None or key != cache.model_key:
-                raise ValueError(
-                    "The weights, adapters, hooks or dtype of the model are not those that filled the cache, or are "
-                    "unknown (offloaded, hooked); pass an empty cache, or use a ChatSession, which does."
-                )
-            repeats = self._check_cache(cache, ids, embeds, kwargs)
+        repeats = 1
+        if is_conversation_cache(cache):
+            self._check_model(cache)
+            repeats = self._check_cache(cache, ids, embeds, kwargs) if num_cached > 0 else 1
         self._replace_images(kwargs, num_cached, image_memory)
         if repeats > 1:
             cache.batch_repeat_interleave(repeats)
-        if is_conversation_cache(cache):
-            cache.model_key = key
         return super().generate(inputs, **kwargs)
+
+    def _check_options(self, kwargs: dict, image_memory: ImageMemory | None, is_drafting: bool) -> None:
+        """Raises a `ValueError` for arguments that do not go together."""
+        cache: Any = kwargs.get("past_key_values")
+        if cache is not None and kwargs.get("use_cache") is False:
+            raise ValueError("use_cache=False does not go with past_key_values; leave out one of them.")
+        if is_drafting and num_past(cache) > 0:
+            raise ValueError(
+                "Assisted and prompt-lookup decoding start from an empty cache; leave out past_key_values."
+            )
+        chosen = [name for name in VISION_OPTIONS if kwargs.get(name) not in (None, getattr(self.config, name))]
+        if chosen and (image_memory is not None or cache is not None):
+            raise ValueError(
+                f"{' and '.join(chosen)} cannot be chosen for one call with an image memory or a kept cache; set it "
+                "in the configuration."
+            )
+        if kwargs.get("guidance_scale") not in (None, 1) and self._makes_masks():
+            raise ValueError(
+                "guidance_scale needs a second text without images, which transformers runs without telling which of "
+                'its tokens are images; leave it out, or use attention_type="causal".'
+            )
+
+    def _check_model(self, cache: ConversationCache) -> None:
+        """Raises a `ValueError` if another model has filled a cache; one that `generate` made itself has no key."""
+        if cache.get_seq_length() > 0 and cache.model_key is None:
+            return
+        key = known_key(self.model)
+        if cache.get_seq_length() > 0 and (key is None or key != cache.model_key):
+            raise ValueError(
+                "The weights, adapters, hooks or dtype of the model are not those that filled the cache, or are "
+                "unknown (offloaded, hooked); pass an empty cache, or use a ChatSession, which does."
+            )
+        cache.model_key = key or "unknown"
 
     def _replace_images(self, kwargs: dict, num_cached: int, image_memory: ImageMemory | None) -> None:
         """Replaces the images among the arguments, in any form, by the states of those that are not in the cache."""

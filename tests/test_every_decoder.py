@@ -19,6 +19,8 @@ from modeling_visualchat import ConversationCache, ImageMemory
 from modeling_visualchat.attention_visualchat import check_decoder
 
 
+pytestmark = pytest.mark.slow
+
 # Small values for whatever a configuration has of these.
 TINY = {
     "head_dim": 8, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
@@ -27,7 +29,8 @@ TINY = {
     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
     "qk_head_dim": 16, "first_k_dense_replace": 1, "num_dense_layers": 1, "moe_topk": 2, "attention_head_dim": 8,
     "kv_channels": 8, "moe_num_experts": 4, "moe_k": 2, "expert_ffn_hidden_size": 16, "ffn_hidden_size": 48,
-    "rotary_dim": 8, "zero_expert_num": 1, "num_nextn_predict_layers": 0, "norm_topk_prob": True, "moe_layer_start_index": 0,
+    "rotary_dim": 8, "zero_expert_num": 1, "num_nextn_predict_layers": 0, "norm_topk_prob": True,
+    "moe_layer_start_index": 0,
     "moe_layer_interval": 1, "moe_num_shared_experts": 1, "partial_rotary_factor": None, "num_layers": 2,
 }  # fmt: skip
 SMALL = {**SHAPE, "bos_token_id": 3, "max_position_embeddings": 8192}

@@ -402,7 +402,6 @@ def test_after_freeze_a_plain_step_and_loading_are_still_noticed(kind):
     for name in ("adamw plain", "adamw foreach", "load_state_dict", "load_state_dict assign", "other data"):
         subject = Subject()
         subject.model.freeze()
-        ids, images = tokens(2, "I", 3), pixels(0)
         if kind == "session":
             session = subject.model.start_chat(make_processor(), **OPTIONS)
             session.ask("What?", [draw_picture(0)])
@@ -411,22 +410,19 @@ def test_after_freeze_a_plain_step_and_loading_are_still_noticed(kind):
             session.ask("So?")
             assert session.cache.model_key != key
             continue
-        if kind == "memory":
-            memory = ImageMemory()
-            run = lambda memory=memory, subject=subject: logits(subject.model, ids, images, image_memory=memory)  # noqa: E731
-            fresh = lambda subject=subject: logits(subject.model, ids, images)  # noqa: E731
-        else:
-            subject.model.model.vision_cache = VisionFeatureCache()
-            run = lambda subject=subject: features(subject.model)  # noqa: E731
+        memory, model = ImageMemory(), subject.model
+        model.model.vision_cache = VisionFeatureCache() if kind == "features" else None
 
-            def fresh(subject=subject):
-                subject.model.model.vision_cache = None
-                return features(subject.model)
+        def run(model=model, memory=memory):
+            if kind == "features":
+                return features(model)
+            return logits(model, tokens(2, "I", 3), pixels(0), image_memory=memory)
 
         run()
         CHANGES[name](subject)
         actual = run()
-        close(actual, fresh(), name)
+        model.model.vision_cache = None
+        close(actual, run(memory=None), name)
 
 
 def test_the_key_of_a_decoder_does_not_change_by_itself():
