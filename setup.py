@@ -13,6 +13,7 @@ CONFIGURATION = ROOT / "configuration_visualchat" / "configuration_visualchat.py
 EXAMPLES = ["matplotlib>=3.11,<4", "scikit-learn>=1.9,<2", "pyyaml>=6,<7"]
 GGUF = ["gguf>=0.19,<0.20"]
 TESTS = ["pytest>=9,<10", "pytest-xdist>=3.8,<4", "hypothesis>=6.170,<7", "onnx>=1.23,<2", "onnxruntime>=1.32,<2"]
+TESTS += ["bitsandbytes>=0.50,<0.51", "torchao>=0.18,<0.19"]
 TESTS += ["ruff>=0.17.6,<0.18", "mypy>=2.4,<3"]
 
 setup(

@@ -31,7 +31,7 @@ from .projector_visualchat import PerceiverProjector, projector_class
 from .route_visualchat import ROUTES, DecoderInputs, is_finished_mask, masked_route_reason, num_past
 from .two_streams_visualchat import TwoStreamMixin, find_packed
 from .vision_cache_visualchat import VisionFeatureCache
-from .weights_key_visualchat import freeze, has_dropout
+from .weights_key_visualchat import freeze, has_dropout, is_quantized
 
 
 logger = logging.get_logger(__name__)
@@ -107,6 +107,11 @@ class VisualChatPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory, **kwargs):
         """As in `PreTrainedModel.save_pretrained`; the configurations of the parts say their dtype too."""
+        if getattr(self, "hf_quantizer", None) is None and any(map(is_quantized, self.parameters())):
+            raise ValueError(
+                "The language model was quantized on its own, and would not be loaded so. Save the model before it is "
+                "quantized, and load the whole of it with a quantization_config."
+            )
         for part in (self.config.vision_config, self.config.text_config):
             part.dtype = self.dtype
         return super().save_pretrained(save_directory, **kwargs)

@@ -42,7 +42,7 @@ def weights_key(module: Any, description: bytes = b"") -> str:
         digest.update(functions.encode())
     for name, part in module.named_modules():
         plain = [(key, value) for key, value in vars(part).items() if isinstance(value, float)]
-        replaced = [(key, value.__name__) for key, value in vars(part).items() if inspect.isroutine(value)]
+        replaced = [(key, getattr(value, "__name__", "")) for key, value in vars(part).items() if callable(value)]
         digest.update(str((name, type(part).__qualname__, plain, replaced)).encode())
     digest.update(_checksum_of_weights(module))
     return digest.hexdigest()
@@ -101,7 +101,7 @@ def _checksum_of_weights(module: Any) -> bytes:
 def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The tensors of a weight: of a quantized one its packed numbers and their scales."""
     tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    if type(tensor) not in (torch.Tensor, nn.Parameter) and hasattr(tensor, "__tensor_flatten__"):  # torchao, quanto
+    if is_quantized(tensor) and hasattr(tensor, "__tensor_flatten__"):  # torchao, quanto
         for name in tensor.__tensor_flatten__()[0]:
             yield from _plain_tensors(getattr(tensor, name))
         return
@@ -169,6 +169,11 @@ def has_dropout(module: nn.Module) -> bool:
         )
         for part in module.modules()
     )
+
+
+def is_quantized(tensor: torch.Tensor) -> bool:
+    """Whether a weight is of a class of its own, as those of bitsandbytes, torchao and quanto are."""
+    return type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer) and not hasattr(tensor, "to_local")
 
 
 def is_elsewhere(tensor: torch.Tensor) -> bool:
