@@ -3,13 +3,14 @@ PYTHON ?= python3
 
 .PHONY: test fast lint format
 
-test: lint
+# Tests that start processes of their own have the machine to themselves.
+test: lint fast
 	$(PYTHON) -m pip install --quiet --no-deps -r tests/requirements-parts.txt
-	$(PYTHON) -m pytest -m "not slow"
-	$(PYTHON) -m pytest -m slow
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 tests/test_every_decoder.py
+	$(PYTHON) -m pytest -m slow --ignore tests/test_every_decoder.py
 
 fast:
-	$(PYTHON) -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -m "not slow"
 
 lint:
 	$(PYTHON) -m ruff check --quiet .

@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import (
 
 
 # Increased with every change of the code that travels with a checkpoint: transformers tells versions apart by it.
-VERSION = "0.2.0"
+VERSION = "0.3.0"
 
 # `transformers serve` and the pipelines look classes up in these tables by model type.
 MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["visualchat"] = "VisualChatForConditionalGeneration"
