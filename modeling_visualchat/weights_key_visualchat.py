@@ -20,7 +20,7 @@ from transformers.utils import output_capturing
 
 
 DIGEST_SIZE = 20  # bytes
-COLUMNS = 1021  # of the checksum
+COLUMNS = 2039  # of the checksum
 MULTIPLIER = -7046029254386353131  # odd, of the golden ratio
 NEUTRAL_HOOK = "make_inputs_require_grads"  # of `enable_input_require_grads`; it changes no value
 
@@ -182,17 +182,19 @@ def is_elsewhere(tensor: torch.Tensor) -> bool:
 
 
 def column_sums(tensor: torch.Tensor) -> bytes:
-    """The bits of a tensor, mixed and summed up in columns as integers: a part for each column, the same anywhere."""
+    """The bits of a tensor, mixed and summed up in columns, at about the speed of memory."""
     flat = tensor.detach().contiguous().flatten().view(torch.uint8)
-    if flat.data_ptr() % 8 or flat.storage_offset() % 8 or len(flat) % 8:
-        flat = nn.functional.pad(flat, (0, -len(flat) % 8)).clone()
-    words = flat.view(torch.int64)
+    if flat.data_ptr() % 4 or flat.storage_offset() % 4 or len(flat) % 4:
+        flat = nn.functional.pad(flat, (0, -len(flat) % 4)).clone()
+    words = flat.view(torch.int32)
     rows = words[: len(words) // COLUMNS * COLUMNS].view(-1, COLUMNS)
-    total = words.new_zeros(COLUMNS)
-    size = 256 if words.device.type == "cpu" else 65536  # rows that fit into the caches of a CPU
-    for start in range(0, len(rows), size):
+    # Rows have odd factors, and signs enter other bits, so that changes do not cancel out.
+    size = min(len(rows), 256 if words.device.type == "cpu" else 16384)  # for the caches of a CPU
+    factors = ((2 * torch.arange(size, device=words.device) + 1) * MULTIPLIER >> 32).int()[:, None] | 1
+    total, mixed = words.new_zeros(COLUMNS), words.new_empty(size, COLUMNS)
+    for start in range(0, len(rows), max(size, 1)):
         part = rows[start : start + size]
-        # Rows have factors, and signs enter other bits, so that no changes cancel out.
-        factors = (2 * torch.arange(start, start + len(part), device=words.device) + 1) * MULTIPLIER
-        total += ((part + (part >> 29)) * factors[:, None]).sum(dim=0)
+        mixed = mixed[: len(part)]
+        torch.bitwise_right_shift(part, 13, out=mixed).add_(part).mul_(factors[: len(part)])
+        total = total * 31 + mixed.sum(dim=0, dtype=torch.int32)
     return torch.cat([total, words[rows.numel() :]]).cpu().numpy().tobytes()
