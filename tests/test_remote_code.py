@@ -47,6 +47,7 @@ CODE = [
     "processing_visualchat.py",
     "projector_visualchat.py",
     "route_visualchat.py",
+    "skip_queries_visualchat.py",
     "tensor_store_visualchat.py",
     "two_streams_visualchat.py",
     "vision_cache_visualchat.py",
