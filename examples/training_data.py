@@ -19,6 +19,7 @@ from processing_visualchat import (
     stream_mixture,
 )
 from processing_visualchat.data.custom import find_splits
+from processing_visualchat.data.files import suffix_of
 
 
 SAMPLING_BY_LENGTH = ("group_by_length", "batch_rebalance")  # of TrainingArguments.train_sampling_strategy
@@ -57,11 +58,12 @@ def report_mixture(mixture) -> tuple:
 def load_file(name: str, arguments, processor, splits: list[str]):
     """Conversations of a file or folder; in JSON lines every fault is an error, elsewhere faults are counted."""
     path = Path(name)
-    if path.suffix == ".jsonl" or not path.exists():
+    images = arguments.image_root and os.path.abspath(arguments.image_root)
+    if suffix_of(name) == ".jsonl" or not path.exists():
         check_length = arguments.overlong == "error"
-        return load_conversations(path, processor, arguments.max_length, arguments.check_images, check_length)
+        return load_conversations(path, processor, arguments.max_length, arguments.check_images, check_length, images)
     path = Path(os.path.abspath(path))  # keeps links, whose targets may have other names
-    source = DatasetSpec(str(path), path.name, split=choose_split(path, splits))
+    source = DatasetSpec(str(path), path.name, split=choose_split(path, splits), images=images)
     config = MixtureConfig((source,), eval_share=0.0, max_images=sys.maxsize)
     return report_mixture(load_mixture(config, path.parent, arguments.check_images))[0]
 

@@ -44,6 +44,11 @@ def share(*turns, **fields):
     return {"conversations": [{"from": who, "value": words} for who, words in turns], **fields}
 
 
+def indexed(index):
+    return {"type": "image", "index": index}
+
+
+BRIEF = {"role": "system", "content": "Be brief."}
 ONE = [user(image("a.png"), text("What is it?")), assistant("A dog.")]
 A = "a.png"
 ASKED = [("human", "<image>What is it?"), ("gpt", "A dog.")]
@@ -79,7 +84,7 @@ SHAPES = {
     ),
     "images in the middle of words": (
         share(("human", "Is <image> above <image>?"), ("gpt", "Yes."), image=["a.png", "b.png"]),
-        [user(text("Is"), image("a.png"), text("above"), image("b.png"), text("?")), assistant("Yes.")],
+        [user(text("Is "), image("a.png"), text(" above "), image("b.png"), text("?")), assistant("Yes.")],
         (),
     ),
     "data URI and base64": (
@@ -140,6 +145,103 @@ SHAPES = {
         ONE,
         ("an answer without a question left out",),
     ),
+    "a system message beside the messages": (
+        share(("human", "Hi"), ("gpt", "Hm."), system="Be brief."),
+        [BRIEF, user("Hi"), assistant("Hm.")],
+        (),
+    ),
+    "two system messages": (
+        {"messages": [BRIEF, user("Hi"), assistant("Hm.")], "system": "Be long."},
+        [BRIEF, user("Hi"), assistant("Hm.")],
+        ("a system message beside the messages left out",),
+    ),
+    "blocks with an index": (
+        {"messages": [user(indexed(1), indexed(0), text("Same?")), assistant("No.")], "images": [A, "b.png"]},
+        [user(image("b.png"), image("a.png"), text("Same?")), assistant("No.")],
+        (),
+    ),
+    "numbered placeholders": (
+        share(("human", "<image2>\n<image1>\nSame as <image2>?"), ("gpt", "No."), images=[A, "b.png"]),
+        [user(image("b.png"), image("a.png"), text("Same as "), image("b.png"), text("?")), assistant("No.")],
+        (),
+    ),
+    "numbers from 0": (
+        share(("human", "<|image_1|><|image_0|>Same?"), ("gpt", "No."), images=[A, "b.png"]),
+        [user(image("b.png"), image("a.png"), text("Same?")), assistant("No.")],
+        (),
+    ),
+    "placeholders of others": (
+        share(("human", "<ImageHere><|image|><image>?"), ("gpt", "No."), images=[A, "b.png", "c.png"]),
+        [user(image("a.png"), image("b.png"), image("c.png"), text("?")), assistant("No.")],
+        (),
+    ),
+    "paths in the text": (
+        share(("user", "Picture 1: <img>a.png</img>\nWhat is it?"), ("assistant", "A dog.")),
+        ONE,
+        (),
+    ),
+    "answers without a loss": (
+        {
+            "messages": [
+                *[user("1?"), {**assistant("One."), "weight": 0}],
+                *[user("2?"), {**assistant("Two."), "loss": False}],
+                *[user("3?"), {**assistant("Three."), "weight": 1}],
+            ]
+        },
+        [
+            *[user("1?"), {**assistant("One."), "weight": 0}],
+            *[user("2?"), {**assistant("Two."), "weight": 0}],
+            *[user("3?"), assistant("Three.")],
+        ],
+        (),
+    ),
+    "columns with numbers": (
+        share(("human", "<image><image>Same?"), ("gpt", "No."), image_10="b.png", image_2=A, image_3=None),
+        [user(image("a.png"), image("b.png"), text("Same?")), assistant("No.")],
+        (),
+    ),
+    "image is the first of images": (
+        share(("human", "<image><image>Same?"), ("gpt", "No."), image=A, images=[A, "b.png"]),
+        [user(image("a.png"), image("b.png"), text("Same?")), assistant("No.")],
+        (),
+    ),
+    "media that are null": (share(*ASKED, image=A, videos=[], audio={"path": None, "bytes": None}), ONE, ()),
+    "prompt and completion": (
+        {
+            "prompt": [user({"type": "image"}, text("What is it?")), assistant("Hm."), user("So?")],
+            "completion": [assistant("A dog.")],
+            "images": [A],
+        },
+        [*ONE[:1], {**assistant("Hm."), "weight": 0}, user("So?"), assistant("A dog.")],
+        (),
+    ),
+    "prompt and completion as text": ({"prompt": "Hi", "completion": "Hm."}, [user("Hi"), assistant("Hm.")], ()),
+    "the Cauldron": (
+        {
+            "images": [A],
+            "texts": [
+                {"user": "What is it?", "assistant": "A dog.", "source": "x"},
+                {"user": "Sure?", "assistant": "Yes.", "source": "x"},
+            ],
+        },
+        [*ONE, user("Sure?"), assistant("Yes.")],
+        (),
+    ),
+    "query and response": (
+        {"query": "Sure?", "response": "Yes.", "history": [["<image>What is it?", "A dog."]], "images": [A]},
+        [*ONE, user("Sure?"), assistant("Yes.")],
+        (),
+    ),
+    "instruction, input and output": (
+        {"instruction": "What is", "input": "it?", "output": "A dog.", "images": [A], "system": "Be brief."},
+        [BRIEF, user(image("a.png"), text("What is\nit?")), assistant("A dog.")],
+        (),
+    ),
+    "image bytes in blocks": (
+        {"messages": [user({"type": "image", "image": {"bytes": ENCODED}}, text("?")), assistant("x")]},
+        [user({"type": "image", "base64": ENCODED}, text("?")), assistant("x")],
+        (),
+    ),
 }  # fmt: skip
 
 
@@ -164,7 +266,7 @@ DROPS = {
     "no content": ({"messages": [{"role": "user"}]}, "a turn without a known role or without content"),
     "an unknown block": (
         {"messages": [user({"type": "video"}), assistant("x")]},
-        "a turn without a known role or without content",
+        "a block of type 'video'",
     ),
     "no answer": (share(("human", "Hm?")), "no question with an answer"),
     "more tags than images": (
@@ -178,6 +280,45 @@ DROPS = {
     "other images beside those in the messages": (
         {"messages": ONE, "image": "b.png"},
         "images in the messages and others beside them",
+    ),
+    "a video": (share(*ASKED, image=A, videos=["a.mp4"]), "the key videos, which is not read"),
+    "a sound": (share(*ASKED, image=A, audio_path="a.wav"), "the key audio_path, which is not read"),
+    "a video in the text": (
+        share(("human", "<image><video>?"), ("gpt", "x"), image=A),
+        "the placeholder <video>, which is not read",
+    ),
+    "a box in the answer": (
+        share(("human", "<image>?"), ("gpt", "At <|box_start|>(1, 2)"), image=A),
+        "the placeholder <|box_start|>, which is not read",
+    ),
+    "a reference to an object": (
+        share(("human", "<image><ref-object>?"), ("gpt", "<bbox>"), image=A),
+        "the placeholder <ref-object>, which is not read",
+    ),
+    "images of another name": (
+        share(("human", "?"), ("gpt", "x"), image_path=A),
+        "the key image_path, which is not read",
+    ),
+    "two different images": (
+        share(*ASKED, image=A, images=["b.png"]),
+        "different images in the columns images, image",
+    ),
+    "an index out of range": (
+        {"messages": [user(indexed(1), text("?")), assistant("x")], "images": [A]},
+        "images and <image> tags of different number",
+    ),
+    "tags with and without a number": (
+        share(("human", "<image1><image>?"), ("gpt", "x"), images=[A, "b.png"]),
+        "images and <image> tags of different number",
+    ),
+    "no loss at all": ({"messages": [user("Hi"), {**assistant("x"), "weight": 0}]}, "no answer with a loss"),
+    "a weight between": (
+        {"messages": [user("Hi"), {**assistant("x"), "weight": 0.5}]},
+        "an answer with a weight other than 0 and 1",
+    ),
+    "an answer that is not wanted": (
+        {"prompt": "Hi", "completion": "x", "label": False},
+        "an answer marked as not wanted",
     ),
     "an image that is a number": (
         share(("human", "<image>?"), ("gpt", "x"), image=[5]),
