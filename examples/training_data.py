@@ -15,6 +15,7 @@ from processing_visualchat import (
     load_mixture,
     measure_lengths,
     pack_conversations,
+    pack_stream,
     read_mixture_config,
     stream_mixture,
 )
@@ -81,13 +82,15 @@ def choose_split(path: Path, wanted: list[str]) -> str:
 
 def pack_or_measure(dataset, arguments, training_arguments: TrainingArguments, collator):
     """Packs conversations, or measures their lengths if batches are made by length."""
-    is_stream = isinstance(dataset, torch.utils.data.IterableDataset)  # packed by the collator
+    is_stream = isinstance(dataset, torch.utils.data.IterableDataset)
+    seed = training_arguments.seed if training_arguments.data_seed is None else training_arguments.data_seed
+    if is_stream and arguments.packing:
+        return pack_stream(dataset, collator.processor, collator.limit, seed=seed)
     if is_stream or not (arguments.packing or training_arguments.train_sampling_strategy in SAMPLING_BY_LENGTH):
         return dataset
     dataset = measure_lengths(dataset, collator.processor)
     if not arguments.packing:
         return dataset
-    seed = training_arguments.seed if training_arguments.data_seed is None else training_arguments.data_seed
     packs = pack_conversations(dataset, collator.limit, seed=seed)
     print_once(f"{len(dataset)} conversations in {len(packs)} packs of up to {collator.limit} tokens")
     return packs
