@@ -53,6 +53,11 @@ def validate_conversation(
             raise ValueError(f"{name} has {role!r} at turn {turn} where {expected!r} is due: {fix}.")
 
 
+def has_loss(message: dict) -> bool:
+    """Whether a message is an answer to learn."""
+    return message["role"] == "assistant" and 0 not in (message.get("weight"), message.get("loss"))
+
+
 def is_image(block) -> bool:
     """Whether a block of a message is an image."""
     return isinstance(block, dict) and block.get("type") in ("image", "image_url")

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
 
 from .chat_template_visualchat import chat_template as default_chat_template
-from .conversation_visualchat import drop_nulls, validate_conversation
+from .conversation_visualchat import drop_nulls, has_loss, validate_conversation
 from .image_loading_visualchat import load_image
 
 
@@ -156,7 +156,7 @@ class VisualChatProcessor(ProcessorMixin):
             return super().apply_chat_template(conversation, chat_template, **kwargs)
 
         messages = itertools.chain.from_iterable(conversation if is_batched else [conversation])
-        has_weights = any(0 in (message.get("weight"), message.get("loss")) for message in messages)
+        has_weights = any(message["role"] == "assistant" and not has_loss(message) for message in messages)
         if has_weights and '"weight"' not in (chat_template or self.chat_template):
             raise ValueError("An answer has a weight of 0, which the chat template of this processor does not read.")
         return_tensors = kwargs.pop("return_tensors", None)

@@ -311,6 +311,7 @@ DROPS = {
         share(("human", "<image1><image>?"), ("gpt", "x"), images=[A, "b.png"]),
         "images and <image> tags of different number",
     ),
+    "a system message of blocks": (share(*ASKED, image=A, system=[1]), "a system message that is not text"),
     "no loss at all": ({"messages": [user("Hi"), {**assistant("x"), "weight": 0}]}, "no answer with a loss"),
     "a weight between": (
         {"messages": [user("Hi"), {**assistant("x"), "weight": 0.5}]},
@@ -554,7 +555,7 @@ def test_a_data_set_comes_from_the_hub(root):
         (CustomSource("mine", "mine/*.jsonl", split="test"), ValueError, "the split test, which only a folder has"),
         (CustomSource("mine", "m*/../*.jsonl"), ValueError, "which leads out of"),
         (CustomSource("mine", "mine/pictures"), FileNotFoundError, "it has no data files"),
-        (CustomSource("mine", "secret.png"), ValueError, "it can be one of .jsonl, .json, .parquet"),
+        (CustomSource("mine", "secret.png"), ValueError, "it can be one of .jsonl, .json, .tar, .parquet, .arrow"),
         (CustomSource("mine", "../x.jsonl"), ValueError, "which leads out of"),
         (CustomSource("mine", "mine/train.jsonl", images="none"), FileNotFoundError, "has its images in .*none"),
         (CustomSource("mine", "half.json"), ValueError, "not whole JSON.*download complete"),

@@ -170,6 +170,14 @@ def test_an_answer_without_a_loss_has_no_labels(processor, chat, unlearned, pack
     assert processor.decode(labels[labels != -100]) == " The colors are different.<eos> Hi.<eos>"
 
 
+def test_rounds_without_a_loss_are_no_reason_to_keep_a_conversation(processor, chat):
+    """What is left of an over-length one is skipped if nothing of it is learned."""
+    messages = [*chat[:3], {**chat[3], "weight": 0}]
+    collator = DataCollatorForVisualChat(processor, max_length=200, overlong="drop_first_rounds")
+    assert (collator([{"messages": messages}])["labels"] == -100).all() and collator.counts["skipped"] == 1
+    assert (collator([{"messages": chat}])["labels"] != -100).any() and collator.counts["shortened"] == 1
+
+
 def test_a_template_that_does_not_read_weights_is_refused(processor):
     template = "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}"
     messages = [{"role": "user", "content": "Hi"}, {**assistant("A."), "weight": 0}]

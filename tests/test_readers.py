@@ -2,7 +2,9 @@
 
 import base64
 import gzip
+import io
 import json
+import tarfile
 from dataclasses import replace
 
 import pytest
@@ -92,7 +94,7 @@ def test_a_broken_line_is_dropped_or_raised(tmp_path):
         (tmp_path / "half.json").write_text('[{"messages": ')
         with pytest.raises(ValueError, match=r"half.json is not whole JSON"):
             list(read_conversations(tmp_path / "half.json", is_strict=is_strict))
-        with pytest.raises(ValueError, match=r"is one of .jsonl, .json, .parquet"):
+        with pytest.raises(ValueError, match=r"is one of .jsonl, .json, .tar, .parquet, .arrow"):
             list(read_conversations(tmp_path / "a.png", is_strict=is_strict))
 
 
@@ -209,6 +211,39 @@ def test_a_saved_data_set_is_read(tmp_path):
     (tmp_path / "half.arrow").write_bytes(next((tmp_path / "blocks").glob("*.arrow")).read_bytes()[:-200])
     with pytest.raises(ValueError, match=r"half.arrow is not whole arrow"):
         list(read_conversations(tmp_path / "half.arrow"))
+
+
+def test_the_samples_of_a_web_dataset_are_read(tmp_path):
+    """With images in the order of their names in the record, or of the archive; a video is not read."""
+    turns = asked("x", "x")["conversations"]
+    samples = {
+        "0.json": json.dumps({"conversations": turns, "image": ["0.b.png", "0.a.png"]}).encode(),
+        "0.a.png": picture(0),
+        "0.b.png": picture(1),
+        "in/1.png": picture(2),
+        "in/1.json": json.dumps(share(("human", "Hm?"), ("gpt", "Ah."), image=["1.png"])).encode(),
+        "2.mp4": b"video",
+        "2.json": json.dumps({"conversations": turns[1:]}).encode(),
+    }
+    with tarfile.open(tmp_path / "data.tar.gz", "w:gz") as archive:
+        for name, data in samples.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    config = MixtureConfig((DatasetSpec("x", "data.tar.gz"),), eval_share=0.0)
+    mixture = load_mixture(config, tmp_path)
+    assert mixture.reports[0].dropped == {"the key video, which is not read": 1}
+    with pytest.warns(UserWarning, match="the key video, which is not read"):
+        streamed = list(stream_mixture(config, tmp_path)[0])
+    for examples in (list(mixture.train), streamed):
+        examples.sort(key=lambda example: example["where"])
+        batch = DataCollatorForVisualChat(make_processor(), max_broken=0)(examples)
+        expected = make_processor().image_processor([draw_picture(seed) for seed in (1, 0, 2)], return_tensors="pt")
+        assert (batch["pixel_values"] == expected["pixel_values"]).all()
+    assert load_custom_source(CustomSource("folder", "."), tmp_path)[1].used == 2
+    (tmp_path / "half.tar").write_bytes(gzip.decompress((tmp_path / "data.tar.gz").read_bytes())[:1000])
+    with pytest.raises(ValueError, match=r"half.tar is not a whole file"):
+        list(read_conversations(tmp_path / "half.tar"))
 
 
 def test_columns_may_have_other_names(tmp_path):

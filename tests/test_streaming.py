@@ -99,7 +99,7 @@ def test_no_image_is_on_both_sides(root, seed):
         (DatasetSpec("llava"), "published dataset, whose files are read whole"),
         (DatasetSpec("x", "a.jsonl", samples=0.5), "samples of x is a share"),
         (DatasetSpec("x", "a.jsonl", weight=0.5), "weight of x is 0.5, .* use a whole number of passes"),
-        (DatasetSpec("x", "list.json"), "a stream reads .jsonl or .parquet"),
+        (DatasetSpec("x", "list.json"), "a stream reads .jsonl or .parquet or .arrow or .tar"),
     ],
     ids=["published", "share", "weight", "JSON"],
 )

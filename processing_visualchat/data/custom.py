@@ -135,13 +135,15 @@ def find_splits(folder: Path) -> dict[str, list[Path]]:
 def group_by_split(names: Iterable[str]) -> dict[str, list[str]]:
     """The data files among the files of a folder, by split; a file whose name has no keyword is for training."""
     splits: dict[str, list[str]] = {}
-    for name in sorted(names):
-        path = PurePosixPath(name)
+    known = [path for path in map(PurePosixPath, sorted(names)) if suffix_of(path.name) in RECORDS]
+    # Beside other files, an archive is one of images.
+    tables = [path for path in known if suffix_of(path.name) != ".tar"] or known
+    for path in tables:
         is_hidden = any(part.startswith(".") for part in path.parts) or path.name.startswith("cache-")
-        if suffix_of(path.name) in RECORDS and not is_hidden and path.name not in METADATA:
-            words = set(re.split(r"[^a-z]+", name.lower()))
+        if not is_hidden and path.name not in METADATA:
+            words = set(re.split(r"[^a-z]+", str(path).lower()))
             found = (str(split) for split, keywords in SPLIT_KEYWORDS.items() if words & set(keywords))
-            splits.setdefault(next(found, "train"), []).append(name)
+            splits.setdefault(next(found, "train"), []).append(str(path))
     return splits
 
 

@@ -251,6 +251,9 @@ def find_archive(path: Path) -> Path | None:
 ARCHIVE_FEATURES = Features({"id": Value("string"), "data": Value("large_binary"), "is_image": Value("bool")})
 
 
+IDS = ("id", "__index_level_0__", "base64")  # columns of images by id
+
+
 def _generate_images(path: str, key: str) -> Iterator[dict]:
     yield {"id": "", "data": b"", "is_image": False}  # `datasets` cannot build an empty dataset
     for name, data in _read_json(path) if path.endswith(".json") else _read_table(path):
@@ -266,8 +269,8 @@ def _read_json(path: str) -> Iterator[tuple[str, bytes]]:
 
 def _read_table(path: str) -> Iterator[tuple[str, bytes]]:
     with open_file(path) as contents:
-        for number, row in enumerate(read_table(contents, path, _is_read)):
-            name = next((row.pop(name) for name in ("id", "__index_level_0__") if row.get(name) is not None), None)
+        for number, row in enumerate(read_table(contents, path, lambda field: field.name in IDS or may_hold(field))):
+            name = next((row.pop(name) for name in IDS[:2] if row.get(name) is not None), None)
             if name is not None and (encoded := row.pop("base64", None)):
                 yield str(name), decode_base64(encoded) or b""
             images: list[bytes] = []
@@ -275,5 +278,6 @@ def _read_table(path: str) -> Iterator[tuple[str, bytes]]:
             yield from ((f"{number}.{index}", data) for index, data in enumerate(images))
 
 
-def _is_read(field: pyarrow.Field) -> bool:
-    return field.name in ("id", "__index_level_0__", "base64") or "binary" in str(field.type)
+def may_hold(field: pyarrow.Field) -> bool:
+    """Whether a column may hold encoded images, at any depth."""
+    return "binary" in str(field.type)

@@ -3,27 +3,30 @@
 import io
 import itertools
 import json
+import mimetypes
 import os
+import re
+import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import pyarrow
 from datasets import Dataset, Features, Json
 from tqdm.auto import tqdm
 
 from ..processing_visualchat import VisualChatProcessor
 from .conversation import OUTSIDE, Conversation, Dropped
 from .files import describe_json_error, open_file, parse_json, read_table, suffix_of
-from .images import ImageReference, replace_encoded
+from .images import ImageReference, may_hold, replace_encoded
 from .ingestion import MISSING_IMAGE, IngestedRecord, check_record
 from .lengths import count_tokens
-from .schemas import convert_record
+from .schemas import IMAGE_KEY, as_list, convert_record, is_known
 
 
-Reader = Callable[[BinaryIO, str], Iterator[tuple[str, Any]]]  # from a file and its name to places and records
+# From a file, its name and the columns that have other names, to places and records.
+Reader = Callable[[BinaryIO, str, Container[str]], Iterator[tuple[str, Any]]]
 
 
 def read_conversations(
@@ -49,7 +52,7 @@ def read_conversations(
         raise ValueError(f"{name} cannot be read; a file of conversations is one of {', '.join(RECORDS)}.")
     root = image_root or os.path.dirname(file)
     with open_file(file) as contents:
-        for index, (place, record) in enumerate(_read_whole(RECORDS[suffix](contents, file), name)):
+        for index, (place, record) in enumerate(_read_whole(RECORDS[suffix](contents, file, columns or ()), name)):
             where = f"{name}, {place}"
             if suffix in TABLES and not embed:
                 names = (f"{index}.{number}" for number in itertools.count())
@@ -71,7 +74,7 @@ def _read_whole(records: Iterator[tuple[str, Any]], name: str) -> Iterator[tuple
     """Records of a file that may be compressed; a `ValueError` if its compression is broken."""
     try:
         yield from records
-    except (EOFError, OSError, zlib.error) as error:
+    except (EOFError, OSError, zlib.error, tarfile.TarError) as error:
         raise ValueError(f"{name} is not a whole file: {error}. Was the download complete?") from error
 
 
@@ -92,7 +95,7 @@ def _raise_faults(read: IngestedRecord) -> None:
         raise ValueError(f"{read.where} would need a repair: {', '.join(read.outcome.repairs)}.")
 
 
-def _read_lines(contents: BinaryIO, name: str) -> Iterator[tuple[str, Any]]:
+def _read_lines(contents: BinaryIO, name: str, columns: Container[str] = ()) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(contents, start=1):
         if line.strip():
             try:
@@ -102,7 +105,7 @@ def _read_lines(contents: BinaryIO, name: str) -> Iterator[tuple[str, Any]]:
             yield f"line {number}", record
 
 
-def _read_list(contents: BinaryIO, name: str) -> Iterator[tuple[str, Any]]:
+def _read_list(contents: BinaryIO, name: str, columns: Container[str] = ()) -> Iterator[tuple[str, Any]]:
     data = contents.read()
     first, _, rest = data.strip().partition(b"\n")
     if first.startswith(b"{") and first.endswith(b"}") and rest:  # JSON lines under another name
@@ -114,13 +117,44 @@ def _read_list(contents: BinaryIO, name: str) -> Iterator[tuple[str, Any]]:
     yield from ((f"record {index}", record) for index, record in enumerate(records))
 
 
-def _read_rows(contents: BinaryIO, name: str) -> Iterator[tuple[str, Any]]:
-    rows = read_table(contents, name, lambda field: not pyarrow.types.is_temporal(field.type))
+def _read_rows(contents: BinaryIO, name: str, columns: Container[str] = ()) -> Iterator[tuple[str, Any]]:
+    rows = read_table(contents, name, lambda field: is_known(field.name) or field.name in columns or may_hold(field))
     return ((f"row {row}", record) for row, record in enumerate(rows))
 
 
+def _read_tar(contents: BinaryIO, name: str, columns: Container[str] = ()) -> Iterator[tuple[str, Any]]:
+    """The samples of a WebDataset: files with one name up to its first dot, of which one is the record as JSON."""
+    with tarfile.open(fileobj=contents, mode="r|") as archive:
+        files = ((member.name, archive.extractfile(member)) for member in archive if member.isfile())
+        samples = itertools.groupby(files, lambda file: re.sub(r"\.[^/]*$", "", file[0]))
+        for key, members in samples:
+            record: Any = {}
+            media: dict[str, dict[str, bytes]] = {"image": {}, "video": {}, "audio": {}}
+            for path, file in members:
+                data = file.read() if file else b""
+                kind = (mimetypes.guess_type(path)[0] or "").partition("/")[0]
+                if kind in media:
+                    media[kind][os.path.basename(path)] = data
+                elif path.endswith(".json"):
+                    record = parse_json(data, f"{name}, {path}")
+            yield f"sample {key}", _fill_sample(record, media)
+
+
+def _fill_sample(record: Any, media: dict[str, dict[str, bytes]]) -> Any:
+    """The record of a sample with its files: those that it names by their names, or else all in their order."""
+    if not isinstance(record, dict):
+        return record
+    images = media["image"]
+    named = {key: value for key, value in record.items() if IMAGE_KEY.fullmatch(key)}
+    names = [os.path.basename(name) for value in named.values() for name in as_list(value) if isinstance(name, str)]
+    if images:
+        record = {key: value for key, value in record.items() if key not in named}
+        record["images"] = [images[name] for name in names] if set(names) == set(images) else list(images.values())
+    return record | {kind: list(files) for kind, files in media.items() if files and kind != "image"}
+
+
 TABLES: dict[str, Reader] = {".parquet": _read_rows, ".arrow": _read_rows}
-RECORDS: dict[str, Reader] = {".jsonl": _read_lines, ".json": _read_list, **TABLES}
+RECORDS: dict[str, Reader] = {".jsonl": _read_lines, ".json": _read_list, ".tar": _read_tar, **TABLES}
 
 
 def load_conversations(
@@ -135,7 +169,8 @@ def load_conversations(
     Reads a file in which every fault is an error, even one that could be repaired: it is found before training.
 
     Args:
-        path (`str` or `Path`): A file of a schema in `schemas.py`: .jsonl, .json, .parquet or .arrow, also compressed.
+        path (`str` or `Path`): A file of a schema in `schemas.py`: .jsonl, .json, .parquet, .arrow or the .tar of a
+            WebDataset, also compressed.
         processor (`VisualChatProcessor`): The processor of the model, for the lengths.
         max_length (`int`, *optional*): Maximum tokens of a conversation; by default the model's.
         check_images (`bool`, *optional*, defaults to `True`): Opens every image once, except URLs.

@@ -32,6 +32,7 @@ ROLES = {
 }
 IMAGE_TAG = "<image>"
 PAIRS = {"response": "query", "output": "instruction", "completion": "prompt", "answer": "question"}
+KNOWN_KEYS = {"messages", "conversations", "texts", "system", "history", "input", "label", *PAIRS, *PAIRS.values()}
 LOSS_KEYS = ("weight", "loss", "train")
 # What a mixture's `columns` can call a column or, for the last but one, a piece of text.
 FIELDS = ("messages", "images", "system", "question", "answer", "history", "placeholder", "ignored")
@@ -48,6 +49,12 @@ UNREAD_PLACEHOLDER = re.compile(
     r"(?:[_-][\w-]+)?\d*\|?>",
     re.IGNORECASE,
 )
+
+
+def is_known(key: str) -> bool:
+    """Whether a key of a record has a meaning here."""
+    patterns = (IMAGE_KEY, UNREAD_IMAGE_KEY, UNREAD_MEDIA_KEY)
+    return key in KNOWN_KEYS or any(pattern.fullmatch(key) for pattern in patterns)
 
 
 class Slot(NamedTuple):
@@ -114,7 +121,7 @@ def _rename(record: dict, columns: Mapping[str, str]) -> dict:
     renamed = {key: value for key, value in record.items() if key not in columns}
     for key, field in columns.items():
         if field == "images" and record.get(key) is not None:
-            renamed[field] = [*_as_list(renamed.get(field) or []), *_as_list(record[key])]
+            renamed[field] = [*as_list(renamed.get(field) or []), *as_list(record[key])]
         elif field in FIELDS[:-2] and key in record:
             renamed[field] = record[key]
     return renamed
@@ -126,7 +133,8 @@ def _is_given(value: Any) -> bool:
     return any(map(_is_given, parts)) if isinstance(value, (dict, list, tuple)) else value not in (None, "", False)
 
 
-def _as_list(value: Any) -> list:
+def as_list(value: Any) -> list:
+    """Several values, or one."""
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
@@ -145,7 +153,7 @@ def _find_turns(record: dict) -> tuple[list, bool]:
     if isinstance(question, str) and isinstance(record.get("input"), str):
         question = f"{question}\n{record['input']}".strip()
     history = record["history"] if isinstance(record.get("history"), list) else []
-    return [turn for pair in (*history, (question, answer)) for turn in _as_turns(*_as_list(pair))], False
+    return [turn for pair in (*history, (question, answer)) for turn in _as_turns(*as_list(pair))], False
 
 
 def _as_turns(*pair: Any) -> list:
@@ -168,7 +176,7 @@ def _parse_json(turns: Any) -> Any:
 def _read_images(record: dict, given: list[str]) -> list:
     """The images of the record, from one column of several or from several, in the order of their numbers."""
     numbers = {key: int(match[1] or -1) for key in given if (match := IMAGE_KEY.fullmatch(key))}
-    lists = {key: _as_list(record[key]) for key in sorted(numbers, key=numbers.__getitem__)}
+    lists = {key: as_list(record[key]) for key in sorted(numbers, key=numbers.__getitem__)}
     many = lists.pop("images", [])
     single = [image for images in lists.values() for image in images]
     if all(image in many for image in single):
@@ -235,7 +243,9 @@ def _split_text(text: str, placeholders: list[str]) -> list:
 
 def _add_system(turns: list[Turn], system: Any, repairs: list[str]) -> None:
     """Puts the system message of the record before its turns, if they have none."""
-    if isinstance(system, str) and system.strip():
+    if system and not isinstance(system, str):
+        raise Fault("a system message that is not text")
+    if system and system.strip():
         if turns[0].role != "system":
             turns.insert(0, Turn("system", [system.strip()]))
         elif turns[0].content != [system.strip()]:

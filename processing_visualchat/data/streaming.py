@@ -1,8 +1,8 @@
 """
 A mixture that is read during training, for data larger than the disk: nothing is downloaded before it is needed.
 
-A stream reads custom datasets as JSON lines, parquet or Arrow, from files or the Hub. What requires all data to be
-read first is refused: published datasets, `samples` as a share, and a `weight` that is not a whole number.
+A stream reads custom datasets as JSON lines, parquet, Arrow or WebDataset, from files or the Hub. What requires all
+data to be read first is refused: published datasets, `samples` as a share, and a `weight` that is not a whole number.
 
 The split is a rule for one image at a time: a hash of its content (of the text, for a conversation without images) is
 below `eval_share` or not, so every image is on one side. A conversation with images on both sides is left out.
@@ -30,7 +30,7 @@ from .readers import read_conversations
 
 
 FEATURES = Features({"messages": Json(), "where": List(Value("string"))})
-STREAMED = (".jsonl", ".parquet", ".arrow")
+STREAMED = (".jsonl", ".parquet", ".arrow", ".tar")
 EACH_ONCE = "all_exhausted_without_replacement"
 
 
@@ -92,7 +92,7 @@ def _locate(spec: DatasetSpec, data_root: str | Path) -> tuple[list[str], str | 
     else:
         base = f"hf://datasets/{spec.hub}" + (f"@{spec.revision}" if spec.revision else "")
         files = _find_on_hub(spec, base)
-        images = None if spec.images is None else f"{base}/{spec.images}"
+        images = spec.images and (spec.images if os.path.isabs(spec.images) else f"{base}/{spec.images}")
     for file in files:
         if suffix_of(file) not in STREAMED:
             raise ValueError(f"The source {spec.name} has the file {file}; a stream reads {' or '.join(STREAMED)}.")
