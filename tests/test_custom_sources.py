@@ -1,11 +1,13 @@
 """Conversations of one's own: every shape, every kind of file, and the Hub; every record accounted for."""
 
 import base64
+import gzip
 import io
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import draw_picture, make_processor
@@ -471,6 +473,23 @@ def test_a_folder_to_evaluate_on_gives_its_own_split(root, monkeypatch):
     assert choose_split(root / "llava", wanted) == "train", "the only one there is"
     with pytest.raises(SystemExit, match="has no data for validation or test; it has no data"):
         choose_split(root / "mine" / "pictures", wanted)
+
+
+@pytest.mark.parametrize("name", ["train.jsonl.gz", "train.json"])
+def test_a_file_to_train_on_may_have_its_images_elsewhere(root, monkeypatch, name):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from training_data import load_file
+
+    records = [asked("0.png"), asked(str(root / "mine/pictures/1.png"))]
+    data = "\n".join(map(json.dumps, records)) if "jsonl" in name else json.dumps(records)
+    path = root / "notes" / name
+    path.parent.mkdir()
+    path.write_bytes(gzip.compress(data.encode()) if name.endswith(".gz") else data.encode())
+    arguments = SimpleNamespace(overlong="error", max_length=None, check_images=True, image_root=None)
+    with pytest.raises((FileNotFoundError, ValueError), match=r"the image 0.png|image path outside of its folder"):
+        load_file(path, arguments, make_processor(), ["train"])
+    arguments.image_root = root / "mine" / "pictures"
+    assert len(load_file(path, arguments, make_processor(), ["train"])) == 2
 
 
 def test_parquet_that_breaks_in_the_middle_is_named(root):

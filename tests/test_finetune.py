@@ -303,6 +303,7 @@ def test_a_stream_trains_on_two_processes(tmp_path, data):
         (["--mixture", "x.yaml", "--train_file", "x"], "leave out --train_file and --eval_file"),
         (["--overlong", "cut"], "invalid choice: 'cut'"),
         (["--trainable", "lm_head"], "--trainable requires --model"),
+        (["--model", "x", "--mixture", "x.yaml", "--image_root", "x"], "--image_root requires --train_file"),
         (["--eval_file", "x.jsonl"], "--eval_file requires --model and --train_file"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
