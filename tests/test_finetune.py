@@ -389,6 +389,11 @@ ANSWER = message("A thing.", "assistant")
         ),
         ({"messages": [message("Hi")]}, ValueError, "line 2 has no question with an answer"),
         (
+            {"messages": [message("Hi"), message("A.<eos>", "assistant")]},
+            ValueError,
+            "line 2: The conversation, message 1 holds a literal <eos>",
+        ),
+        (
             {"messages": [message("Hi" * 900), ANSWER]},
             ValueError,
             r"line 2 has \d+ tokens, 5 for an image; at most 1024",
@@ -406,6 +411,7 @@ ANSWER = message("A thing.", "assistant")
         "path not a text",
         "broken base64",
         "no answer",
+        "special token",
         "too long",
         "not UTF-8",
     ],

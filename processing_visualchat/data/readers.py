@@ -202,7 +202,11 @@ def load_conversations(
                 except (ValueError, OSError) as error:
                     raise ValueError(f"{record.where}: {error}") from error
                 opened.add(image)
-        if check_length and (num_tokens := count_tokens(messages, processor)) > limit:
+        try:
+            num_tokens = count_tokens(messages, processor)
+        except ValueError as error:
+            raise ValueError(f"{record.where}: {error}") from error
+        if check_length and num_tokens > limit:
             raise ValueError(
                 f"{record.where} has {num_tokens} tokens, {processor.image_seq_length} for an image; at most {limit} "
                 "are read. Leave out rounds or images: a cut could go through an image."
