@@ -45,8 +45,11 @@ class FinetuneArguments:
     """Arguments beside `TrainingArguments`."""
 
     model: str | None = HfArg(default=None, help="Checkpoint to train; without one, the digits demo runs.")
-    train_file: str | None = HfArg(default=None, help="Training data: .jsonl, .json, .parquet or a folder.")
+    train_file: str | None = HfArg(default=None, help="Training data: .jsonl, .json, .parquet, .arrow or a folder.")
     eval_file: str | None = HfArg(default=None, help="Evaluation data, in the formats of train_file.")
+    image_root: str | None = HfArg(
+        default=None, help="Folder of the images of train_file and eval_file; by default that of each file."
+    )
     mixture: str | None = HfArg(default=None, help="YAML file of a mixture of data sets, instead of train_file.")
     data_root: str | None = HfArg(default=None, help="Folder of the mixture's data sets; overrides the YAML file.")
     check_images: bool = HfArg(default=True, help="Open every image of the data before training.")

@@ -92,6 +92,10 @@ def find_conflicts(arguments, training_arguments: TrainingArguments) -> list[str
         ),
         (arguments.data_root and not arguments.mixture, "--data_root requires --mixture"),
         (
+            arguments.image_root and not arguments.train_file,
+            "--image_root requires --train_file; a source of a mixture has the key images",
+        ),
+        (
             has_model != has_data,
             "--model and --train_file (or --mixture) require each other; without both, the digits demo runs",
         ),

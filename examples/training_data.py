@@ -15,10 +15,12 @@ from processing_visualchat import (
     load_mixture,
     measure_lengths,
     pack_conversations,
+    pack_stream,
     read_mixture_config,
     stream_mixture,
 )
 from processing_visualchat.data.custom import find_splits
+from processing_visualchat.data.files import suffix_of
 
 
 SAMPLING_BY_LENGTH = ("group_by_length", "batch_rebalance")  # of TrainingArguments.train_sampling_strategy
@@ -57,11 +59,12 @@ def report_mixture(mixture) -> tuple:
 def load_file(name: str, arguments, processor, splits: list[str]):
     """Conversations of a file or folder; in JSON lines every fault is an error, elsewhere faults are counted."""
     path = Path(name)
-    if path.suffix == ".jsonl" or not path.exists():
+    images = arguments.image_root and os.path.abspath(arguments.image_root)
+    if suffix_of(name) == ".jsonl" or not path.exists():
         check_length = arguments.overlong == "error"
-        return load_conversations(path, processor, arguments.max_length, arguments.check_images, check_length)
+        return load_conversations(path, processor, arguments.max_length, arguments.check_images, check_length, images)
     path = Path(os.path.abspath(path))  # keeps links, whose targets may have other names
-    source = DatasetSpec(str(path), path.name, split=choose_split(path, splits))
+    source = DatasetSpec(str(path), path.name, split=choose_split(path, splits), images=images)
     config = MixtureConfig((source,), eval_share=0.0, max_images=sys.maxsize)
     return report_mixture(load_mixture(config, path.parent, arguments.check_images))[0]
 
@@ -79,13 +82,15 @@ def choose_split(path: Path, wanted: list[str]) -> str:
 
 def pack_or_measure(dataset, arguments, training_arguments: TrainingArguments, collator):
     """Packs conversations, or measures their lengths if batches are made by length."""
-    is_stream = isinstance(dataset, torch.utils.data.IterableDataset)  # packed by the collator
+    is_stream = isinstance(dataset, torch.utils.data.IterableDataset)
+    seed = training_arguments.seed if training_arguments.data_seed is None else training_arguments.data_seed
+    if is_stream and arguments.packing:
+        return pack_stream(dataset, collator.processor, collator.limit, seed=seed)
     if is_stream or not (arguments.packing or training_arguments.train_sampling_strategy in SAMPLING_BY_LENGTH):
         return dataset
     dataset = measure_lengths(dataset, collator.processor)
     if not arguments.packing:
         return dataset
-    seed = training_arguments.seed if training_arguments.data_seed is None else training_arguments.data_seed
     packs = pack_conversations(dataset, collator.limit, seed=seed)
     print_once(f"{len(dataset)} conversations in {len(packs)} packs of up to {collator.limit} tokens")
     return packs

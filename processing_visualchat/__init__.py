@@ -11,7 +11,7 @@ from .data.images import ImageReference
 from .data.ingestion import IngestionReport
 from .data.lengths import measure_lengths
 from .data.mixture import DatasetSpec, Mixture, MixtureConfig, load_mixture, read_mixture_config
-from .data.packing import pack_conversations
+from .data.packing import pack_conversations, pack_stream
 from .data.published import SOURCES, load_source
 from .data.readers import load_conversations
 from .data.streaming import stream_mixture
@@ -39,6 +39,7 @@ __all__ = [
     "load_source",
     "measure_lengths",
     "pack_conversations",
+    "pack_stream",
     "read_mixture_config",
     "stream_mixture",
     "validate_conversation",

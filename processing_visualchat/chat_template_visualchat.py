@@ -12,8 +12,9 @@ The one instruction format (section 3 of arXiv 2309.14327), as the Jinja templat
     ### Question: What's the difference between the three cats?
     ### Answer: The colors of the three cats are different.
 
-Images are numbered through the whole conversation, in the order of the content, which may interleave them with text.
-An answer, with the space before it and its end-of-sequence token, is what the model learns to generate.
+Images are numbered through the whole conversation, in the order of the content. One in the middle of a question comes
+before it, and its number stands in its place: "### Question: Is Image 1 brighter than Image 2?". An answer, with the
+space before it and its end-of-sequence token, is what the model learns to generate, unless its weight is 0.
 """
 
 SYSTEM_INSTRUCTION = "You are a powerful vision-language assistant."
@@ -33,24 +34,41 @@ CHAT_TEMPLATE = """\
     {%- endif -%}
     {%- if message["role"] == "user" -%}
         {{- "\\n\\n" -}}
+        {%- set turn = namespace(before="", question=none, inside="", after="") -%}
         {%- for block in content -%}
             {%- if block["type"] == "image" -%}
                 {%- set state.images = state.images + 1 -%}
-                {{- "### Image " ~ state.images ~ ": IMAGE_TOKEN\\n" -}}
-            {%- elif loop.previtem is defined and loop.previtem["type"] == "text" -%}
-                {{- block["text"] ~ "\\n" -}}
+                {%- set turn.after = turn.after ~ "### Image " ~ state.images ~ ": IMAGE_TOKEN\\n" -%}
+                {%- set turn.inside = turn.inside ~ " Image " ~ state.images -%}
             {%- else -%}
-                {{- "### Question: " ~ block["text"] ~ "\\n" -}}
+                {%- if turn.question is none -%}
+                    {%- set turn.question = block["text"] -%}
+                {%- elif not turn.inside -%}
+                    {%- set turn.question = turn.question ~ "\\n" ~ block["text"] -%}
+                {%- else -%}
+                    {%- set name = turn.inside[1:] if turn.question[-1:] in " \\n(" else turn.inside -%}
+                    {%- set gap = "" if block["text"][:1] in " \\n.,:;!?)" else " " -%}
+                    {%- set turn.question = turn.question ~ name ~ gap ~ block["text"] -%}
+                {%- endif -%}
+                {%- set turn.before = turn.before ~ turn.after -%}
+                {%- set turn.inside = "" -%}
+                {%- set turn.after = "" -%}
             {%- endif -%}
         {%- endfor -%}
+        {{- turn.before -}}
+        {{- "### Question: " ~ turn.question ~ "\\n" if turn.question is not none -}}
+        {{- turn.after -}}
         {%- if add_generation_prompt and loop.last -%}
             {{- "### Answer:" -}}
         {%- endif -%}
     {%- else -%}
         {{- "### Answer:" -}}
-        {%- generation -%}
-            {{- " " ~ (content | map(attribute="text") | join("\\n")) ~ eos_token -}}
-        {%- endgeneration -%}
+        {%- set answer = " " ~ (content | map(attribute="text") | join("\\n")) ~ eos_token -%}
+        {%- if 0 in (message["weight"], message["loss"]) -%}
+            {{- answer -}}
+        {%- else -%}
+            {%- generation -%}{{- answer -}}{%- endgeneration -%}
+        {%- endif -%}
     {%- endif -%}
 {%- endfor -%}
 """.replace("SYSTEM_INSTRUCTION", SYSTEM_INSTRUCTION)

@@ -5,9 +5,11 @@ The message format of a conversation, and its validation.
      {"role": "user", "content": [{"type": "image", "path": "cat.png"},           # path, url, base64 or image
                                   {"type": "text", "text": "What is it?"}]},
      {"role": "assistant", "content": "A cat."}, ...]                             # user and assistant take turns
+
+An answer with `"weight": 0` or `"loss": False` is not learned.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -16,13 +18,16 @@ ROLES = ("system", "user", "assistant")
 IMAGE_SOURCES = ("image", "path", "url", "base64")
 
 
-def validate_conversation(messages: list[dict], image_token: str = "<image>", name: str = "The conversation") -> None:
+def validate_conversation(
+    messages: list[dict], control_tokens: Sequence[str] = ("<image>",), name: str = "The conversation"
+) -> None:
     """
     Validates a conversation once, where it enters.
 
     Args:
         messages (`list[dict]`): The messages, as above; OpenAI's `image_url` blocks are images too.
-        image_token (`str`, *optional*, defaults to `"<image>"`): The placeholder, which no text may hold.
+        control_tokens (`Sequence[str]`, *optional*, defaults to `("<image>",)`): The placeholder of an image, and
+            special tokens, which no text may hold.
         name (`str`, *optional*): The name of the conversation in errors.
 
     Raises:
@@ -38,7 +43,7 @@ def validate_conversation(messages: list[dict], image_token: str = "<image>", na
             raise ValueError(f"{where} has the unknown role {message['role']!r}; use one of {', '.join(ROLES)}.")
         if message["role"] == "system" and index > 0:
             raise ValueError(f"{where} is a system message; it can only be the first.")
-        _validate_content(message, image_token, where)
+        _validate_content(message, control_tokens, where)
     turns = [message["role"] for message in messages if message["role"] != "system"]
     if "user" not in turns:
         raise ValueError(f"{name} has no user turn; it needs a question.")
@@ -46,6 +51,11 @@ def validate_conversation(messages: list[dict], image_token: str = "<image>", na
         if role != expected:
             fix = "user and assistant take turns; join the two messages" if turn > 1 else "it must start with the user"
             raise ValueError(f"{name} has {role!r} at turn {turn} where {expected!r} is due: {fix}.")
+
+
+def has_loss(message: dict) -> bool:
+    """Whether a message is an answer to learn."""
+    return message["role"] == "assistant" and 0 not in (message.get("weight"), message.get("loss"))
 
 
 def is_image(block) -> bool:
@@ -81,7 +91,7 @@ def drop_nulls(messages: list[dict]) -> list[dict]:
     return map_blocks(messages, without_nulls)
 
 
-def _validate_content(message: dict, image_token: str, where: str) -> None:
+def _validate_content(message: dict, control_tokens: Sequence[str], where: str) -> None:
     role, content = message["role"], message["content"]
     if not isinstance(content, (str, list, tuple)) or not content:
         raise ValueError(f"{where} must have text or a list of blocks that is not empty, got {content!r:.80}.")
@@ -91,10 +101,10 @@ def _validate_content(message: dict, image_token: str, where: str) -> None:
         if kind == "text":
             if not isinstance(block.get("text"), str):
                 raise ValueError(f"{where} has a text block without text: {block!r:.80}.")
-            if image_token in block["text"]:
+            if token := next((token for token in control_tokens if token in block["text"]), None):
                 raise ValueError(
-                    f"{where} holds a literal {image_token} in its text. Give the image as a block of its own, "
-                    '{"type": "image", "path": …}.'
+                    f"{where} holds a literal {token} in its text, which is a special token. Leave it out, or give an "
+                    'image as a block of its own, {"type": "image", "path": …}.'
                 )
         elif kind in ("image", "image_url"):
             if role != "user":

@@ -25,8 +25,8 @@ SHORTEST_BASE64 = 64  # characters; a path that does not exist is shorter than a
 
 def load_image(source) -> Image.Image:
     """
-    Opens one image, decodes all of it and converts it to RGB: 16-bit and float images are scaled to 8 bits,
-    transparent ones are put on white, and an EXIF orientation is applied.
+    Opens one image, decodes all of it and converts it to RGB: images of 10, 12, 14 or 16 bits and floats are scaled to
+    8 bits, transparent ones are put on white, and an EXIF orientation is applied.
 
     Args:
         source (`str`, `Path`, `bytes`, `PIL.Image.Image` or array): A path, an http(s) URL, a `data:` URI or base64
@@ -104,7 +104,7 @@ def _convert(image: Image.Image, name: str) -> Image.Image:
     with contextlib.suppress(*DECODING_ERRORS):
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
-        image = _to_8_bits(image)
+        image = Image.fromarray(_to_8_bits(np.asarray(image)))
     if image.mode in ("La", "RGBa"):
         image = image.convert("LA" if image.mode == "La" else "RGBA")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -114,17 +114,15 @@ def _convert(image: Image.Image, name: str) -> Image.Image:
     return image.convert("RGB")
 
 
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Scales by what the mode can hold: 16 bits by 1/257; 32-bit integers and floats by the range that they use."""
-    values = np.asarray(image).astype(np.float64)
+def _to_8_bits(values: np.ndarray) -> np.ndarray:
+    """Values of more than 8 bits in 8, by the range that they use: the least of the usual ones, or their own."""
     low, high = values.min(), values.max()
-    if image.mode.startswith("I;16"):
-        low, high = 0.0, 65535.0
-    elif low >= 0:
-        # Floats up to 1, bytes or 16 bits in a wider mode: the least of these ranges that holds all values.
-        limits = [limit for limit in (1.0, 255.0, 65535.0) if high <= limit and (limit > 1 or image.mode == "F")]
-        low, high = 0.0, limits[0] if limits else high
-    return Image.fromarray(((values - low) / max(high - low, 1e-12) * 255).round().astype(np.uint8))
+    is_wide = (values.dtype.kind, values.itemsize) == ("u", 2)  # no camera writes 8 bits in 16
+    ranges = ((not is_wide, 255.0), *((True, 2.0**bits - 1) for bits in (10, 12, 14, 16)))
+    limits = [1.0] if high <= 1 and np.issubdtype(values.dtype, np.floating) else []
+    limits += [limit for is_possible, limit in ranges if is_possible and high <= limit]
+    low, high = (0.0, limits[0] if limits else float(high)) if low >= 0 else (float(low), float(high))
+    return ((values.astype(np.float64) - low) / max(high - low, 1e-12) * 255).round().astype(np.uint8)
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
@@ -137,5 +135,5 @@ def _from_array(array: np.ndarray) -> Image.Image:
     if array.dtype == bool or (np.issubdtype(array.dtype, np.floating) and array.max() <= 1.0):
         array = array * 255.0
     elif array.dtype == np.uint16:
-        array = array / 257.0
+        array = _to_8_bits(array)
     return _convert(Image.fromarray(np.round(array).clip(0, 255).astype(np.uint8)), "The array")

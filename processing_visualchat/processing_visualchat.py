@@ -1,12 +1,13 @@
 """The VisualChat processor: conversations with images in, token ids, pixels and labels out."""
 
+import itertools
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
 
 from .chat_template_visualchat import chat_template as default_chat_template
-from .conversation_visualchat import drop_nulls, validate_conversation
+from .conversation_visualchat import drop_nulls, has_loss, validate_conversation
 from .image_loading_visualchat import load_image
 
 
@@ -137,9 +138,10 @@ class VisualChatProcessor(ProcessorMixin):
             conversation (`list[dict]` or `list[list[dict]]`): Messages, see [`validate_conversation`].
             chat_template (`str`, *optional*): Another template.
             return_labels (`bool`, *optional*, defaults to `False`): Adds `labels` of shape (B, S): the ids of the
-                answers with their end-of-sequence token, -100 elsewhere.
+                answers with their end-of-sequence token, -100 elsewhere and in answers with a weight of 0.
             kwargs: As in `ProcessorMixin.apply_chat_template`; arguments of the tokenizer go into `processor_kwargs`.
-                `sanitize_control_tokens=True` lets a user write `<image>` in words (not with labels).
+                `sanitize_control_tokens=True` lets a user write `<image>` and other special tokens in words (not with
+                labels).
 
         Raises:
             `ValueError`: a conversation that is not valid, or an image that cannot be read.
@@ -153,6 +155,10 @@ class VisualChatProcessor(ProcessorMixin):
         if not return_labels:
             return super().apply_chat_template(conversation, chat_template, **kwargs)
 
+        messages = itertools.chain.from_iterable(conversation if is_batched else [conversation])
+        has_weights = any(message["role"] == "assistant" and not has_loss(message) for message in messages)
+        if has_weights and '"weight"' not in (chat_template or self.chat_template):
+            raise ValueError("An answer has a weight of 0, which the chat template of this processor does not read.")
         return_tensors = kwargs.pop("return_tensors", None)
         kwargs.update(tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         inputs = super().apply_chat_template(conversation, chat_template, **kwargs)
@@ -163,9 +169,15 @@ class VisualChatProcessor(ProcessorMixin):
         ]
         return inputs.convert_to_tensors(return_tensors)
 
+    @property
+    def _control_tokens(self) -> tuple[str, ...]:
+        """The tokens that would begin, end or pad a conversation, or show an image, if a text held them."""
+        named = (self.tokenizer.bos_token, self.tokenizer.eos_token, self.tokenizer.pad_token)
+        return (self.image_token, *(token for token in named if token))
+
     def _validate(self, messages, name: str, kwargs: dict) -> None:
-        # Marked as plain text, a placeholder in a user's words does no harm.
-        forbidden = "\0" if kwargs.get("sanitize_control_tokens") else self.image_token
+        # Marked as plain text, a special token in a user's words does no harm.
+        forbidden = () if kwargs.get("sanitize_control_tokens") else self._control_tokens
         validate_conversation(messages, forbidden, name)
         if kwargs.get("tokenize") and not (kwargs.get("processor_kwargs") or {}).get("images"):
             for index, message in enumerate(messages):

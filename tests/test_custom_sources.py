@@ -1,11 +1,13 @@
 """Conversations of one's own: every shape, every kind of file, and the Hub; every record accounted for."""
 
 import base64
+import gzip
 import io
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import draw_picture, make_processor
@@ -44,6 +46,11 @@ def share(*turns, **fields):
     return {"conversations": [{"from": who, "value": words} for who, words in turns], **fields}
 
 
+def indexed(index):
+    return {"type": "image", "index": index}
+
+
+BRIEF = {"role": "system", "content": "Be brief."}
 ONE = [user(image("a.png"), text("What is it?")), assistant("A dog.")]
 A = "a.png"
 ASKED = [("human", "<image>What is it?"), ("gpt", "A dog.")]
@@ -79,7 +86,7 @@ SHAPES = {
     ),
     "images in the middle of words": (
         share(("human", "Is <image> above <image>?"), ("gpt", "Yes."), image=["a.png", "b.png"]),
-        [user(text("Is"), image("a.png"), text("above"), image("b.png"), text("?")), assistant("Yes.")],
+        [user(text("Is "), image("a.png"), text(" above "), image("b.png"), text("?")), assistant("Yes.")],
         (),
     ),
     "data URI and base64": (
@@ -140,6 +147,103 @@ SHAPES = {
         ONE,
         ("an answer without a question left out",),
     ),
+    "a system message beside the messages": (
+        share(("human", "Hi"), ("gpt", "Hm."), system="Be brief."),
+        [BRIEF, user("Hi"), assistant("Hm.")],
+        (),
+    ),
+    "two system messages": (
+        {"messages": [BRIEF, user("Hi"), assistant("Hm.")], "system": "Be long."},
+        [BRIEF, user("Hi"), assistant("Hm.")],
+        ("a system message beside the messages left out",),
+    ),
+    "blocks with an index": (
+        {"messages": [user(indexed(1), indexed(0), text("Same?")), assistant("No.")], "images": [A, "b.png"]},
+        [user(image("b.png"), image("a.png"), text("Same?")), assistant("No.")],
+        (),
+    ),
+    "numbered placeholders": (
+        share(("human", "<image2>\n<image1>\nSame as <image2>?"), ("gpt", "No."), images=[A, "b.png"]),
+        [user(image("b.png"), image("a.png"), text("Same as "), image("b.png"), text("?")), assistant("No.")],
+        (),
+    ),
+    "numbers from 0": (
+        share(("human", "<|image_1|><|image_0|>Same?"), ("gpt", "No."), images=[A, "b.png"]),
+        [user(image("b.png"), image("a.png"), text("Same?")), assistant("No.")],
+        (),
+    ),
+    "placeholders of others": (
+        share(("human", "<ImageHere><|image|><image>?"), ("gpt", "No."), images=[A, "b.png", "c.png"]),
+        [user(image("a.png"), image("b.png"), image("c.png"), text("?")), assistant("No.")],
+        (),
+    ),
+    "paths in the text": (
+        share(("user", "Picture 1: <img>a.png</img>\nWhat is it?"), ("assistant", "A dog.")),
+        ONE,
+        (),
+    ),
+    "answers without a loss": (
+        {
+            "messages": [
+                *[user("1?"), {**assistant("One."), "weight": 0}],
+                *[user("2?"), {**assistant("Two."), "loss": False}],
+                *[user("3?"), {**assistant("Three."), "weight": 1}],
+            ]
+        },
+        [
+            *[user("1?"), {**assistant("One."), "weight": 0}],
+            *[user("2?"), {**assistant("Two."), "weight": 0}],
+            *[user("3?"), assistant("Three.")],
+        ],
+        (),
+    ),
+    "columns with numbers": (
+        share(("human", "<image><image>Same?"), ("gpt", "No."), image_10="b.png", image_2=A, image_3=None),
+        [user(image("a.png"), image("b.png"), text("Same?")), assistant("No.")],
+        (),
+    ),
+    "image is the first of images": (
+        share(("human", "<image><image>Same?"), ("gpt", "No."), image=A, images=[A, "b.png"]),
+        [user(image("a.png"), image("b.png"), text("Same?")), assistant("No.")],
+        (),
+    ),
+    "media that are null": (share(*ASKED, image=A, videos=[], audio={"path": None, "bytes": None}), ONE, ()),
+    "prompt and completion": (
+        {
+            "prompt": [user({"type": "image"}, text("What is it?")), assistant("Hm."), user("So?")],
+            "completion": [assistant("A dog.")],
+            "images": [A],
+        },
+        [*ONE[:1], {**assistant("Hm."), "weight": 0}, user("So?"), assistant("A dog.")],
+        (),
+    ),
+    "prompt and completion as text": ({"prompt": "Hi", "completion": "Hm."}, [user("Hi"), assistant("Hm.")], ()),
+    "the Cauldron": (
+        {
+            "images": [A],
+            "texts": [
+                {"user": "What is it?", "assistant": "A dog.", "source": "x"},
+                {"user": "Sure?", "assistant": "Yes.", "source": "x"},
+            ],
+        },
+        [*ONE, user("Sure?"), assistant("Yes.")],
+        (),
+    ),
+    "query and response": (
+        {"query": "Sure?", "response": "Yes.", "history": [["<image>What is it?", "A dog."]], "images": [A]},
+        [*ONE, user("Sure?"), assistant("Yes.")],
+        (),
+    ),
+    "instruction, input and output": (
+        {"instruction": "What is", "input": "it?", "output": "A dog.", "images": [A], "system": "Be brief."},
+        [BRIEF, user(image("a.png"), text("What is\nit?")), assistant("A dog.")],
+        (),
+    ),
+    "image bytes in blocks": (
+        {"messages": [user({"type": "image", "image": {"bytes": ENCODED}}, text("?")), assistant("x")]},
+        [user({"type": "image", "base64": ENCODED}, text("?")), assistant("x")],
+        (),
+    ),
 }  # fmt: skip
 
 
@@ -164,7 +268,7 @@ DROPS = {
     "no content": ({"messages": [{"role": "user"}]}, "a turn without a known role or without content"),
     "an unknown block": (
         {"messages": [user({"type": "video"}), assistant("x")]},
-        "a turn without a known role or without content",
+        "a block of type 'video'",
     ),
     "no answer": (share(("human", "Hm?")), "no question with an answer"),
     "more tags than images": (
@@ -178,6 +282,46 @@ DROPS = {
     "other images beside those in the messages": (
         {"messages": ONE, "image": "b.png"},
         "images in the messages and others beside them",
+    ),
+    "a video": (share(*ASKED, image=A, videos=["a.mp4"]), "the key videos, which is not read"),
+    "a sound": (share(*ASKED, image=A, audio_path="a.wav"), "the key audio_path, which is not read"),
+    "a video in the text": (
+        share(("human", "<image><video>?"), ("gpt", "x"), image=A),
+        "the placeholder <video>, which is not read",
+    ),
+    "a box in the answer": (
+        share(("human", "<image>?"), ("gpt", "At <|box_start|>(1, 2)"), image=A),
+        "the placeholder <|box_start|>, which is not read",
+    ),
+    "a reference to an object": (
+        share(("human", "<image><ref-object>?"), ("gpt", "<bbox>"), image=A),
+        "the placeholder <ref-object>, which is not read",
+    ),
+    "images of another name": (
+        share(("human", "?"), ("gpt", "x"), image_path=A),
+        "the key image_path, which is not read",
+    ),
+    "two different images": (
+        share(*ASKED, image=A, images=["b.png"]),
+        "different images in the columns images, image",
+    ),
+    "an index out of range": (
+        {"messages": [user(indexed(1), text("?")), assistant("x")], "images": [A]},
+        "images and <image> tags of different number",
+    ),
+    "tags with and without a number": (
+        share(("human", "<image1><image>?"), ("gpt", "x"), images=[A, "b.png"]),
+        "images and <image> tags of different number",
+    ),
+    "a system message of blocks": (share(*ASKED, image=A, system=[1]), "a system message that is not text"),
+    "no loss at all": ({"messages": [user("Hi"), {**assistant("x"), "weight": 0}]}, "no answer with a loss"),
+    "a weight between": (
+        {"messages": [user("Hi"), {**assistant("x"), "weight": 0.5}]},
+        "an answer with a weight other than 0 and 1",
+    ),
+    "an answer that is not wanted": (
+        {"prompt": "Hi", "completion": "x", "label": False},
+        "an answer marked as not wanted",
     ),
     "an image that is a number": (
         share(("human", "<image>?"), ("gpt", "x"), image=[5]),
@@ -331,6 +475,23 @@ def test_a_folder_to_evaluate_on_gives_its_own_split(root, monkeypatch):
         choose_split(root / "mine" / "pictures", wanted)
 
 
+@pytest.mark.parametrize("name", ["train.jsonl.gz", "train.json"])
+def test_a_file_to_train_on_may_have_its_images_elsewhere(root, monkeypatch, name):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from training_data import load_file
+
+    records = [asked("0.png"), asked(str(root / "mine/pictures/1.png"))]
+    data = "\n".join(map(json.dumps, records)) if "jsonl" in name else json.dumps(records)
+    path = root / "notes" / name
+    path.parent.mkdir()
+    path.write_bytes(gzip.compress(data.encode()) if name.endswith(".gz") else data.encode())
+    arguments = SimpleNamespace(overlong="error", max_length=None, check_images=True, image_root=None)
+    with pytest.raises((FileNotFoundError, ValueError), match=r"the image 0.png|image path outside of its folder"):
+        load_file(path, arguments, make_processor(), ["train"])
+    arguments.image_root = root / "mine" / "pictures"
+    assert len(load_file(path, arguments, make_processor(), ["train"])) == 2
+
+
 def test_parquet_that_breaks_in_the_middle_is_named(root):
     table = {"conversations": [asked("x")["conversations"]] * 500, "image": ["pictures/0.png"] * 500}
     path = root / "mine" / "rows.parquet"
@@ -413,7 +574,7 @@ def test_a_data_set_comes_from_the_hub(root):
         (CustomSource("mine", "mine/*.jsonl", split="test"), ValueError, "the split test, which only a folder has"),
         (CustomSource("mine", "m*/../*.jsonl"), ValueError, "which leads out of"),
         (CustomSource("mine", "mine/pictures"), FileNotFoundError, "it has no data files"),
-        (CustomSource("mine", "secret.png"), ValueError, "it can be one of .jsonl, .json, .parquet"),
+        (CustomSource("mine", "secret.png"), ValueError, "it can be one of .jsonl, .json, .tar, .parquet, .arrow"),
         (CustomSource("mine", "../x.jsonl"), ValueError, "which leads out of"),
         (CustomSource("mine", "mine/train.jsonl", images="none"), FileNotFoundError, "has its images in .*none"),
         (CustomSource("mine", "half.json"), ValueError, "not whole JSON.*download complete"),

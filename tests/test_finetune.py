@@ -25,7 +25,7 @@ from processing_visualchat import load_conversations
 EXAMPLES = REPOSITORY / "examples"
 DATA_ARGUMENTS = (
     "model", "train_file", "eval_file", "mixture", "data_root", "packing", "trainable", "vision_features",
-    "attention_type", "projector_type",
+    "attention_type", "projector_type", "image_root",
 )  # fmt: skip
 SHORT = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--logging_steps", "1"]
 
@@ -303,6 +303,7 @@ def test_a_stream_trains_on_two_processes(tmp_path, data):
         (["--mixture", "x.yaml", "--train_file", "x"], "leave out --train_file and --eval_file"),
         (["--overlong", "cut"], "invalid choice: 'cut'"),
         (["--trainable", "lm_head"], "--trainable requires --model"),
+        (["--model", "x", "--mixture", "x.yaml", "--image_root", "x"], "--image_root requires --train_file"),
         (["--eval_file", "x.jsonl"], "--eval_file requires --model and --train_file"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -359,8 +360,12 @@ ANSWER = message("A thing.", "assistant")
     [
         ('{"messages": [', ValueError, r"data.jsonl, line 2 is not JSON: Expecting value at column"),
         ({"text": "Hi"}, ValueError, "line 2 has no messages; it has the keys text"),
-        ({"messages": [ANSWER]}, ValueError, "line 2 has no user turn"),
-        ({"messages": [message("a <image> b"), ANSWER]}, ValueError, "line 2, message 0 holds a literal <image>"),
+        ({"messages": [ANSWER]}, ValueError, "line 2 has no question with an answer"),
+        (
+            {"messages": [message("a <image> b"), ANSWER]},
+            ValueError,
+            "line 2 has 1 places for images, .* and 0 images",
+        ),
         (
             {"messages": [message(image("gone.png")), ANSWER]},
             FileNotFoundError,
@@ -374,7 +379,7 @@ ANSWER = message("A thing.", "assistant")
         (
             {"messages": [message([{"type": "image"}]), ANSWER]},
             ValueError,
-            "line 2 has an image without a path, url or base64",
+            "line 2 has 1 places for images, .* and 0 images",
         ),
         ({"messages": [message([{"type": "image", "path": 7}]), ANSWER]}, ValueError, "line 2 has an image without a"),
         (
@@ -382,7 +387,12 @@ ANSWER = message("A thing.", "assistant")
             ValueError,
             "line 2: The image inside its record is not base64 text: '!'",
         ),
-        ({"messages": [message("Hi")]}, ValueError, "line 2 does not end with an answer"),
+        ({"messages": [message("Hi")]}, ValueError, "line 2 has no question with an answer"),
+        (
+            {"messages": [message("Hi"), message("A.<eos>", "assistant")]},
+            ValueError,
+            "line 2: The conversation, message 1 holds a literal <eos>",
+        ),
         (
             {"messages": [message("Hi" * 900), ANSWER]},
             ValueError,
@@ -401,6 +411,7 @@ ANSWER = message("A thing.", "assistant")
         "path not a text",
         "broken base64",
         "no answer",
+        "special token",
         "too long",
         "not UTF-8",
     ],

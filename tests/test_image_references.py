@@ -93,8 +93,12 @@ def test_a_missing_or_broken_image_says_so_and_has_the_digest_of_its_text(folder
 def test_there_is_one_rule_for_paths(text, expected):
     found = ImageReference.parse(text).resolve("/data/mine", "/other/rows.parquet")
     assert (found and str(found)) == expected
-    anywhere = ImageReference.parse(text).resolve("/data/mine", is_confined=False)
-    assert anywhere is not None and expected in (None, str(anywhere))
+
+
+def test_a_path_that_leads_out_may_be_relative_to_the_file_of_its_record():
+    for text, expected in (("a.png", "/data/a.png"), ("../a.png", "/data/a.png"), ("../../a.png", None)):
+        image = ImageReference.parse(text).resolve("/data", "/data/mine/rows.jsonl")
+        assert (image and str(image)) == expected
 
 
 def test_paths_beside_a_file_on_the_hub_are_on_the_hub():

@@ -86,10 +86,19 @@ def test_literal_ids(processor):
         ([user(picture_block())], "### Image 1: <image>\n### Answer:"),
         (
             [user("Compare", picture_block(), "with", picture_block(), "please.")],
-            "### Question: Compare\n### Image 1: <image>\n### Question: with\n### Image 2: <image>\n"
-            "### Question: please.\n### Answer:",
+            "### Image 1: <image>\n### Image 2: <image>\n### Question: Compare Image 1 with Image 2 please.\n"
+            "### Answer:",
         ),
         ([user("Two", "lines")], "### Question: Two\nlines\n### Answer:"),
+        (
+            [user("Is ", picture_block(), " brighter than ", picture_block(), "?")],
+            "### Image 1: <image>\n### Image 2: <image>\n### Question: Is Image 1 brighter than Image 2?\n### Answer:",
+        ),
+        (
+            [user(picture_block(), "Left:\n", picture_block(), picture_block(), "\nRight:", picture_block())],
+            "### Image 1: <image>\n### Image 2: <image>\n### Image 3: <image>\n"
+            "### Question: Left:\nImage 2 Image 3\nRight:\n### Image 4: <image>\n### Answer:",
+        ),
         (
             [user("Hello?"), assistant("Hi."), user(picture_block(), "And this?")],
             "### Question: Hello?\n### Answer: Hi.<eos>\n\n### Image 1: <image>\n### Question: And this?\n### Answer:",
@@ -144,6 +153,46 @@ def test_labels_are_the_answers_and_their_end(processor, chat):
     assert torch.equal(labels[is_answer], inputs["input_ids"][is_answer])
     learned = [processor.decode(row[row != -100]) for row in labels]
     assert learned == [" It's a circle.<eos> The colors are different.<eos>", " Hi.<eos>"]
+
+
+@pytest.mark.parametrize("unlearned", [{"weight": 0}, {"loss": False}])
+@pytest.mark.parametrize("packing", [False, True])
+def test_an_answer_without_a_loss_has_no_labels(processor, chat, unlearned, packing):
+    """In padded and in packed batches; weights of 1 change nothing, and only the labels differ."""
+    examples = [
+        {"messages": [chat[0], {**chat[1], **unlearned}, *chat[2:]]},
+        {"messages": [user("Hello?"), {**assistant("Hi."), "weight": 1, "loss": True}]},
+    ]
+    collator = DataCollatorForVisualChat(processor, packing=packing)
+    batch, plain = collator(examples), collator([{"messages": chat}, examples[1]])
+    assert torch.equal(batch["input_ids"], plain["input_ids"])
+    labels = batch["labels"]
+    assert processor.decode(labels[labels != -100]) == " The colors are different.<eos> Hi.<eos>"
+
+
+def test_rounds_without_a_loss_are_no_reason_to_keep_a_conversation(processor, chat):
+    """What is left of an over-length one is skipped if nothing of it is learned."""
+    messages = [*chat[:3], {**chat[3], "weight": 0}]
+    collator = DataCollatorForVisualChat(processor, max_length=200, overlong="drop_first_rounds")
+    assert (collator([{"messages": messages}])["labels"] == -100).all() and collator.counts["skipped"] == 1
+    assert (collator([{"messages": chat}])["labels"] != -100).any() and collator.counts["shortened"] == 1
+
+
+def test_a_template_that_does_not_read_weights_is_refused(processor):
+    template = "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}"
+    messages = [{"role": "user", "content": "Hi"}, {**assistant("A."), "weight": 0}]
+    with pytest.raises(ValueError, match="weight of 0, which the chat template of this processor does not read"):
+        prepare(processor, messages, return_labels=True, chat_template=template)
+
+
+@pytest.mark.parametrize("token", ["<eos>", "<pad>"])
+def test_a_special_token_in_words_is_named(processor, token):
+    """It would end the answer, and the model would learn to end it there."""
+    for messages in ([user("Hi"), assistant(f"A{token}.")], [user(f"Hi{token}"), assistant("A.")]):
+        with pytest.raises(ValueError, match=f"holds a literal {token} in its text, which is a special token"):
+            prepare(processor, messages, return_labels=True)
+        inputs = prepare(processor, messages, sanitize_control_tokens=True)
+        assert (inputs["input_ids"] == processor.tokenizer.eos_token_id).sum() == 1
 
 
 def test_assistant_masks_agree_with_the_labels(processor, chat):
@@ -219,7 +268,10 @@ def half_transparent():
         (np.full((3, 4, 6), 0.5, dtype=np.float32), (128, 128, 128)),
         (np.full((4, 6), 77, dtype=np.uint8), (77, 77, 77)),
         (np.full((4, 6), True), (255, 255, 255)),
-        (Image.fromarray(np.full((4, 6), 100, dtype=np.uint16)), (0, 0, 0)),
+        (Image.fromarray(np.full((4, 6), 100, dtype=np.uint16)), (25, 25, 25)),
+        (Image.fromarray(np.full((4, 6), 4000, dtype=np.uint16)), (249, 249, 249)),
+        (Image.fromarray(np.full((4, 6), 4000, dtype=np.int32)), (249, 249, 249)),
+        (np.full((4, 6, 3), 16000, dtype=np.uint16), (249, 249, 249)),
         (Image.fromarray(np.full((4, 6), 100, dtype=np.int32)), (100, 100, 100)),
         (solid("CMYK", (0, 255, 255, 0)), (255, 0, 0)),
     ],
@@ -236,7 +288,10 @@ def half_transparent():
         "float array",
         "grey array",
         "bool array",
-        "dark 16-bit",
+        "10 bits in 16",
+        "12 bits in 16",
+        "12 bits in 32",
+        "14 bits in an array",
         "byte in 32-bit",
         "CMYK",
     ],

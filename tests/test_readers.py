@@ -1,25 +1,49 @@
 """The reader of conversation files: the same faulty files with faults dropped and raised."""
 
+import base64
+import gzip
+import io
 import json
+import tarfile
+from dataclasses import replace
 
 import pytest
-from conftest import make_processor
-from datasets import Dataset
-from test_custom_sources import asked, assistant, image, picture, text, user
+from conftest import draw_picture, make_processor
+from datasets import Dataset, DatasetDict
+from PIL import Image
+from test_custom_sources import asked, assistant, image, picture, share, text, user
 
-from processing_visualchat import load_conversations
+from processing_visualchat import (
+    CustomSource,
+    DataCollatorForVisualChat,
+    DatasetSpec,
+    MixtureConfig,
+    load_conversations,
+    load_custom_source,
+    load_mixture,
+    read_mixture_config,
+    stream_mixture,
+)
 from processing_visualchat.data.conversation import Conversation, Dropped
 from processing_visualchat.data.readers import read_conversations
 
 
 FAULTS = {
     "other keys": ({"text": "Hi"}, "no messages and no conversations", "has no messages; it has the keys text"),
-    "no question": ({"messages": [assistant("A.")]}, "no question with an answer", "has no user turn"),
-    "no answer": ({"messages": [user("Hi")]}, "no question with an answer", "does not end with an answer"),
+    "no question": (
+        {"messages": [assistant("A.")]},
+        "no question with an answer",
+        "has no question with an answer",
+    ),
+    "no answer": (
+        {"messages": [user("Hi")]},
+        "no question with an answer",
+        "has no question with an answer",
+    ),
     "literal tag": (
         {"messages": [user("a <image>"), assistant("A.")]},
-        "a round without text, or with a literal <image>",
-        "holds a literal <image>",
+        "images and <image> tags of different number",
+        "has 1 places for images, 1 of them different, and 0 images",
     ),
     "missing image": (
         {"messages": [user(image("gone.png"), text("?")), assistant("A.")]},
@@ -29,7 +53,7 @@ FAULTS = {
     "tags": (
         asked("a.png", "a.png") | {"images": ["a.png"] * 3},
         "images and <image> tags of different number",
-        "cannot be used: images and <image> tags of different number",
+        "has 2 places for images, 2 of them different, and 3 images",
     ),
 }
 
@@ -70,7 +94,7 @@ def test_a_broken_line_is_dropped_or_raised(tmp_path):
         (tmp_path / "half.json").write_text('[{"messages": ')
         with pytest.raises(ValueError, match=r"half.json is not whole JSON"):
             list(read_conversations(tmp_path / "half.json", is_strict=is_strict))
-        with pytest.raises(ValueError, match=r"is one of .jsonl, .json, .parquet"):
+        with pytest.raises(ValueError, match=r"is one of .jsonl, .json, .tar, .parquet, .arrow"):
             list(read_conversations(tmp_path / "a.png", is_strict=is_strict))
 
 
@@ -83,13 +107,166 @@ def test_every_format_is_read_strictly(tmp_path, suffix):
     assert rows["messages"][:] == [[user(image(str(tmp_path / "a.png")), text("?")), assistant("A.")]] * 2
 
 
-def test_a_file_that_the_user_names_may_have_images_anywhere(tmp_path):
+OUTSIDE = ("../a.png", "{folder}/a.png", "{folder}/mine/linked.png")
+LINKED = ("linked.png", "linked/a.png")
+
+
+@pytest.fixture
+def outside(tmp_path):
+    """A folder for data, beside an image that two links in it lead to."""
     (tmp_path / "a.png").write_bytes(picture(0))
     (tmp_path / "mine").mkdir()
-    path = tmp_path / "mine" / "data.jsonl"
-    write(path, [asked("../a.png"), asked(str(tmp_path / "a.png"))])
-    assert [read.outcome.reason for read in read_conversations(path)] == ["image path outside of its folder"] * 2
+    (tmp_path / "mine" / "linked").symlink_to(tmp_path)
+    (tmp_path / "mine" / "linked.png").symlink_to(tmp_path / "a.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+@pytest.mark.parametrize("name", [*OUTSIDE, *LINKED])
+def test_no_image_is_read_outside_of_its_folder(outside, suffix, name):
+    path = outside / "mine" / f"data{suffix}"
+    write(path, [{"messages": [user(image(name.format(folder=outside)), text("?")), assistant("A.")]}])
+    with pytest.raises(ValueError, match="names an image outside of its folder; name one that holds all images"):
+        load_conversations(path, make_processor())
+    with pytest.raises(ValueError, match="image path outside of its folder"):
+        load_custom_source(CustomSource("mine", f"mine/data{suffix}"), outside)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_folder_that_is_named_may_hold_images_anywhere(outside, suffix, name):
+    path = outside / "mine" / f"data{suffix}"
+    write(path, [{"messages": [user(image(name.format(folder=outside)), text("?")), assistant("A.")]}])
+    assert len(load_conversations(path, make_processor(), image_root=outside)) == 1
+    for images in ("..", str(outside)):
+        config = MixtureConfig((DatasetSpec("x", path.name, images=images),), eval_share=0.0)
+        for examples in (load_mixture(config, path.parent).train, list(stream_mixture(config, path.parent)[0])):
+            assert DataCollatorForVisualChat(make_processor(), max_broken=0)(list(examples))["pixel_values"].any()
+
+
+REPAIRS = {
+    "a second answer": ([("human", "Hi"), ("gpt", "A"), ("gpt", "B")], "an answer without a question left out"),
+    "an empty answer": (
+        [("human", "Hi"), ("gpt", " "), ("human", "So"), ("gpt", "B")],
+        "a round without an answer left out",
+    ),
+    "no last answer": ([("human", "Hi"), ("gpt", "A"), ("human", "So")], "a question without an answer left out"),
+    "a repeated tag": ([("human", "<image><image>"), ("gpt", "A")], "a repeated <image> tag left out"),
+    "no tag": ([("human", "Hi"), ("gpt", "A")], "images without an <image> tag put in front"),
+}
+
+
+@pytest.mark.parametrize(("turns", "repair"), REPAIRS.values(), ids=REPAIRS)
+def test_a_repair_is_noted_or_raised(tmp_path, turns, repair):
+    (tmp_path / "a.png").write_bytes(picture(0))
+    write(tmp_path / "data.jsonl", [share(*turns, **({"image": "a.png"} if "tag" in repair else {}))])
+    (read,) = read_conversations(tmp_path / "data.jsonl")
+    assert read.outcome.repairs == (repair,)
+    with pytest.raises(ValueError, match=f"line 1 would need a repair: {repair}"):
+        load_conversations(tmp_path / "data.jsonl", make_processor())
+
+
+@pytest.mark.parametrize("is_inline", [False, True])
+def test_one_pixel_is_refused_in_every_schema(tmp_path, is_inline):
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
+    encoded = base64.b64encode((tmp_path / "dot.png").read_bytes()).decode()
+    write(tmp_path / "data.jsonl", [asked(f"data:image/png;base64,{encoded}" if is_inline else "dot.png")])
+    with pytest.raises(ValueError, match="has 1 x 1 pixels; it shows nothing"):
+        load_conversations(tmp_path / "data.jsonl", make_processor())
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_a_file_may_be_compressed(tmp_path, suffix):
+    (tmp_path / "a.png").write_bytes(picture(0))
+    write(tmp_path / f"data{suffix}", [asked("a.png")] * 2)
+    path = tmp_path / f"data{suffix}.gz"
+    path.write_bytes(gzip.compress((tmp_path / f"data{suffix}").read_bytes()))
     assert len(load_conversations(path, make_processor())) == 2
+    assert load_custom_source(CustomSource("mine", path.name), tmp_path)[1].used == 2
+    (tmp_path / f"data{suffix}").unlink()
+    assert load_custom_source(CustomSource("folder", "."), tmp_path)[1].used == 2
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=f"data{suffix}.gz is not (a whole file|whole JSON)"):
+        list(read_conversations(path))
+
+
+def test_a_saved_data_set_is_read(tmp_path):
+    """As `save_to_disk` writes it, with its images inside, of a row and of a block."""
+    rows = {
+        "images": [[{"bytes": picture(0), "path": None}, {"bytes": picture(1), "path": None}]],
+        "texts": [[{"user": "Same?", "assistant": "No."}]],
+    }
+    blocks = [{"type": "image", "image": {"bytes": picture(2)}, "text": None}, {"type": "text", "text": "What?"}]
+    messages = [{"role": "user", "content": blocks}, {"role": "assistant", "content": [text("A dog.")]}]
+    DatasetDict({"train": Dataset.from_dict(rows)}).save_to_disk(tmp_path / "saved")
+    Dataset.from_list([{"messages": messages}]).save_to_disk(tmp_path / "blocks")
+    Dataset.from_list([{"messages": messages}]).to_parquet(tmp_path / "blocks.parquet")
+    spec = [DatasetSpec(path, path) for path in ("saved", "blocks", "blocks.parquet")]
+    config = MixtureConfig(tuple(spec), eval_share=0.0)
+    for examples in (list(load_mixture(config, tmp_path).train), list(stream_mixture(config, tmp_path)[0])):
+        examples.sort(key=lambda example: example["where"])
+        batch = DataCollatorForVisualChat(make_processor(), max_broken=0)(examples)
+        expected = make_processor().image_processor([draw_picture(seed) for seed in (2, 2, 0, 1)], return_tensors="pt")
+        assert (batch["pixel_values"] == expected["pixel_values"]).all()
+    (tmp_path / "half.arrow").write_bytes(next((tmp_path / "blocks").glob("*.arrow")).read_bytes()[:-200])
+    with pytest.raises(ValueError, match=r"half.arrow is not whole arrow"):
+        list(read_conversations(tmp_path / "half.arrow"))
+
+
+def test_the_samples_of_a_web_dataset_are_read(tmp_path):
+    """With images in the order of their names in the record, or of the archive; a video is not read."""
+    turns = asked("x", "x")["conversations"]
+    samples = {
+        "0.json": json.dumps({"conversations": turns, "image": ["0.b.png", "0.a.png"]}).encode(),
+        "0.a.png": picture(0),
+        "0.b.png": picture(1),
+        "in/1.png": picture(2),
+        "in/1.json": json.dumps(share(("human", "Hm?"), ("gpt", "Ah."), image=["1.png"])).encode(),
+        "2.mp4": b"video",
+        "2.json": json.dumps({"conversations": turns[1:]}).encode(),
+    }
+    with tarfile.open(tmp_path / "data.tar.gz", "w:gz") as archive:
+        for name, data in samples.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    config = MixtureConfig((DatasetSpec("x", "data.tar.gz"),), eval_share=0.0)
+    mixture = load_mixture(config, tmp_path)
+    assert mixture.reports[0].dropped == {"the key video, which is not read": 1}
+    with pytest.warns(UserWarning, match="the key video, which is not read"):
+        streamed = list(stream_mixture(config, tmp_path)[0])
+    for examples in (list(mixture.train), streamed):
+        examples.sort(key=lambda example: example["where"])
+        batch = DataCollatorForVisualChat(make_processor(), max_broken=0)(examples)
+        expected = make_processor().image_processor([draw_picture(seed) for seed in (1, 0, 2)], return_tensors="pt")
+        assert (batch["pixel_values"] == expected["pixel_values"]).all()
+    assert load_custom_source(CustomSource("folder", "."), tmp_path)[1].used == 2
+    (tmp_path / "half.tar").write_bytes(gzip.decompress((tmp_path / "data.tar.gz").read_bytes())[:1000])
+    with pytest.raises(ValueError, match=r"half.tar is not a whole file"):
+        list(read_conversations(tmp_path / "half.tar"))
+
+
+def test_columns_may_have_other_names(tmp_path):
+    (tmp_path / "a.png").write_bytes(picture(0))
+    record = {"chat": share(("human", "[IMG] What is it?"), ("gpt", "A dog."))["conversations"], "pic": "a.png"}
+    write(tmp_path / "data.jsonl", [{**record, "persona": "Be brief.", "video": "a.mp4"}])
+    columns = {"chat": "messages", "pic": "images", "persona": "system", "[IMG]": "placeholder", "video": "ignored"}
+    (read,) = read_conversations(tmp_path / "data.jsonl", columns=columns)
+    expected = [user(image(str(tmp_path / "a.png")), text("What is it?")), assistant("A dog.")]
+    assert read.outcome.messages() == [{"role": "system", "content": "Be brief."}, *expected]
+    assert read.outcome.repairs == ()
+    (tmp_path / "mix.yaml").write_text(f"sources: [{{name: x, path: data.jsonl, columns: {json.dumps(columns)}}}]")
+    config = replace(read_mixture_config(tmp_path / "mix.yaml"), eval_share=0.0)
+    for examples in (load_mixture(config, tmp_path).train, list(stream_mixture(config, tmp_path)[0])):
+        assert examples[0]["messages"] == read.outcome.messages()
+    for wrong, message in (
+        ("chat", "columns of x is 'chat'; use names in the file"),
+        ({"a": "b"}, "has the unknown b"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DatasetSpec("x", "data.jsonl", columns=wrong)
+    with pytest.raises(ValueError, match="llava is a published source; it takes no columns"):
+        DatasetSpec("llava", columns=columns)
 
 
 def test_messages_of_every_shape_survive_a_data_set(tmp_path):

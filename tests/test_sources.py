@@ -340,6 +340,17 @@ def test_paths_stay_under_their_folder():
     assert Path(COCO(1)).name == "000000000001.jpg"
 
 
+def test_an_id_and_an_image_that_come_twice_are_counted(tmp_path):
+    root = write_published_data(tmp_path)
+    path = root / "MIMIC-IT/VST_instructions.json"
+    record = {"instruction": "What?", "answer": "A.", "image_ids": ["VST_IMG_1", "VST_IMG_1"], "rel_ins_ids": []}
+    path.write_text('{"data": {"a": 1, "b": %s, "a": %s}}' % ((json.dumps(record),) * 2))
+    dataset, report = load_source("otter_mimicit_vst", root)
+    assert report.read == 3 and report.used == len(dataset) == 2
+    assert report.dropped == {"an id that a later record has too": 1}
+    assert report.repaired == {"an image that is named twice shown once": 2}
+
+
 def write(root, file, contents):
     (root / file).parent.mkdir(parents=True, exist_ok=True)
     (root / file).write_text(json.dumps(contents))

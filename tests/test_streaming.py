@@ -24,6 +24,7 @@ from processing_visualchat import (
     ImageReference,
     MixtureConfig,
     load_mixture,
+    pack_stream,
     stream_mixture,
 )
 from processing_visualchat.data.files import digest_of
@@ -98,7 +99,7 @@ def test_no_image_is_on_both_sides(root, seed):
         (DatasetSpec("llava"), "published dataset, whose files are read whole"),
         (DatasetSpec("x", "a.jsonl", samples=0.5), "samples of x is a share"),
         (DatasetSpec("x", "a.jsonl", weight=0.5), "weight of x is 0.5, .* use a whole number of passes"),
-        (DatasetSpec("x", "list.json"), "a stream reads .jsonl or .parquet"),
+        (DatasetSpec("x", "list.json"), "a stream reads .jsonl or .parquet or .arrow or .tar"),
     ],
     ids=["published", "share", "weight", "JSON"],
 )
@@ -133,6 +134,19 @@ def test_ranks_share_out_one_order(root, num_processes):
     ranks = [batches(num_processes, index) for index in range(num_processes)]
     assert [[where for batch in step for where in batch] for step in zip(*ranks)] == alone
     assert len(alone) == 10
+
+
+def test_a_packed_stream_fills_rows(root):
+    """Every conversation once, in rows within the limit of which all but the last of a window are full."""
+    processor = make_processor()
+    stream = stream_mixture(MixtureConfig(sources(), eval_share=0.0), root)[0]
+    packs = list(pack_stream(stream, processor, 600))
+    alone = [example["where"] for example in stream]
+    assert sorted(part["where"] for pack in packs for part in pack["pack"]) == sorted(alone) and len(alone) == 48
+    collator = DataCollatorForVisualChat(processor, packing=True, max_broken=0)
+    lengths = [collator([pack])["input_ids"].shape[1] for pack in packs]
+    assert max(lengths) <= 600 and sum(lengths) / len(lengths) > 500 > sum(lengths) / 48 * 2
+    assert [pack["pack"] for pack in pack_stream(stream, processor, 600)] == [pack["pack"] for pack in packs]
 
 
 def test_odd_records_and_archives_are_as_in_a_mixture(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import get_worker_info
 from transformers import BatchFeature
 
-from ..conversation_visualchat import image_source, is_image, map_blocks
+from ..conversation_visualchat import has_loss, image_source, is_image, map_blocks
 from ..processing_visualchat import IGNORE_INDEX, VisualChatProcessor
 from .conversation import messages_of
 from .images import ImageReference, open_image
@@ -112,7 +112,7 @@ class DataCollatorForVisualChat:
         while self.overlong != "skip" and len(rounds) > 1:
             rounds = rounds[1:] if self.overlong == "drop_first_rounds" else rounds[:-1]
             shortened = [*system, *(message for turns in rounds for message in turns)]
-            if count_tokens(shortened, self.processor) <= self.limit:
+            if any(map(has_loss, shortened)) and count_tokens(shortened, self.processor) <= self.limit:
                 self._count("shortened")
                 return shortened
         self._count("skipped")

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ class Turn(NamedTuple):
 
     role: str
     content: list[str | ImageReference]
+    has_loss: bool = True
 
 
 class Round(NamedTuple):
@@ -29,11 +30,14 @@ class Dropped:
     """A record that cannot be used."""
 
     reason: str  # the same for all records with this fault
-    detail: str = ""  # the fault of this one, as the predicate of a sentence
+    detail: str = field(default="", compare=False)  # the fault of this one, as the predicate of a sentence
 
 
-NO_ROUND = Dropped("no question with an answer")
-OUTSIDE = Dropped("image path outside of its folder")
+NO_ROUND = Dropped("no question with an answer", "has no question with an answer")
+OUTSIDE = Dropped(
+    "image path outside of its folder",
+    "names an image outside of its folder; name one that holds all images: `images` of a source, or the image root",
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Conversation:
     def map_images(self, change: Callable[[ImageReference], ImageReference]) -> "Conversation":
         """The same conversation with other references."""
         turns = [
-            Turn(turn.role, [block if isinstance(block, str) else change(block) for block in turn.content])
+            turn._replace(content=[block if isinstance(block, str) else change(block) for block in turn.content])
             for turn in self.turns
         ]
         return replace(self, turns=turns)
@@ -75,7 +79,10 @@ class Conversation:
 
     def messages(self) -> list[dict]:
         """The form that processor and template read, see [`validate_conversation`]."""
-        return [{"role": turn.role, "content": _render(turn.content)} for turn in self.turns]
+        unweighted = {False: {"weight": 0}, True: {}}
+        return [
+            {"role": turn.role, "content": _render(turn.content), **unweighted[turn.has_loss]} for turn in self.turns
+        ]
 
 
 def _render(content: list[str | ImageReference]) -> str | list[dict]:

@@ -8,9 +8,10 @@ folder are told by the names of its files, with the keywords of `datasets`.
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from glob import has_magic
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from datasets import Dataset
 from datasets.data_files import SPLIT_KEYWORDS
@@ -18,7 +19,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from .conversation import Conversation, Dropped
-from .files import list_below
+from .files import list_below, suffix_of
 from .images import is_usable
 from .ingestion import BROKEN_IMAGE, IngestedRecord, IngestionReport, ingest
 from .readers import RECORDS, read_conversations
@@ -39,7 +40,10 @@ class CustomSource:
         hub (`str`, *optional*): A dataset on the Hub, `user/name`, which is downloaded as a whole.
         revision (`str`, *optional*): Its branch, tag or commit.
         split (`str`, *optional*, defaults to `"train"`): The split of a folder.
-        images (`str`, *optional*): The folder that image paths are relative to; by default that of each file.
+        images (`str`, *optional*): The folder that image paths are relative to and do not leave, neither by `..` nor
+            by links; by default that of each file.
+        columns (`dict`, *optional*): Other names of columns, or of placeholders in the text: the name in the file, and
+            one of `messages`, `images`, `system`, `question`, `answer`, `history`, `placeholder` or `ignored`.
     """
 
     name: str
@@ -48,6 +52,7 @@ class CustomSource:
     revision: str | None = None
     split: str = "train"
     images: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
 
 
 def load_custom_source(source: CustomSource, data_root: str | Path) -> tuple[Dataset, IngestionReport]:
@@ -61,15 +66,20 @@ def load_custom_source(source: CustomSource, data_root: str | Path) -> tuple[Dat
     root = Path(os.path.abspath(data_root))
     base = root if source.hub is None else _download(source)
     files, images = find_files(source, base), find_images(source, base)
-    options = {"files": [*map(str, files)], "root": str(root), "images": images}
+    # What is downloaded is links to the folder beside it.
+    links = "" if source.hub is None else str(base.parent.parent)
+    options: dict[str, Any] = {"files": [*map(str, files)], "root": str(root), "images": images}
+    options |= {"links": links, "columns": source.columns}
     inputs = [*files, *list_below({Path(images or file.parent) for file in files})]
     return ingest(source.name, _read, root, inputs, options)
 
 
-def _read(files: list[str], root: str, images: str | None) -> Iterator[IngestedRecord]:
+def _read(
+    files: list[str], root: str, images: str | None, links: str, columns: dict[str, str]
+) -> Iterator[IngestedRecord]:
     for file in map(Path, files):
         name = str(file.relative_to(root)) if file.is_relative_to(root) else str(file)
-        for record in read_conversations(file, images, name):
+        for record in read_conversations(file, images, name, columns=columns, links=links):
             inline = record.outcome.images if isinstance(record.outcome, Conversation) else []
             if not all(is_usable(image) for image in inline if image.kind == "inline"):
                 record = replace(record, outcome=Dropped(BROKEN_IMAGE))
@@ -94,7 +104,7 @@ def find_files(source: CustomSource, base: Path) -> list[Path]:
     if not files:
         raise FileNotFoundError(f"The source {source.name} has no file at {path}.")
     for file in files:
-        if file.suffix not in RECORDS:
+        if suffix_of(file.name) not in RECORDS:
             raise ValueError(f"The source {source.name} has the file {file}; it can be one of {', '.join(RECORDS)}.")
     return files
 
@@ -103,7 +113,7 @@ def find_images(source: CustomSource, base: Path) -> str | None:
     """The image folder that a dataset names, if any; a `FileNotFoundError` if it does not exist."""
     if source.images is None:
         return None
-    images = _find_below(base, source.images, source.name)
+    images = Path(os.path.normpath(base / source.images))
     if not images.is_dir():
         raise FileNotFoundError(f"The source {source.name} has its images in {images}; there is no such folder.")
     return str(images)
@@ -125,13 +135,15 @@ def find_splits(folder: Path) -> dict[str, list[Path]]:
 def group_by_split(names: Iterable[str]) -> dict[str, list[str]]:
     """The data files among the files of a folder, by split; a file whose name has no keyword is for training."""
     splits: dict[str, list[str]] = {}
-    for name in sorted(names):
-        path = PurePosixPath(name)
-        is_hidden = any(part.startswith(".") for part in path.parts)
-        if path.suffix in RECORDS and not is_hidden and path.name not in METADATA:
-            words = set(re.split(r"[^a-z]+", name.lower()))
+    known = [path for path in map(PurePosixPath, sorted(names)) if suffix_of(path.name) in RECORDS]
+    # Beside other files, an archive is one of images.
+    tables = [path for path in known if suffix_of(path.name) != ".tar"] or known
+    for path in tables:
+        is_hidden = any(part.startswith(".") for part in path.parts) or path.name.startswith("cache-")
+        if not is_hidden and path.name not in METADATA:
+            words = set(re.split(r"[^a-z]+", str(path).lower()))
             found = (str(split) for split, keywords in SPLIT_KEYWORDS.items() if words & set(keywords))
-            splits.setdefault(next(found, "train"), []).append(name)
+            splits.setdefault(next(found, "train"), []).append(str(path))
     return splits
 
 

@@ -1,25 +1,44 @@
-"""Files of records and images: JSON and parquet with errors that name the file, their state, and cached rows."""
+"""Files of records and images: JSON and tables with errors that name the file, their state, and cached rows."""
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import pyarrow
 from datasets import Dataset, Features
 from datasets.exceptions import DatasetGenerationError
-from pyarrow import ArrowException, parquet
+from fsspec.core import OpenFile, get_compression, url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from pyarrow import ipc, parquet
 
 
-DATA_VERSION = 1  # part of every cache key: raise it when the same files yield different rows
-ARCHIVE_SUFFIXES = (".json", ".parquet")
+DATA_VERSION = 2  # part of every cache key: raise it when the same files yield different rows
+ARCHIVE_SUFFIXES = (".json", ".parquet", ".arrow")
+TABLE_BATCH = 64  # rows
+
+
+class Repeating(dict):
+    """A JSON object with keys that it has more than once; the last value counts."""
+
+    repeated: tuple[str, ...] = ()
+
+
+def _read_object(pairs: list[tuple[str, Any]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        found = Repeating(found)
+        last = {key: index for index, (key, _) in enumerate(pairs)}
+        found.repeated = tuple(key for index, (key, _) in enumerate(pairs) if last[key] != index)
+    return found
 
 
 def parse_json(data: bytes, name: str) -> Any:
-    """JSON; a `ValueError` says where it breaks."""
+    """JSON; a `ValueError` says where it breaks. An object with a repeated key is [`Repeating`]."""
     try:
-        return json.loads(data)
+        return json.loads(data, object_pairs_hook=_read_object)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise ValueError(f"{name} is not whole JSON: {error.msg} at {place}. Was the download complete?") from error
@@ -36,15 +55,29 @@ def describe_json_error(error: Exception) -> str:
     return f"cannot be read as JSON: {error}"
 
 
-def read_parquet(contents: str | BinaryIO, name: str, columns: Collection[str]) -> Iterator[dict]:
-    """The rows of a parquet file, with those of the columns that it has; a `ValueError` if it is broken."""
+def open_file(file: str) -> OpenFile:
+    """A local file, or one at a URL, to be opened; decompressed if its name says so."""
+    filesystem, path = url_to_fs(file) if "://" in file else (LocalFileSystem(), file)
+    return OpenFile(filesystem, path, compression=get_compression(file, "infer"))
+
+
+def suffix_of(name: str) -> str:
+    """The suffix of a file without that of a compression, `.jsonl` of `a.jsonl.gz`."""
+    base, suffix = os.path.splitext(name)
+    return os.path.splitext(base)[1] if get_compression(name, "infer") else suffix
+
+
+def read_table(contents: BinaryIO, name: str, is_read: Callable[[pyarrow.Field], bool]) -> Iterator[dict]:
+    """The rows of a parquet file, or of an Arrow file as `datasets` saves it; a `ValueError` if it is broken."""
+    suffix = suffix_of(name)
     try:
-        file = parquet.ParquetFile(contents)
-        present = [column for column in columns if column in file.schema_arrow.names]
-        for batch in file.iter_batches(batch_size=64, columns=present):
-            yield from batch.to_pylist()
-    except (ArrowException, OSError, ValueError, OverflowError) as error:
-        raise ValueError(f"{name} is not whole parquet: {error} Was the download complete?") from error
+        table = ipc.open_stream(contents) if suffix == ".arrow" else parquet.ParquetFile(contents)
+        columns = [field.name for field in getattr(table, "schema_arrow", table.schema) if is_read(field)]
+        for batch in table if suffix == ".arrow" else table.iter_batches(TABLE_BATCH, columns=columns):
+            for start in range(0, len(batch), TABLE_BATCH):
+                yield from batch.select(columns).slice(start, TABLE_BATCH).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise ValueError(f"{name} is not whole {suffix[1:]}: {error} Was the download complete?") from error
 
 
 def digest_of(data: bytes) -> str:

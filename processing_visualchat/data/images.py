@@ -3,7 +3,7 @@ Image references: where an encoded image is, as a value that opens itself.
 
     kind       text                               the image
     file       a.png                              a local file
-    archive    a.json#id, a.parquet#row.number    one of many in a file, see [`open_archive`]
+    archive    a.json#id, a.parquet#row.number    one of many in a file, see [`open_archive`]; also in .arrow
     url        https://…                          downloaded when it is opened
     hub        hf://datasets/…                    a file of a repository on the Hub
     inline     data:… or base64                   inside its record; named `inline:` and its digest
@@ -16,24 +16,22 @@ import contextlib
 import os
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import fsspec
+import pyarrow
 from datasets import Dataset, Features, Value
 from PIL import Image
-from pyarrow import parquet
 
 from ..conversation_visualchat import image_source
 from ..image_loading_visualchat import decode_base64, load_image
-from .files import cache_rows, digest_of, parse_json, read_parquet, stamp_of
+from .files import cache_rows, digest_of, open_file, parse_json, read_table, stamp_of
 
 
 LONGEST_NAME = 255  # characters; longer text in the base64 alphabet is an image, not a path
-IMAGE_COLUMNS = ("images", "image")  # of parquet files with images inside
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class ImageReference:
         if match := re.fullmatch(r"inline:([0-9a-f]{32})", text):
             return cls("inline", key=match[1])
         text = text.removeprefix("file://")
-        if match := re.fullmatch(r"(?s)(.+?\.(?:json|parquet))#(.+)", text):
+        if match := re.fullmatch(r"(?s)(.+?\.(?:json|parquet|arrow))#(.+)", text):
             return cls("archive", match[1], match[2])
         return cls("hub" if text.startswith("hf://") else "file", text)
 
@@ -80,19 +78,23 @@ class ImageReference:
 
     @classmethod
     def from_source(cls, source: Any) -> "ImageReference | None":
-        """What a record gives as an image: a text, a dict with a path, or a reference; `None` for anything else."""
+        """What a record gives as an image: a reference, text, bytes, or a dict with one; `None` for anything else."""
         if isinstance(source, ImageReference):
             return source
-        source = source.get("path") if isinstance(source, dict) else source
+        if isinstance(source, dict):
+            encoded = source.get("bytes")
+            source = encoded or next((source[name] for name in ("path", "url") if source.get(name)), None)
+            if isinstance(encoded, str) and encoded:
+                return cls.from_base64(encoded)
+        if isinstance(source, bytes) and source:
+            return cls.from_bytes(source)
         return cls.parse(source) if isinstance(source, str) and source else None
 
     @classmethod
     def from_block(cls, block: dict) -> "ImageReference | None":
         """The image of a message's block; `None` if it has none, or an open image."""
-        encoded = block.get("base64")
-        if isinstance(encoded, str) and encoded:
-            return cls.from_base64(encoded)
-        return cls.from_source(image_source(block))
+        encoded = block.get("base64") or block.get("bytes")
+        return cls.from_source(image_source(block) if encoded is None else {"bytes": encoded})
 
     def __str__(self) -> str:
         if self.kind == "inline":
@@ -118,17 +120,21 @@ class ImageReference:
         """The same image with its path relative to `root`, or unchanged if it is elsewhere."""
         return replace(self, path=self.path.removeprefix(os.path.join(root, ""))) if self.is_local else self
 
-    def resolve(self, folder: str, record_file: str = "", is_confined: bool = True) -> "ImageReference | None":
+    def resolve(self, folder: str, record_file: str = "", links: str = "") -> "ImageReference | None":
         """
-        Resolves a path that a record contains against a folder, which may be `hf://…`; nothing else does that. `None`
-        if a confined path leads out of the folder, unless into `record_file`, the file of the record itself.
+        Resolves a path that a record contains against a folder, which may be `hf://…`; nothing else does that. If it
+        leads out of the folder, it is resolved against that of `record_file`, the file of the record, which it may
+        also be itself. `None` if it still leads out, also by a link, unless into another folder, `links`.
         """
         if not self.is_local or (record_file and self.path == record_file):
             return self
         scheme, separator, base = folder.rpartition("://")
         module = posixpath if scheme else os.path
-        path = module.normpath(module.join(base, self.path))
-        if is_confined and not path.startswith(module.join(base, "")):
+        root = module.normpath(base)
+        starts = (root, posixpath.dirname(record_file.rpartition("://")[2]) or root)
+        paths = (module.normpath(module.join(start, self.path)) for start in starts)
+        path = next((path for path in paths if _is_below(path, root)), None)
+        if path is None or (not scheme and module.isabs(root) and not _is_linked_below(path, links or root)):
             return None
         return replace(self, kind="hub" if scheme and not self.key else self.kind, path=f"{scheme}{separator}{path}")
 
@@ -152,7 +158,7 @@ class ImageReference:
             if data := _decode_inline(self.data):
                 return data
             raise ValueError(f"The image inside its record is not base64 text: {self.data!r:.60}.")
-        with fsspec.open(self.path, "rb") if self.kind == "hub" else open(self.path, "rb") as file:
+        with open_file(self.path) if self.kind == "hub" else open(self.path, "rb") as file:
             return file.read()
 
     def open(self) -> Image.Image:
@@ -167,6 +173,29 @@ class ImageReference:
             if self.kind != "url":
                 return digest_of(self.read())
         return digest_of(str(self).encode("utf-8", "replace"))
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return path.startswith(os.path.join(folder, ""))
+
+
+def _is_linked_below(path: str, folder: str) -> bool:
+    """Whether a path is in a folder after all links are followed; a path that no file can have is nowhere else."""
+    try:
+        return _is_below(os.path.realpath(path), os.path.realpath(folder))
+    except (OSError, ValueError):
+        return True
+
+
+def replace_encoded(value: Any, change: Callable[[bytes], Any]) -> Any:
+    """A row of a table in which encoded images, at any depth, are replaced in their order."""
+    if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
+        return change(value["bytes"])
+    if isinstance(value, dict):
+        return {key: replace_encoded(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [replace_encoded(item, change) for item in value]
+    return change(value) if isinstance(value, bytes) else value
 
 
 def open_image(source: Any, name: str = "in memory") -> Image.Image:
@@ -199,7 +228,7 @@ def open_archive(path: str) -> tuple[Dataset, dict[str, int]]:
     The images of a file, or of its parquet sibling, and their row numbers by name; opened once while it is unchanged.
 
     It has base64 by id: as JSON (`{"id": "base64", …}`), or as parquet with the columns `id` and `base64`. Or it is a
-    parquet file of records, whose encoded images are named `row.number`. Broken images and single pixels have no name.
+    table of records, whose encoded images are named `row.number`. Broken images and single pixels have no name.
     """
     file = find_archive(Path(path))
     if file is None:
@@ -222,9 +251,12 @@ def find_archive(path: Path) -> Path | None:
 ARCHIVE_FEATURES = Features({"id": Value("string"), "data": Value("large_binary"), "is_image": Value("bool")})
 
 
+IDS = ("id", "__index_level_0__", "base64")  # columns of images by id
+
+
 def _generate_images(path: str, key: str) -> Iterator[dict]:
     yield {"id": "", "data": b"", "is_image": False}  # `datasets` cannot build an empty dataset
-    for name, data in _read_parquet(path) if path.endswith(".parquet") else _read_json(path):
+    for name, data in _read_json(path) if path.endswith(".json") else _read_table(path):
         yield {"id": name.encode("utf-8", "replace").decode(), "data": data, "is_image": is_usable(data)}
 
 
@@ -235,16 +267,17 @@ def _read_json(path: str) -> Iterator[tuple[str, bytes]]:
     yield from ((name, decode_base64(text) or b"") for name, text in images.items())
 
 
-def _read_parquet(path: str) -> Iterator[tuple[str, bytes]]:
-    columns = parquet.read_schema(path).names
-    if "base64" in columns and (ids := [name for name in ("id", "__index_level_0__") if name in columns]):
-        for row in read_parquet(path, path, (ids[0], "base64")):
-            yield str(row[ids[0]]), decode_base64(row["base64"]) or b""
-    elif not set(IMAGE_COLUMNS) & set(columns):
-        raise ValueError(f"{path} has the columns {', '.join(columns)}; it should have id and base64, or images.")
-    for number, row in enumerate(read_parquet(path, path, IMAGE_COLUMNS)):
-        values: Any = next((row[name] for name in IMAGE_COLUMNS if row.get(name)), [])
-        for index, value in enumerate(values if isinstance(values, list) else [values]):
-            data = value.get("bytes") if isinstance(value, dict) else value
-            if isinstance(data, bytes):
-                yield f"{number}.{index}", data
+def _read_table(path: str) -> Iterator[tuple[str, bytes]]:
+    with open_file(path) as contents:
+        for number, row in enumerate(read_table(contents, path, lambda field: field.name in IDS or may_hold(field))):
+            name = next((row.pop(name) for name in IDS[:2] if row.get(name) is not None), None)
+            if name is not None and (encoded := row.pop("base64", None)):
+                yield str(name), decode_base64(encoded) or b""
+            images: list[bytes] = []
+            replace_encoded(row, images.append)
+            yield from ((f"{number}.{index}", data) for index, data in enumerate(images))
+
+
+def may_hold(field: pyarrow.Field) -> bool:
+    """Whether a column may hold encoded images, at any depth."""
+    return "binary" in str(field.type)

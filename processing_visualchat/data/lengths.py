@@ -1,6 +1,7 @@
 """The lengths of conversations, by which they are batched or packed."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,20 @@ def count_tokens(messages: list[dict], processor: VisualChatProcessor) -> int:
     return num_tokens + text.count(processor.image_token) * (processor.image_seq_length - 1)
 
 
+def measure(example: dict, processor: VisualChatProcessor) -> dict[str, int]:
+    """The [`MEASURES`] of an example."""
+    messages = messages_of(example)
+    try:
+        length = count_tokens(messages, processor)
+    except ValueError as error:
+        raise ValueError(f"{example.get('where', 'A conversation')} cannot be rendered: {error}") from error
+    return {
+        "length": length,
+        "num_images": sum(is_image(block) for message in messages for block in message["content"]),
+        "num_rounds": sum(message["role"] == "assistant" for message in messages),
+    }
+
+
 def measure_lengths(dataset: Dataset, processor: VisualChatProcessor, num_proc: int | None = None) -> Dataset:
     """
     Adds the lengths of conversations, which packing and `train_sampling_strategy: group_by_length` of
@@ -40,21 +55,9 @@ def measure_lengths(dataset: Dataset, processor: VisualChatProcessor, num_proc: 
     key = digest_of(f"{dataset._fingerprint} {_describe(processor)} {DATA_VERSION}".encode())
     Path(config.HF_DATASETS_CACHE).mkdir(parents=True, exist_ok=True)
 
-    def measure(example: dict) -> dict[str, int]:
-        messages = messages_of(example)
-        try:
-            length = count_tokens(messages, processor)
-        except ValueError as error:
-            raise ValueError(f"{example.get('where', 'A conversation')} cannot be rendered: {error}") from error
-        return {
-            "length": length,
-            "num_images": sum(is_image(block) for message in messages for block in message["content"]),
-            "num_rounds": sum(message["role"] == "assistant" for message in messages),
-        }
-
     output_format, plain = dataset.format, dataset.with_format(None)
     measured = dataset.map(
-        measure,
+        partial(measure, processor=processor),
         remove_columns=dataset.column_names,
         num_proc=num_proc,
         cache_file_name=str(Path(config.HF_DATASETS_CACHE) / f"visualchat-lengths-{key}.arrow"),

@@ -13,8 +13,9 @@ A mixture is one YAML file:
         concatenate: 3           # groups of 1 to 3 conversations, each used once
         weight: 1.0              # passes per epoch; 2 is twice, 0.5 half of the conversations
       - name: mine               # a custom dataset, of a schema in schemas.py
-        path: mine/train.jsonl   # a file (.jsonl, .json, .parquet), a folder, or a pattern like mine/*.parquet
-        images: pictures         # its image folder; by default that of the file
+        path: mine/train.jsonl   # a file (.jsonl, .json, .parquet, .arrow), a folder, or a pattern like mine/*.parquet
+        images: pictures         # its image folder, which no image path leaves; by default that of the file
+        columns: {chat: messages, photo: images, "[IMG]": placeholder}  # other names in the file, see `FIELDS`
       - name: theirs
         hub: user/data-set       # the same from the Hub; also `revision`, and `split` (train)
 
@@ -41,6 +42,7 @@ from .custom import CustomSource, load_custom_source
 from .image_contents import ImageContent, read_image_contents
 from .ingestion import BROKEN_IMAGE, IngestionReport
 from .published import SOURCES, get_source, load_source
+from .schemas import check_columns
 from .split import DROP_REASONS, split_by_image
 from .tables import Row, format_table
 
@@ -51,7 +53,8 @@ class DatasetSpec(CustomSource):
     A dataset of a mixture.
 
     Args:
-        name, path, hub, revision, split, images: See [`CustomSource`]; without path and hub, one of [`SOURCES`].
+        name, path, hub, revision, split, images, columns: See [`CustomSource`]; without path and hub, one of
+            [`SOURCES`].
         samples, concatenate, weight: Conversations to use, maximum conversations in a group, and passes per epoch.
     """
 
@@ -67,14 +70,15 @@ class DatasetSpec(CustomSource):
     def __post_init__(self):
         for entry in fields(CustomSource):
             name, value = entry.name, getattr(self, entry.name)
-            if not isinstance(value, str) and (value is not None or name in ("name", "split")):
+            if name != "columns" and not isinstance(value, str) and (value is not None or name in ("name", "split")):
                 raise ValueError(f"{name} of the source {self.name!r} is {value!r}; use text.")
         if self.is_published:
             get_source(self.name)
-            if given := [name for name in ("revision", "images") if getattr(self, name) is not None]:
+            if given := [name for name in ("revision", "images", "columns") if getattr(self, name)]:
                 raise ValueError(f"{self.name} is a published source; it takes no {' and no '.join(given)}.")
         elif self.name in SOURCES:
             raise ValueError(f"{self.name} is the name of a published source; choose another name for yours.")
+        check_columns(self.columns, self.name)
         samples, size = self.samples, self.concatenate
         is_share = isinstance(samples, float) and 0 < samples <= 1
         is_number = _is_number(samples) and samples > 0 and int(samples) == samples

@@ -10,20 +10,23 @@ go where they leave the smaller load (longest processing time first, in two dime
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, IterableDataset, List, Value
 
+from ..processing_visualchat import VisualChatProcessor
 from .files import cache_rows
+from .lengths import measure
 from .tables import Row
 
 
 MAX_PACK_LENGTH = 10**9  # tokens; a tokenizer without a limit states more
 WINDOW = 2048  # conversations packed together; a larger window saves little more
+STREAM_WINDOW = 256  # the same in a stream, whose images are in memory
 
 
 def pack_conversations(dataset: Dataset, max_length: int, max_images: int | None = None, seed: int = 0) -> Dataset:
@@ -64,6 +67,26 @@ def _generate_packs(sizes: np.ndarray, max_length: int, max_images: int | None, 
 
 def _read_packs(dataset: Dataset, batch: dict[str, list]) -> dict[str, list]:
     return {"pack": [[dataset[number] for number in members] for members in batch["members"]]}
+
+
+def pack_stream(
+    stream: IterableDataset,
+    processor: VisualChatProcessor,
+    max_length: int,
+    max_images: int | None = None,
+    seed: int = 0,
+) -> IterableDataset:
+    """Packs the conversations of a stream as they come, [`STREAM_WINDOW`] together; see [`pack_conversations`]."""
+    plan = partial(plan_packs, max_length=max_length, max_images=max_images, seed=seed)
+    pack = partial(_pack_window, processor=processor, plan=plan)
+    return stream.map(pack, batched=True, batch_size=STREAM_WINDOW, remove_columns=stream.column_names)
+
+
+def _pack_window(batch: dict[str, list], processor: VisualChatProcessor, plan: Callable) -> dict[str, list]:
+    examples = [dict(zip(batch, values)) for values in zip(*batch.values())]
+    measures = [measure(example, processor) for example in examples]
+    packs = plan([found["length"] for found in measures], [found["num_images"] for found in measures])
+    return {"pack": [[examples[number] for number in members] for members in packs]}
 
 
 def plan_packs(

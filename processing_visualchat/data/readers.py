@@ -1,111 +1,101 @@
-"""The one reader of conversation files: .jsonl, .json and .parquet, with faulty records dropped or raised."""
+"""The one reader of conversation files, with faulty records dropped or raised."""
 
 import io
+import itertools
 import json
+import mimetypes
 import os
-from collections.abc import Callable, Iterator
+import re
+import tarfile
+import zlib
+from collections.abc import Callable, Container, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import fsspec
 from datasets import Dataset, Features, Json
 from tqdm.auto import tqdm
 
-from ..conversation_visualchat import ROLES, drop_nulls, is_image, validate_conversation
 from ..processing_visualchat import VisualChatProcessor
 from .conversation import OUTSIDE, Conversation, Dropped
-from .files import describe_json_error, parse_json, read_parquet
-from .images import IMAGE_COLUMNS, ImageReference
+from .files import describe_json_error, open_file, parse_json, read_table, suffix_of
+from .images import ImageReference, may_hold, replace_encoded
 from .ingestion import MISSING_IMAGE, IngestedRecord, check_record
 from .lengths import count_tokens
-from .schemas import ROLES as KNOWN_ROLES
-from .schemas import convert_record
+from .schemas import IMAGE_KEY, as_list, convert_record, is_known
 
 
-COLUMNS = ("messages", "conversations", *IMAGE_COLUMNS)
-
-Reader = Callable[[BinaryIO, str], Iterator[tuple[str, Any]]]  # from a file and its name to places and records
+# From a file, its name and the columns that have other names, to places and records.
+Reader = Callable[[BinaryIO, str, Container[str]], Iterator[tuple[str, Any]]]
 
 
 def read_conversations(
     file: str | Path,
-    image_folder: str | None = None,
+    image_root: str | None = None,
     name: str | None = None,
     is_strict: bool = False,
     embed: bool = False,
+    columns: Mapping[str, str] | None = None,
+    links: str = "",
 ) -> Iterator[IngestedRecord]:
     """
-    Reads the conversations of a file, an absolute path or `hf://…`; image paths, relative to their folder, by default
-    that of the file, become absolute. Images inside parquet rows become images of an archive, or inline with `embed`.
+    Reads the conversations of a file, an absolute path or `hf://…`; image paths, relative to `image_root`, by default
+    the folder of the file, become absolute, and none leads out of it, see [`ImageReference.resolve`]. Images inside of
+    tables become images of an archive, or inline with `embed`. `columns` are other names, see [`convert_record`].
 
-    A faulty record is yielded with its reason. `is_strict` raises a `ValueError` or `FileNotFoundError` instead, and
-    lets image paths leave their folder, since the user named this very file. A broken file always raises.
+    A faulty record is yielded with its reason. `is_strict` raises a `ValueError` or `FileNotFoundError` instead, also
+    for what would be repaired. A broken file always raises.
     """
     file, name = str(file), name or str(file)
-    suffix = os.path.splitext(file)[1]
+    suffix = suffix_of(file)
     if suffix not in RECORDS:
         raise ValueError(f"{name} cannot be read; a file of conversations is one of {', '.join(RECORDS)}.")
-    folder = image_folder or os.path.dirname(file)
-    with fsspec.open(file, "rb") if "://" in file else open(file, "rb") as contents:
-        for index, (place, record) in enumerate(RECORDS[suffix](contents, file)):
+    root = image_root or os.path.dirname(file)
+    with open_file(file) as contents:
+        for index, (place, record) in enumerate(_read_whole(RECORDS[suffix](contents, file, columns or ()), name)):
             where = f"{name}, {place}"
-            if suffix == ".parquet":
-                _refer_to_images(record, index, file, embed)
-            if is_strict:
-                _check_strictly(record, where)
-            outcome = record if isinstance(record, Dropped) else convert_record(record)
+            if suffix in TABLES and not embed:
+                names = (f"{index}.{number}" for number in itertools.count())
+                record = replace_encoded(record, partial(_refer, file, names))
+            outcome = record if isinstance(record, Dropped) else convert_record(record, columns)
             if isinstance(outcome, Conversation):
-                outcome = _resolve_images(outcome, folder, file, is_confined=not is_strict)
+                outcome = _resolve_images(outcome, root, file, links)
             read = check_record(IngestedRecord(where, 1, outcome))
-            if is_strict and isinstance(read.outcome, Dropped):
-                error = FileNotFoundError if read.outcome.reason == MISSING_IMAGE else ValueError
-                detail = read.outcome.detail or f"cannot be used: {read.outcome.reason}"
-                raise error(f"{where} {detail.rstrip('.')}.")
+            if is_strict:
+                _raise_faults(read)
             yield read
 
 
-def _refer_to_images(record: dict, row: int, file: str, embed: bool) -> None:
-    """Replaces encoded images in a row of a parquet file by references."""
-    for column in IMAGE_COLUMNS:
-        if record.get(column) is not None:
-            values = record[column] if isinstance(record[column], list) else [record[column]]
-            for number, value in enumerate(values):
-                data = value.get("bytes") if isinstance(value, dict) else value
-                if data and isinstance(data, bytes):
-                    archived = ImageReference("archive", file, f"{row}.{number}")
-                    values[number] = ImageReference.from_bytes(data) if embed else archived
-            record[column] = values
+def _refer(file: str, names: Iterator[str], data: bytes) -> ImageReference:
+    return ImageReference("archive", file, next(names))
 
 
-def _resolve_images(outcome: Conversation, folder: str, file: str, is_confined: bool) -> Conversation | Dropped:
-    resolved = {image: image.resolve(folder, file, is_confined) for image in outcome.images}
+def _read_whole(records: Iterator[tuple[str, Any]], name: str) -> Iterator[tuple[str, Any]]:
+    """Records of a file that may be compressed; a `ValueError` if its compression is broken."""
+    try:
+        yield from records
+    except (EOFError, OSError, zlib.error, tarfile.TarError) as error:
+        raise ValueError(f"{name} is not a whole file: {error}. Was the download complete?") from error
+
+
+def _resolve_images(outcome: Conversation, root: str, file: str, links: str) -> Conversation | Dropped:
+    resolved = {image: image.resolve(root, file, links) for image in outcome.images}
     if None in resolved.values():
         return OUTSIDE
     return outcome.map_images(lambda image: resolved[image] or image)
 
 
-def _check_strictly(record: Any, where: str) -> None:
-    """The faults that conversion would repair or name only by their kind, in a record of the project's own schema."""
-    if isinstance(record, Dropped):
-        raise ValueError(f"{where} {record.detail}.")
-    if isinstance(record, dict) and record.keys() & {"conversations", *IMAGE_COLUMNS}:
-        return
-    if isinstance(record, dict) and "messages" not in record:
-        raise ValueError(f"{where} has no messages; it has the keys {', '.join(record) or 'of an empty record'}.")
-    messages = record["messages"] if isinstance(record, dict) else record
-    roles = [message.get("role") for message in messages or () if isinstance(message, dict)]
-    if isinstance(messages, str) or any(role not in ROLES and str(role).lower() in KNOWN_ROLES for role in roles):
-        return
-    messages = drop_nulls(messages)
-    validate_conversation(messages, name=where)
-    if messages[-1]["role"] != "assistant":
-        raise ValueError(f"{where} does not end with an answer of the assistant, so there is nothing to learn.")
-    for block in (block for message in messages for block in message["content"]):
-        if is_image(block) and ImageReference.from_block(block) is None:
-            raise ValueError(f"{where} has an image without a path, url or base64 text: {block!r:.80}.")
+def _raise_faults(read: IngestedRecord) -> None:
+    """Raises what is wrong with a record, or what was repaired in it."""
+    if isinstance(read.outcome, Dropped):
+        error = FileNotFoundError if read.outcome.reason == MISSING_IMAGE else ValueError
+        detail = read.outcome.detail or f"cannot be used: {read.outcome.reason}"
+        raise error(f"{read.where} {detail.rstrip('.')}.")
+    if read.outcome.repairs:
+        raise ValueError(f"{read.where} would need a repair: {', '.join(read.outcome.repairs)}.")
 
 
-def _read_lines(contents: BinaryIO, name: str) -> Iterator[tuple[str, Any]]:
+def _read_lines(contents: BinaryIO, name: str, columns: Container[str] = ()) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(contents, start=1):
         if line.strip():
             try:
@@ -115,7 +105,7 @@ def _read_lines(contents: BinaryIO, name: str) -> Iterator[tuple[str, Any]]:
             yield f"line {number}", record
 
 
-def _read_list(contents: BinaryIO, name: str) -> Iterator[tuple[str, Any]]:
+def _read_list(contents: BinaryIO, name: str, columns: Container[str] = ()) -> Iterator[tuple[str, Any]]:
     data = contents.read()
     first, _, rest = data.strip().partition(b"\n")
     if first.startswith(b"{") and first.endswith(b"}") and rest:  # JSON lines under another name
@@ -127,11 +117,44 @@ def _read_list(contents: BinaryIO, name: str) -> Iterator[tuple[str, Any]]:
     yield from ((f"record {index}", record) for index, record in enumerate(records))
 
 
-def _read_parquet(contents: BinaryIO, name: str) -> Iterator[tuple[str, Any]]:
-    return ((f"row {row}", record) for row, record in enumerate(read_parquet(contents, name, COLUMNS)))
+def _read_rows(contents: BinaryIO, name: str, columns: Container[str] = ()) -> Iterator[tuple[str, Any]]:
+    rows = read_table(contents, name, lambda field: is_known(field.name) or field.name in columns or may_hold(field))
+    return ((f"row {row}", record) for row, record in enumerate(rows))
 
 
-RECORDS: dict[str, Reader] = {".jsonl": _read_lines, ".json": _read_list, ".parquet": _read_parquet}
+def _read_tar(contents: BinaryIO, name: str, columns: Container[str] = ()) -> Iterator[tuple[str, Any]]:
+    """The samples of a WebDataset: files with one name up to its first dot, of which one is the record as JSON."""
+    with tarfile.open(fileobj=contents, mode="r|") as archive:
+        files = ((member.name, archive.extractfile(member)) for member in archive if member.isfile())
+        samples = itertools.groupby(files, lambda file: re.sub(r"\.[^/]*$", "", file[0]))
+        for key, members in samples:
+            record: Any = {}
+            media: dict[str, dict[str, bytes]] = {"image": {}, "video": {}, "audio": {}}
+            for path, file in members:
+                data = file.read() if file else b""
+                kind = (mimetypes.guess_type(path)[0] or "").partition("/")[0]
+                if kind in media:
+                    media[kind][os.path.basename(path)] = data
+                elif path.endswith(".json"):
+                    record = parse_json(data, f"{name}, {path}")
+            yield f"sample {key}", _fill_sample(record, media)
+
+
+def _fill_sample(record: Any, media: dict[str, dict[str, bytes]]) -> Any:
+    """The record of a sample with its files: those that it names by their names, or else all in their order."""
+    if not isinstance(record, dict):
+        return record
+    images = media["image"]
+    named = {key: value for key, value in record.items() if IMAGE_KEY.fullmatch(key)}
+    names = [os.path.basename(name) for value in named.values() for name in as_list(value) if isinstance(name, str)]
+    if images:
+        record = {key: value for key, value in record.items() if key not in named}
+        record["images"] = [images[name] for name in names] if set(names) == set(images) else list(images.values())
+    return record | {kind: list(files) for kind, files in media.items() if files and kind != "image"}
+
+
+TABLES: dict[str, Reader] = {".parquet": _read_rows, ".arrow": _read_rows}
+RECORDS: dict[str, Reader] = {".jsonl": _read_lines, ".json": _read_list, ".tar": _read_tar, **TABLES}
 
 
 def load_conversations(
@@ -140,16 +163,20 @@ def load_conversations(
     max_length: int | None = None,
     check_images: bool = True,
     check_length: bool = True,
+    image_root: str | Path | None = None,
 ) -> Dataset:
     r"""
-    Reads a file (.jsonl, .json or .parquet) in which every fault is an error, so that it is found before training.
+    Reads a file in which every fault is an error, even one that could be repaired: it is found before training.
 
     Args:
-        path (`str` or `Path`): A file of a schema in `schemas.py`; image paths are relative to its folder.
+        path (`str` or `Path`): A file of a schema in `schemas.py`: .jsonl, .json, .parquet, .arrow or the .tar of a
+            WebDataset, also compressed.
         processor (`VisualChatProcessor`): The processor of the model, for the lengths.
         max_length (`int`, *optional*): Maximum tokens of a conversation; by default the model's.
         check_images (`bool`, *optional*, defaults to `True`): Opens every image once, except URLs.
         check_length (`bool`, *optional*, defaults to `True`): Refuses over-length conversations.
+        image_root (`str` or `Path`, *optional*): The folder that image paths are relative to and do not leave; by
+            default that of the file.
 
     Returns:
         `datasets.Dataset` with the column `messages`; image paths are absolute.
@@ -164,7 +191,7 @@ def load_conversations(
     limit = min(max_length or processor.tokenizer.model_max_length, processor.tokenizer.model_max_length)
     conversations: list[list[dict]] = []
     opened: set[ImageReference] = set()
-    records = read_conversations(path, is_strict=True)
+    records = read_conversations(path, os.path.abspath(image_root or path.parent), is_strict=True)
     for record in tqdm(records, desc=f"Checking {path.name}", unit="conversation"):
         conversation: Any = record.outcome
         messages = conversation.messages()
@@ -175,7 +202,11 @@ def load_conversations(
                 except (ValueError, OSError) as error:
                     raise ValueError(f"{record.where}: {error}") from error
                 opened.add(image)
-        if check_length and (num_tokens := count_tokens(messages, processor)) > limit:
+        try:
+            num_tokens = count_tokens(messages, processor)
+        except ValueError as error:
+            raise ValueError(f"{record.where}: {error}") from error
+        if check_length and num_tokens > limit:
             raise ValueError(
                 f"{record.where} has {num_tokens} tokens, {processor.image_seq_length} for an image; at most {limit} "
                 "are read. Leave out rounds or images: a cut could go through an image."

@@ -1,8 +1,8 @@
 """
 A mixture that is read during training, for data larger than the disk: nothing is downloaded before it is needed.
 
-A stream reads custom datasets as JSON lines or parquet, from files or the Hub. What requires all data to be read first
-is refused: published datasets, `samples` as a share, and a `weight` that is not a whole number.
+A stream reads custom datasets as JSON lines, parquet, Arrow or WebDataset, from files or the Hub. What requires all
+data to be read first is refused: published datasets, `samples` as a share, and a `weight` that is not a whole number.
 
 The split is a rule for one image at a time: a hash of its content (of the text, for a conversation without images) is
 below `eval_share` or not, so every image is on one side. A conversation with images on both sides is left out.
@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 
 import fsspec
@@ -23,13 +24,13 @@ from datasets import Features, IterableDataset, Json, List, Value, interleave_da
 
 from .conversation import Conversation, Dropped, join_messages
 from .custom import find_files, find_images, group_by_split
-from .files import digest_of
+from .files import digest_of, suffix_of
 from .mixture import DatasetSpec, MixtureConfig, group, read_mixture_config
 from .readers import read_conversations
 
 
 FEATURES = Features({"messages": Json(), "where": List(Value("string"))})
-STREAMED = (".jsonl", ".parquet")
+STREAMED = (".jsonl", ".parquet", ".arrow", ".tar")
 EACH_ONCE = "all_exhausted_without_replacement"
 
 
@@ -91,9 +92,9 @@ def _locate(spec: DatasetSpec, data_root: str | Path) -> tuple[list[str], str | 
     else:
         base = f"hf://datasets/{spec.hub}" + (f"@{spec.revision}" if spec.revision else "")
         files = _find_on_hub(spec, base)
-        images = None if spec.images is None else f"{base}/{spec.images}"
+        images = spec.images and (spec.images if os.path.isabs(spec.images) else f"{base}/{spec.images}")
     for file in files:
-        if not file.endswith(STREAMED):
+        if suffix_of(file) not in STREAMED:
             raise ValueError(f"The source {spec.name} has the file {file}; a stream reads {' or '.join(STREAMED)}.")
     return files, images
 
@@ -146,7 +147,8 @@ class SourceStream:
                 warnings.warn(f"{self.spec.name}: {dropped.total()} records left out: {dict(dropped)}", stacklevel=2)
 
         def read() -> Iterator[tuple[str, Conversation]]:
-            records = (read_conversations(file, self.images, embed=True) for file in self.files)
+            read = partial(read_conversations, image_root=self.images, embed=True, columns=self.spec.columns)
+            records = map(read, self.files)
             for record in itertools.chain.from_iterable(records):
                 if isinstance(record.outcome, Dropped):
                     drop(record.outcome.reason)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
+from ..data.files import suffix_of
 from ..data.lengths import measure_lengths
 from ..data.mixture import DatasetSpec, Mixture, MixtureConfig, load_mixture, read_mixture_config
 from ..data.packing import BatchingStatistics, batching_table, compare_batching
@@ -196,7 +197,7 @@ def _name_some(groups: list[list[str]], count: int = 3) -> str:
 
 def _read_config(path: Path, data_root: str | Path | None) -> tuple[MixtureConfig, str | Path | None]:
     """A YAML file as it is; a file or folder of conversations as a mixture of one dataset."""
-    if path.is_dir() or path.suffix in RECORDS:
+    if path.is_dir() or suffix_of(path.name) in RECORDS:
         absolute = Path(os.path.abspath(path))  # without following links
         spec = DatasetSpec(str(absolute), absolute.name)
         return MixtureConfig((spec,), eval_share=0.0, max_images=sys.maxsize), absolute.parent

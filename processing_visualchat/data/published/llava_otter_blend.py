@@ -36,7 +36,7 @@ def blend(pair: Conversation, about: Waiting, rng: random.Random) -> Conversatio
     members.append(pair)
     shown: set[ImageReference] = set()
     turns = []
-    for role, content in (turn for member in members for turn in member.turns):
+    for role, content, _ in (turn for member in members for turn in member.turns):
         turns.append(Turn(role, [block for block in content if block not in shown]))
         shown.update(block for block in content if isinstance(block, ImageReference))
     repairs = (repair for member in (pair, *members) for repair in member.repairs)

@@ -64,7 +64,9 @@ def convert_mimicit(records: Sequence[Any], archive: str) -> Conversation | Drop
             return Dropped("image id of an unknown form")
     pairs = [(get_field(record, "instruction", str), get_field(record, "answer", str)) for record in records]
     repairs = ["image tag in the instruction"] if any(IMAGE_TAG in (question or "") for question, _ in pairs) else []
-    return filter_rounds(pairs, list(dict.fromkeys(images)), repairs)
+    different = list(dict.fromkeys(images))
+    repairs += ["an image that is named twice shown once"] if len(different) < len(images) else []
+    return filter_rounds(pairs, different, repairs)
 
 
 def _comparable_ids(record: Any) -> list[str] | None:
@@ -86,6 +88,8 @@ def read_mimicit(files: dict[str, Any], images: str, check: Check) -> Iterator[I
         for group in group_mimicit(instructions):
             outcome = convert_mimicit([instructions[name] for name in group], images)
             yield check(IngestedRecord(f"{file}, {group[0]}", len(group), outcome))
+        for name in getattr(instructions, "repeated", ()):
+            yield IngestedRecord(f"{file}, {name}", 1, Dropped("an id that a later record has too"))
 
 
 CGD, *OTHERS = (
