@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +30,9 @@ class Dropped:
 
     reason: str  # the same for all records with this fault
     detail: str = ""  # the fault of this one, as the predicate of a sentence
+    images: tuple[ImageReference, ...] = field(
+        default=(), compare=False
+    )  # that are at fault: where one was looked for
 
 
 NO_ROUND = Dropped("no question with an answer")

@@ -38,8 +38,10 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from .conversation import join_messages
 from .custom import CustomSource, load_custom_source
-from .image_contents import ImageContent, read_image_contents
-from .ingestion import BROKEN_IMAGE, IngestionReport
+from .files import digest_of
+from .image_contents import read_image_contents
+from .images import ImageContent
+from .ingestion import IngestionReport
 from .published import SOURCES, get_source, load_source
 from .split import DROP_REASONS, split_by_image
 from .tables import Row, format_table
@@ -227,19 +229,20 @@ def load_mixture(
     images_of = rows.select_columns(["images"]).with_format("arrow")[:]["images"].to_pylist()  # faster than by row
     contents = read_image_contents({image for images in images_of for image in images}, root, check_images)
     reasons = [_find_fault(images, contents, config.max_images) for images in images_of]
-    kept = [index for index, reason in enumerate(reasons) if reason is None]
-    digests = [[contents[image].digest for image in images_of[index]] for index in kept]
+    kept = [index for index, (reason, _) in enumerate(reasons) if not reason]
+    # Text alone is told apart by its own digest.
+    digests = [[contents[image].digest for image in images_of[index]] or [_digest_text(rows[index])] for index in kept]
     sides = split_by_image(digests, [source_of[index] for index in kept], config.eval_share, config.seed)
     side_of = dict(zip(kept, sides))
     for index, side in side_of.items():
-        reasons[index] = DROP_REASONS.get(side)
+        reasons[index] = (DROP_REASONS.get(side, ""), [])
     usable: dict[str, list[int]] = {report.name: [] for report in reports}
     report_of = {report.name: report for report in reports}
-    for index, (source, reason) in enumerate(zip(source_of, reasons)):
-        if reason is None:
-            usable[source].append(index)
+    for index, (source, (reason, images)) in enumerate(zip(source_of, reasons)):
+        if reason:
+            report_of[source].drop(rows[index], reason, images)
         else:
-            report_of[source].drop(rows[index]["where"], rows[index]["num_records"], reason)
+            usable[source].append(index)
     for report in reports:
         report.require_conversations()
 
@@ -262,11 +265,15 @@ def load_mixture(
     )
 
 
-def _find_fault(images: list[str], contents: dict[str, ImageContent], max_images: int) -> str | None:
-    """The reason to drop a conversation, if there is one."""
+def _find_fault(images: list[str], contents: dict[str, ImageContent], max_images: int) -> tuple[str, list[str]]:
+    """The reason to drop a conversation, if there is one, and the image that is at fault."""
     if len(images) > max_images:
-        return f"more than {max_images} images"
-    return BROKEN_IMAGE if any(contents[image].is_broken for image in images) else None
+        return f"more than {max_images} images", []
+    return next(((contents[image].fault, [image]) for image in images if contents[image].fault), ("", []))
+
+
+def _digest_text(row: dict) -> str:
+    return digest_of(json.dumps(row["messages"]).encode())
 
 
 def _get_system(row: dict) -> str:

@@ -4,6 +4,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,8 +16,8 @@ from ..conversation_visualchat import ROLES, drop_nulls, is_image, validate_conv
 from ..processing_visualchat import VisualChatProcessor
 from .conversation import OUTSIDE, Conversation, Dropped
 from .files import describe_json_error, parse_json, read_parquet
-from .images import IMAGE_COLUMNS, ImageReference
-from .ingestion import MISSING_IMAGE, IngestedRecord, check_record
+from .images import IMAGE_COLUMNS, MISSING_IMAGE, ImageReference
+from .ingestion import IngestedRecord, check_record
 from .lengths import count_tokens
 from .schemas import ROLES as KNOWN_ROLES
 from .schemas import convert_record
@@ -79,8 +80,8 @@ def _refer_to_images(record: dict, row: int, file: str, embed: bool) -> None:
 
 def _resolve_images(outcome: Conversation, folder: str, file: str, is_confined: bool) -> Conversation | Dropped:
     resolved = {image: image.resolve(folder, file, is_confined) for image in outcome.images}
-    if None in resolved.values():
-        return OUTSIDE
+    if outside := tuple(image for image, found in resolved.items() if found is None):
+        return replace(OUTSIDE, images=outside)
     return outcome.map_images(lambda image: resolved[image] or image)
 
 
@@ -111,7 +112,8 @@ def _read_lines(contents: BinaryIO, name: str) -> Iterator[tuple[str, Any]]:
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
-                record = Dropped("a line that is not JSON", describe_json_error(error))
+                kind = "UTF-8" if isinstance(error, UnicodeDecodeError) else "JSON"
+                record = Dropped(f"a line that is not {kind}", describe_json_error(error))
             yield f"line {number}", record
 
 

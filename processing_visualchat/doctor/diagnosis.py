@@ -84,7 +84,7 @@ class Diagnosis:
         return [
             f"{len(self.sides['train'])} conversations to train on, {lengths.sum()} tokens{counted}.",
             f"{len(contents)} image names, {num_images} different images; "
-            f"{sum(content.is_broken for content in contents)} cannot be used.",
+            f"{sum(bool(content.fault) for content in contents)} cannot be used.",
             f"{spare} image names are duplicates of others, by content" + _name_some(self.duplicates),
             f"{len(self.leaked)} images are on both sides of the split" + _name_some(self.leaked),
             f"{overlong} conversations to train on have more than {self.max_length} tokens; set --overlong of "

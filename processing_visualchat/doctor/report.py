@@ -38,8 +38,7 @@ def write_report(diagnosis: Diagnosis, folder: str | Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "dropped.jsonl").open("w") as lines:
         for report in diagnosis.mixture.reports:
-            for where, reason in report.list_dropped():
-                lines.write(json.dumps({"source": report.name, "where": where, "reason": reason}) + "\n")
+            lines.writelines(json.dumps(dropped) + "\n" for dropped in report.list_dropped())
     part, page = folder / "report.part", folder / "report.html"
     part.write_text(_format_page(diagnosis), encoding="utf-8")
     part.replace(page)
