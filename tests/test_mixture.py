@@ -309,7 +309,9 @@ def test_a_measured_mixture_packs(root):
     mixture = load_mixture(EXAMPLES / "configs" / "paper_set2.yaml", root)
     measured = measure_lengths(mixture.train, processor)
     first = mixture.train[0]["messages"]
-    expected = {"length": count_tokens(first, processor), "num_rounds": len(first) // 2}
+    answers = "".join(message["content"] for message in first[1::2]).encode()
+    num_trained = len(answers) + 2 * (len(first) // 2)  # the space before and the token after each
+    expected = {"length": count_tokens(first, processor), "num_trained": num_trained, "num_rounds": len(first) // 2}
     assert measured[0] == {**mixture.train[0], **expected}
     assert [len(example["images"]) for example in measured] == measured["num_images"][:]
     packs = pack_conversations(measured, 900)

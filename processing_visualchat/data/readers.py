@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import fsspec
-from datasets import Dataset, Features, Json
+from datasets import Dataset, Features, Json, List, Value
 from tqdm.auto import tqdm
 
 from ..conversation_visualchat import ROLES, drop_nulls, is_image, validate_conversation
@@ -154,7 +154,7 @@ def load_conversations(
         check_length (`bool`, *optional*, defaults to `True`): Refuses over-length conversations.
 
     Returns:
-        `datasets.Dataset` with the column `messages`; image paths are absolute.
+        `datasets.Dataset` with the columns `messages` (image paths absolute) and `where` (file and record).
 
     Raises:
         `FileNotFoundError`: the file, or an image that it names, does not exist.
@@ -165,6 +165,7 @@ def load_conversations(
         raise FileNotFoundError(f"No data file at {path}.")
     limit = min(max_length or processor.tokenizer.model_max_length, processor.tokenizer.model_max_length)
     conversations: list[list[dict]] = []
+    places: list[list[str]] = []
     opened: set[ImageReference] = set()
     records = read_conversations(path, is_strict=True)
     for record in tqdm(records, desc=f"Checking {path.name}", unit="conversation"):
@@ -183,6 +184,8 @@ def load_conversations(
                 "are read. Leave out rounds or images: a cut could go through an image."
             )
         conversations.append(messages)
+        places.append([record.where])
     if not conversations:
         raise ValueError(f"{path} holds no conversation; write one on every line.")
-    return Dataset.from_dict({"messages": conversations}, features=Features({"messages": Json()}))
+    features = Features({"messages": Json(), "where": List(Value("string"))})
+    return Dataset.from_dict({"messages": conversations, "where": places}, features=features)
