@@ -136,8 +136,8 @@ class DataCollatorForVisualChat:
                 raise ValueError(
                     f"{error} It is image {num_broken} that cannot be used, and max_broken={self.max_broken}."
                 ) from error
-            message = f"A conversation is left out, {num_broken} of at most {self.max_broken} images cannot be used: {error}"
-            warnings.warn(message, stacklevel=2)
+            message = f"{num_broken} of at most {self.max_broken} images cannot be used: {error}"
+            warnings.warn(f"A conversation is left out, {message}", stacklevel=2)
             return None
 
     def _open_image(self, block):

@@ -82,7 +82,7 @@ class IngestionReport:
     def list_dropped(self) -> Iterator[dict[str, str]]:
         """Every record that was dropped: its source, file and place there, the image that is at fault, the reason."""
         for where, images, reason in (*self._read_dropped(), *self._dropped_later):
-            file, record = re.split(r"(?<=\w), ", where, maxsplit=1)
+            file, record = split_place(where)
             yield {"source": self.name, "file": file, "record": record, "image": " or ".join(images), "reason": reason}
 
     def _read_dropped(self) -> Iterator[tuple[str, list[str], str]]:
@@ -157,6 +157,11 @@ def _finds_the_same_images(root: Path, rows: Dataset) -> bool:
         if reason != OUTSIDE.reason and any(image.exists() != (not reason) for image in local):
             return False
     return True
+
+
+def split_place(where: str) -> list[str]:
+    """The file and the record."""
+    return re.split(r"(?<=\w), ", where, maxsplit=1)
 
 
 def _name(where: str, images: Sequence[str]) -> str:

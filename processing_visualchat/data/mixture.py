@@ -147,6 +147,7 @@ class Mixture:
             broken ones are counted as dropped.
         sizes (`dict`): The number of groups for training and for evaluation, by dataset.
         contents (`dict` of [`ImageContent`]): The digest of every image by its reference.
+        conversations (`datasets.Dataset`): All that can be used, each once and by itself.
     """
 
     train: Dataset
@@ -154,6 +155,7 @@ class Mixture:
     reports: list[IngestionReport]
     sizes: dict[str, tuple[int, int]]
     contents: dict[str, ImageContent] = field(repr=False)
+    conversations: Dataset = field(repr=False)
 
     def source_table(self) -> list[Row]:
         """Records of each dataset, and its groups of conversations on the two sides."""
@@ -232,8 +234,8 @@ def load_mixture(
     kept = [index for index, (reason, _) in enumerate(reasons) if not reason]
     # Text alone is told apart by its own digest.
     digests = [[contents[image].digest for image in images_of[index]] or [_digest_text(rows[index])] for index in kept]
-    sides = split_by_image(digests, [source_of[index] for index in kept], config.eval_share, config.seed)
-    side_of = dict(zip(kept, sides))
+    kept_sources = [source_of[index] for index in kept]
+    side_of = dict(zip(kept, split_by_image(digests, kept_sources, config.eval_share, config.seed)))
     for index, side in side_of.items():
         reasons[index] = (DROP_REASONS.get(side, ""), [])
     usable: dict[str, list[int]] = {report.name: [] for report in reports}
@@ -260,9 +262,9 @@ def load_mixture(
             for taken in _passes([index for index in chosen if side_of[index] == side], weight, rng):
                 groups += group(taken, spec.concatenate, config.max_images, rng, num_images.__getitem__, systems.get)
         sizes[spec.name] = (len(train) - before[0], len(evaluation) - before[1])
-    return Mixture(
-        _as_dataset(rows, train, num_images), _as_dataset(rows, evaluation, num_images), reports, sizes, contents
-    )
+    sides = [_as_dataset(rows, groups, num_images) for groups in (train, evaluation)]
+    conversations = rows.select([index for indices in usable.values() for index in indices])
+    return Mixture(sides[0], sides[1], reports, sizes, contents, conversations)
 
 
 def _find_fault(images: list[str], contents: dict[str, ImageContent], max_images: int) -> tuple[str, list[str]]:
