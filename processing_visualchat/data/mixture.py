@@ -20,8 +20,8 @@ A mixture is one YAML file:
 
 With `streaming: true` it is read while it is trained on, see `streaming.py`.
 
-Data flows one way: datasets → split by image → samples → groups. Images are told apart by their content, so one with
-two paths is one image.
+Data flows one way: datasets → split by image → samples → groups. Images are told apart by their pixels (by their bytes,
+if they are not checked), so one with two paths or formats is one image; conversations without images by their text.
 """
 
 import json
