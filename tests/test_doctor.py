@@ -114,13 +114,11 @@ def test_over_length_conversations_are_a_problem(tmp_path):
     flags = ["own.jsonl", "--max_length", 40]
     completed = run_doctor(*flags, cwd=tmp_path)
     assert completed.returncode == 0, completed.stderr[-2000:]
-    problem = (
-        r"PROBLEM: 8 conversations for training have more than 40 tokens \(own.jsonl, line \d+ \(\d+ tokens\); .*; …"
-    )
+    problem = r"PROBLEM: 8 train conversations have more than 40 tokens \(own.jsonl, line \d+ \(\d+ tokens\); .*; …"
     assert re.search(problem, completed.stdout) and "Fit to train on, after a decision." in completed.stdout
     page = (tmp_path / "visualchat-doctor/report.html").read_text()
     verdict = page.index('class="verdict undecided"')
-    assert verdict < page.index("8 conversations for training have more than") < page.index("<table>")
+    assert verdict < page.index("8 train conversations have more than") < page.index("<table>")
     assert len(set(re.findall(r"own.jsonl, line \d+ \(\d+ tokens\)", page))) == 8
     strict = run_doctor(*flags, "--strict", cwd=tmp_path)
     assert strict.returncode == 1 and "1 problems found, and --strict allows none" in strict.stderr

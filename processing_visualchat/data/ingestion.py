@@ -141,20 +141,22 @@ def ingest(
     is absolute. `files` are those that it reads; beside them, the rows depend on which images are there.
     """
     arguments = {"generate": generate, "options": options, "root": str(root)}
-    rows = cache_rows(_generate_rows, FEATURES, arguments, files, is_current=partial(_finds_the_same_images, root))
+    files = {*files}
+    is_current = partial(_finds_the_same_images, root, {str(file) for file in files})
+    rows = cache_rows(_generate_rows, FEATURES, arguments, sorted(files), is_current=is_current)
     report = IngestionReport.from_rows(name, rows)
     report.require_conversations()
     used = [row for row, reason in enumerate(rows["dropped"][:]) if row and not reason]
     return rows.select(used).select_columns(["messages", "images", "where", "members"]), report
 
 
-def _finds_the_same_images(root: Path, rows: Dataset) -> bool:
-    """Whether all images are still there that were, and none that were not."""
+def _finds_the_same_images(root: Path, files: set[str], rows: Dataset) -> bool:
+    """Whether all images outside of the files are still there that were, and none that were not."""
     table = rows.select_columns(["images", "dropped"]).with_format("arrow")[:]
     for reason in pc.unique(table["dropped"]).to_pylist():
         names = pc.unique(pc.list_flatten(table.filter(pc.field("dropped") == reason)["images"])).to_pylist()
-        local = (image for name in names if (image := ImageReference.parse(name).under(root)).is_local)
-        if reason != OUTSIDE.reason and any(image.exists() != (not reason) for image in local):
+        images = (ImageReference.parse(name).under(root) for name in names if reason != OUTSIDE.reason)
+        if any(image.is_local and image.path not in files and image.exists() == bool(reason) for image in images):
             return False
     return True
 

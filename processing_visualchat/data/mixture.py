@@ -20,8 +20,9 @@ A mixture is one YAML file:
 
 With `streaming: true` it is read while it is trained on, see `streaming.py`.
 
-Data flows one way: datasets → split by image → samples → groups. Images are told apart by their pixels (by their bytes,
-if they are not checked), so one with two paths or formats is one image; conversations without images by their text.
+Data flows one way: datasets → split by image → samples → groups. Images are told apart by their pixels, so one with
+two paths or formats is one image (if images are not checked, by their bytes); conversations without images by their
+text.
 """
 
 import json

@@ -24,7 +24,6 @@ from .samples import Sample, draw_samples, make_estimating_processor
 
 
 QUANTITIES = {"length": "tokens", "num_images": "images", "num_rounds": "rounds"}
-SIDES = {"train": "training", "evaluation": "evaluation"}
 NUM_NAMED = 20  # over-length conversations and broken images
 MANY = 20_000  # conversations; with fewer, starting processes takes longer than it saves
 
@@ -63,7 +62,7 @@ class Diagnosis:
             if number:
                 named = "; ".join(names) + ("; …" if number > len(names) else "")
                 overlong.append(
-                    f"{number:,} conversations for {SIDES[side]} have more than {self.max_length:,} tokens ({named}). "
+                    f"{number:,} {side} conversations have more than {self.max_length:,} tokens ({named}). "
                     "Set --overlong of finetune.py, which refuses them by default."
                 )
         return [*self.errors, *overlong, *self.list_copies()]
