@@ -58,7 +58,7 @@ class FinetuneArguments:
         default="error", help="How over-length conversations are handled.", metadata={"choices": list(OVERLONG)}
     )
     packing: bool = HfArg(default=False, help="Pack conversations into rows of max_length tokens.")
-    max_broken: int = HfArg(default=100, help="Conversations with broken images that each process may skip.")
+    max_broken: int = HfArg(default=100, help="Distinct broken images that each process may skip.")
     trainable: list[str] | None = field(
         default=None,
         metadata={

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from training_arguments import FinetuneError
 from transformers import TrainingArguments
 
@@ -21,6 +22,7 @@ from processing_visualchat import (
 )
 from processing_visualchat.data.custom import find_splits
 from processing_visualchat.data.files import suffix_of
+from processing_visualchat.data.lengths import list_overlong
 
 
 SAMPLING_BY_LENGTH = ("group_by_length", "batch_rebalance")  # of TrainingArguments.train_sampling_strategy
@@ -35,7 +37,7 @@ def load_data(arguments, training_arguments: TrainingArguments, collator) -> tup
         if arguments.eval_file is not None:
             eval_dataset = load_file(arguments.eval_file, arguments, collator.processor, ["validation", "test"])
     train_dataset = pack_or_measure(train_dataset, arguments, training_arguments, collator)
-    return train_dataset, drop_overlong(eval_dataset, arguments, collator)
+    return train_dataset, limit_evaluation(eval_dataset, arguments, collator)
 
 
 def load_mixture_file(arguments, training_arguments: TrainingArguments) -> tuple:
@@ -61,8 +63,9 @@ def load_file(name: str, arguments, processor, splits: list[str]):
     path = Path(name)
     images = arguments.image_root and os.path.abspath(arguments.image_root)
     if suffix_of(name) == ".jsonl" or not path.exists():
-        check_length = arguments.overlong == "error"
-        return load_conversations(path, processor, arguments.max_length, arguments.check_images, check_length, images)
+        return load_conversations(
+            path, processor, check_images=arguments.check_images, check_length=False, image_root=images
+        )
     path = Path(os.path.abspath(path))  # keeps links, whose targets may have other names
     source = DatasetSpec(str(path), path.name, split=choose_split(path, splits), images=images)
     config = MixtureConfig((source,), eval_share=0.0, max_images=sys.maxsize)
@@ -81,14 +84,16 @@ def choose_split(path: Path, wanted: list[str]) -> str:
 
 
 def pack_or_measure(dataset, arguments, training_arguments: TrainingArguments, collator):
-    """Packs conversations, or measures their lengths if batches are made by length."""
+    """Packs conversations, or measures their lengths if batches are made by length, or none may be over-length."""
     is_stream = isinstance(dataset, torch.utils.data.IterableDataset)
     seed = training_arguments.seed if training_arguments.data_seed is None else training_arguments.data_seed
     if is_stream and arguments.packing:
         return pack_stream(dataset, collator.processor, collator.limit, seed=seed)
-    if is_stream or not (arguments.packing or training_arguments.train_sampling_strategy in SAMPLING_BY_LENGTH):
+    is_by_length = arguments.packing or training_arguments.train_sampling_strategy in SAMPLING_BY_LENGTH
+    if is_stream or not (is_by_length or arguments.overlong == "error"):
         return dataset
     dataset = measure_lengths(dataset, collator.processor)
+    refuse_overlong(dataset, arguments, collator)
     if not arguments.packing:
         return dataset
     packs = pack_conversations(dataset, collator.limit, seed=seed)
@@ -96,11 +101,24 @@ def pack_or_measure(dataset, arguments, training_arguments: TrainingArguments, c
     return packs
 
 
-def drop_overlong(dataset, arguments, collator):
+def refuse_overlong(dataset, arguments, collator) -> None:
+    """Ends the run before its first step, if the collator would end it at an over-length conversation."""
+    number, names = list_overlong(dataset, collator.limit)
+    if number and arguments.overlong == "error":
+        raise FinetuneError(
+            f"{number:,} of {len(dataset):,} conversations have more than {collator.limit:,} tokens: "
+            f"{'; '.join(names)}{'; …' if number > len(names) else ''}. Set --overlong to drop_first_rounds, "
+            "drop_last_rounds or skip, or raise --max_length"
+        )
+
+
+def limit_evaluation(dataset, arguments, collator):
     """Evaluation data without the conversations that the collator would skip: an empty batch has no loss."""
-    if arguments.overlong != "skip" or not hasattr(dataset, "column_names") or not hasattr(dataset, "select"):
+    if arguments.overlong not in ("skip", "error") or not isinstance(dataset, Dataset):
         return dataset
-    lengths = measure_lengths(dataset, collator.processor)["length"][:]
+    measured = measure_lengths(dataset, collator.processor)
+    refuse_overlong(measured, arguments, collator)
+    lengths = measured["length"][:]
     kept = [index for index, length in enumerate(lengths) if length <= collator.limit]
     if not kept:
         raise FinetuneError(f"every evaluation conversation has more than {collator.limit} tokens")

@@ -189,7 +189,8 @@ def write_published_data(root: Path) -> Path:
     pictures = [f"coco/train2017/{coco(number)}" for number in (1, 2, 3, 4)]
     pictures += [f"SparklesDialogueCC/images/{number}.jpg" for number in (14, 15, 1417)]
     pictures += ["SparklesDialogueVG/images/7.jpg", "OCR_VQA/images/0001.jpg", "cc_sbu_align/image/2.jpg"]
-    pictures += [f"coco/2014/{record['filepath']}/{record['filename']}" for record in CAPTIONS]
+    folders = ["", "val2014/", *["train2014/"] * 3]  # both layouts
+    pictures += [f"coco/2014/{folder}{record['filename']}" for folder, record in zip(folders, CAPTIONS)]
     for seed, name in enumerate(pictures):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         draw_picture(seed).save(root / name)

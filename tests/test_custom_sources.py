@@ -380,13 +380,15 @@ def test_files_are_read_and_every_record_is_accounted_for(root, path, num_record
     assert report.dropped == broken_line | {
         "an image is not there": 1,
         "image path outside of its folder": 2,
-        "an image that is broken, or one pixel wide or high": 1,
+        "a file in place of an image that Pillow cannot read": 1,
         "no messages and no conversations": 1,
     }
     images = dataset["images"][:]
     assert images[:3] == [["mine/pictures/0.png"], ["mine/pictures/1.png", "mine/pictures/2.png"], images[0]]
     assert images[3][0].startswith("inline:") and len(images) == 4
-    assert dict(report.list_dropped())[f"{path}, {'line 2' if broken_line else 'record 8'}"] in report.dropped
+    lines = [(line["file"], line["record"], line["image"]) for line in report.list_dropped()]
+    assert (path, "line 5" if broken_line else "record 2", "mine/pictures/gone.png") in lines
+    assert len(set(lines)) == len(lines) == report.num_dropped
     batch = DataCollatorForVisualChat(make_processor(), max_broken=0)(list(dataset))
     assert len(batch["pixel_values"]) == 5
     again, _ = load_custom_source(CustomSource("mine", path), root)
@@ -515,7 +517,7 @@ def test_a_folder_has_splits_and_a_pattern_has_files(root):
 
 
 def test_parquet_holds_its_images(root):
-    """As `datasets` writes them, in a column of one image or of several; broken ones are not there."""
+    """As `datasets` writes them, in a column of one image or of several; broken ones are dropped."""
     rows = {
         "conversations": [asked(*["x"] * count)["conversations"] for count in (1, 2, 1)],
         "images": [[picture(0)], [picture(1), picture(2)], [b"no image"]],
@@ -529,7 +531,7 @@ def test_parquet_holds_its_images(root):
     )
     single.cast_column("image", Image()).to_parquet(root / "mine" / "one.parquet")
     dataset, report = load_custom_source(CustomSource("mine", "mine/many.parquet"), root)
-    assert report.dropped == {"an image is not there": 1} and report.used == 2
+    assert report.dropped == {"a file in place of an image that Pillow cannot read": 1} and report.used == 2
     assert dataset["images"][:] == [["mine/many.parquet#0.0"], ["mine/many.parquet#1.0", "mine/many.parquet#1.1"]]
     (one,) = load_custom_source(CustomSource("one", "mine/one.parquet"), root)[0]
     assert one["images"] == ["mine/one.parquet#0.0"]

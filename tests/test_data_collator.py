@@ -71,14 +71,30 @@ def test_conversations_with_broken_images_are_left_out_up_to_a_limit(processor, 
     collator = DataCollatorForVisualChat(processor, max_broken=len(broken))
     expected = DataCollatorForVisualChat(processor)([{"messages": chat}])
     for number, (path, message) in enumerate(broken.items(), start=1):
-        with pytest.warns(UserWarning, match=f"left out, {number} of at most 6: .*{message}"):
+        with pytest.warns(UserWarning, match=f"left out, {number} of at most 6 images cannot be used: .*{message}"):
             batch = collator([ask(path), {"messages": chat}])
         for name, tensor in expected.items():
             assert torch.equal(batch[name], tensor)
-    with pytest.raises(ValueError, match="conversation 7 with an image that cannot be used, and max_broken=6"):
-        collator([ask(path)])
+    for path in broken:  # known
+        collator([ask(path), {"messages": chat}])
+    assert collator.counts["broken"] == 12
+    with pytest.raises(ValueError, match="image 7 that cannot be used, and max_broken=6"):
+        collator([ask("elsewhere.png")])
     with pytest.raises(ValueError, match="max_broken is -1"):
         DataCollatorForVisualChat(processor, max_broken=-1)
+
+
+def test_a_broken_image_counts_once_in_all_workers_and_epochs(processor, tmp_path):
+    """Whatever it is inside of, and however often it is shown."""
+    (tmp_path / "archive.json").write_text(json.dumps({"a": "!", "b": "!"}))
+    inline = {"messages": [{"role": "user", "content": [{"type": "image", "base64": "!"}]}, ask()["messages"][1]]}
+    examples = [ask(tmp_path / "gone.png")] * 101 + [ask(tmp_path / f"archive.json#{key}") for key in "ab"] + [inline]
+    collator = DataCollatorForVisualChat(processor, max_broken=4)
+    for epoch in range(1, 3):
+        assert len(list(DataLoader(examples, 8, collate_fn=collator, num_workers=2))) == 13
+        assert collator.counts["broken"] == 104 * epoch
+    with pytest.raises(ValueError, match="image 4 that cannot be used, and max_broken=3"):
+        DataCollatorForVisualChat(processor, max_broken=3)(examples)
 
 
 def test_odd_images_are_read_for_what_they_are(processor, tmp_path):

@@ -19,7 +19,7 @@ from test_remote_code import REPOSITORY
 from transformers import AutoProcessor, LlamaConfig
 
 from modeling_visualchat import VisualChatForConditionalGeneration
-from processing_visualchat import load_conversations
+from processing_visualchat import DataCollatorForVisualChat, load_conversations
 
 
 EXAMPLES = REPOSITORY / "examples"
@@ -327,6 +327,38 @@ def test_processes_that_do_not_know_each_other_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     (conflict,) = find_conflicts(arguments, training_arguments)
     assert conflict.startswith("3 processes were started and each trains a model of its own")
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("form", ["own.jsonl", "own.json", "mixture", "evaluation"])
+def test_over_length_conversations_are_refused_before_the_first_step(tmp_path, monkeypatch, form, packing):
+    """With the first records' names, their number and the flag, wherever the data come from."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from training_data import FinetuneError, load_data
+
+    def record(answer):
+        return json.dumps({"messages": [message("Hi"), message(answer, "assistant")]})
+
+    lines = [record("y" * (400 if number % 5 == 2 else 4)) for number in range(20)]
+    (tmp_path / "own.jsonl").write_text("\n".join(["", *lines]))
+    (tmp_path / "own.json").write_text(f"[{','.join(lines)}]")
+    (tmp_path / "short.jsonl").write_text(lines[0])
+    (tmp_path / "mixture.yaml").write_text("sources: [{name: own, path: own.json}]\neval_share: 0.0")
+    arguments = SimpleNamespace(
+        mixture=tmp_path / "mixture.yaml" if form == "mixture" else None, data_root=str(tmp_path), check_images=True,
+        train_file=str(tmp_path / ("short.jsonl" if form == "evaluation" else form)),
+        eval_file=str(tmp_path / "own.json") if form == "evaluation" else None, packing=packing, overlong="error",
+    )  # fmt: skip
+    training_arguments = SimpleNamespace(train_sampling_strategy="random", seed=0, data_seed=None)
+    collator = DataCollatorForVisualChat(make_processor(), 300)
+    with pytest.raises(FinetuneError, match=r"4 of 20 conversations have more than 300 tokens") as refused:
+        load_data(arguments, training_arguments, collator)
+    first = "own.jsonl, line 4 (" if form == "own.jsonl" else "own.json, record "
+    assert first in str(refused.value) and "Set --overlong to drop_first_rounds" in str(refused.value)
+    assert str(refused.value).count(" tokens)") == 3
+    arguments.overlong = "skip"
+    train_dataset, eval_dataset = load_data(arguments, training_arguments, collator)
+    assert len(train_dataset) >= 1 and (form != "evaluation" or len(eval_dataset) == 16)
 
 
 def test_a_checkpoint_of_another_model_type_is_refused(tmp_path):

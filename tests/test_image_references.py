@@ -13,6 +13,7 @@ from processing_visualchat.data.files import digest_of
 
 
 ENCODED = base64.b64encode(picture(1)).decode()
+PIXELS = digest_of(b"(24, 16)" + draw_picture(1).tobytes())
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def test_images_in_files_open_themselves(folder, text, kind):
     assert image.relative_to(folder) == relative == relative.relative_to(folder) and image.under("/") == image
     assert image.block() == {"type": "image", "path": f"{folder}/{text}"}
     assert ImageReference.from_block(image.block()) == image == ImageReference.parse(str(image))
-    assert image.exists() and image.read() == picture(1) and image.digest() == digest_of(picture(1))
+    assert image.exists() and image.read() == picture(1) and image.digest() == PIXELS
     assert image.open().tobytes() == draw_picture(1).convert("RGB").tobytes()
 
 
@@ -45,7 +46,7 @@ def test_images_inside_their_records_open_themselves(text):
     assert image.kind == "inline" and str(image) == f"inline:{digest_of(picture(1))}" and image.exists()
     assert image.block() == {"type": "image", "base64": text}
     assert ImageReference.from_block(image.block()) == image == ImageReference.parse(str(image))
-    assert image.read() == picture(1) and image.digest() == digest_of(picture(1))
+    assert image.read() == picture(1) and image.digest() == PIXELS
     assert image.under("/root") == image.resolve("/root") == image.relative_to("/root") == image
 
 
@@ -61,7 +62,7 @@ def test_urls_are_told_apart_by_their_text():
 def test_a_missing_or_broken_image_says_so_and_has_the_digest_of_its_text(folder):
     for text, message in (
         ("gone.png", "No image file at"),
-        ("store.json#cut", "holds no image cut, or a broken one"),
+        ("store.json#cut", "holds no image cut of use: an image that is truncated or broken"),
         ("none.json#k", "No image archive at"),
         ("bad\0.png", "No image file at"),
     ):

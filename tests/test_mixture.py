@@ -1,17 +1,22 @@
 """Mixtures: no image on both sides, nothing used twice, and the same for the same seed anywhere."""
 
+import base64
 import hashlib
 import json
+import os
 import random
 import shutil
 import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
+import datasets
 import pytest
 from conftest import draw_picture, make_processor
 from datasets import Dataset
+from PIL import Image
 from published_data import encoded, write_published_data
 from test_finetune import EXAMPLES, environment
 
@@ -20,6 +25,7 @@ from processing_visualchat import (
     DatasetSpec,
     MixtureConfig,
     load_mixture,
+    load_source,
     measure_lengths,
     pack_conversations,
     read_mixture_config,
@@ -116,15 +122,135 @@ def test_own_conversations_mix_with_published_ones(root, tmp_path):
     for seed in range(4):
         mixture = load_mixture(replace(config, seed=seed))
         report = mixture.reports[1]
-        assert report.dropped == {"an image that is broken, or one pixel wide or high": 2} and report.used == 1
+        faults = {"an image one pixel wide or high": 1, "an image that is truncated or broken": 1}
+        assert report.dropped == faults and report.used == 1
         assert len(list(report.list_dropped())) == 2 and report.read == 3
         assert not contents(mixture.train, root) & contents(mixture.evaluation, root)
         assert len(mixture.train) + len(mixture.evaluation) == mixture.reports[0].conversations + 1
-    with pytest.raises(ValueError, match="broken, or one pixel"):
+    with pytest.raises(ValueError, match="an image one pixel wide or high"):
         (own / "broken.json").write_text(json.dumps(records[1:]))
         load_mixture(replace(config, sources=(DatasetSpec("mine", "own/broken.json"),)))
     with pytest.raises(FileNotFoundError, match="No data root at nowhere"):
         load_mixture(config, "nowhere")
+
+
+def asked(image=None, question="What?"):
+    turns = [{"from": "human", "value": f"<image>{question}" if image else question}, {"from": "gpt", "value": "x"}]
+    return {"conversations": turns, **({"image": image} if image else {})}
+
+
+def load_records(folder, records, check_images=True, **options):
+    """The sides of records, and the report; the evaluation has three tenths."""
+    (folder / "x.jsonl").write_text("\n".join(map(json.dumps, records)))
+    config = MixtureConfig((DatasetSpec("x", "x.jsonl"),), **{"eval_share": 0.3, **options})
+    mixture = load_mixture(config, folder, check_images)
+    return *(
+        [where for example in side for where in example["where"]] for side in (mixture.train, mixture.evaluation)
+    ), mixture
+
+
+def test_the_same_pixels_in_another_format_are_one_image(tmp_path):
+    """Saved anew, and inside a record; without a look at the images, files are told apart by their bytes."""
+    records = []
+    for number in range(40):
+        picture = draw_picture(number, (12, 12))
+        for suffix in ("png", "bmp", "tiff"):
+            picture.save(tmp_path / f"{number}.{suffix}")
+        inline = base64.b64encode((tmp_path / f"{number}.tiff").read_bytes()).decode()
+        records += [asked(f"{number}.png"), asked(f"{number}.bmp"), asked(f"data:image/tiff;base64,{inline}")]
+    train, evaluation, mixture = load_records(tmp_path, records)
+    number_of = {f"x.jsonl, line {line}": (line - 1) // 3 for line in range(1, 121)}
+    sides = [{number_of[where] for where in side} for side in (train, evaluation)]
+    assert len(train) + len(evaluation) == 120 and len(sides[1]) == 12 and not sides[0] & sides[1]
+    assert len({content.digest for content in mixture.contents.values()}) == 40
+    mixture = load_records(tmp_path, records[::3] + records[1::3], check_images=False)[2]
+    assert len({content.digest for content in mixture.contents.values()}) == 80
+
+
+def test_the_same_text_is_on_one_side(tmp_path):
+    records = [asked(question=f"{number % 40}?") for number in range(80)]
+    train, evaluation, _ = load_records(tmp_path, records)
+    sides = [{int(where.split()[-1]) % 40 for where in side} for side in (train, evaluation)]
+    assert len(evaluation) == 24 and not sides[0] & sides[1]
+
+
+def test_each_fault_of_an_image_has_its_reason(tmp_path):
+    """Each dropped record is one line, which names file, record, image and reason."""
+    draw_picture(0).save(tmp_path / "good.png")
+    good = (tmp_path / "good.png").read_bytes()
+    encoded_good = base64.b64encode(good).decode()
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "bomb.png")
+    draw_picture(0, (1, 9)).save(tmp_path / "thin.png")
+    (tmp_path / "folder.png").mkdir()
+    files = {
+        "heic.jpg": b"\0\0\0\x18ftypheic" + bytes(99),
+        "drawn.svg": b'<?xml version="1.0"?>\n<!-- a -->\n<svg xmlns="http://www.w3.org/2000/svg"/>',
+        "page.jpg": b"\n<!DOCTYPE html><html>404</html>",
+        "lfs.png": b"version https://git-lfs.github.com/spec/v1\n",
+        "empty.png": b"", "cut.png": good[:60], "words.png": b"words",
+    }  # fmt: skip
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    expected = {
+        "heic.jpg": "an image in HEIC", "drawn.svg": "an image in SVG", "page.jpg": "an HTML page",
+        "lfs.png": "a Git LFS pointer", "empty.png": "an empty image file", "cut.png": "an image that is truncated",
+        "words.png": "a file in place of an image", "bomb.png": "an image with too many pixels",
+        "thin.png": "an image one pixel wide", "folder.png": "a folder in place of an image",
+        "gone.png": "an image is not there", encoded_good + "!" + encoded_good * 3: "an image of broken base64",
+        "data:image/png;base64,!!": "an image of broken base64", "../out.png": "image path outside of its folder",
+    }  # fmt: skip
+    (tmp_path / "x.jsonl").touch()
+    lines = [json.dumps(asked(image)).encode() for image in expected] + ['{"messages": "é"}'.encode("latin-1"), b"{"]
+    (tmp_path / "x.jsonl").write_bytes(b"\n".join([*lines, json.dumps(asked("good.png")).encode()]))
+    mixture = load_mixture(MixtureConfig((DatasetSpec("x", "x.jsonl"),), eval_share=0.0), tmp_path)
+    dropped = {line["record"]: line for line in mixture.reports[0].list_dropped()}
+    for number, (image, reason) in enumerate(expected.items(), start=1):
+        line = dropped.pop(f"line {number}")
+        assert line["reason"].startswith(reason), line
+        assert line["file"] == "x.jsonl" and (line["image"] == image or len(image) > 20)
+    assert [line["reason"] for line in dropped.values()] == ["a line that is not UTF-8", "a line that is not JSON"]
+    assert len({*expected.values()}) == 13 and mixture.reports[0].used == 1
+
+
+def list_cache():
+    return {path: path.stat().st_mtime_ns for path in Path(datasets.config.HF_DATASETS_CACHE).rglob("*.arrow")}
+
+
+def test_what_lies_beside_the_data_does_not_invalidate_its_cache(root, tmp_path, monkeypatch):
+    """A page of the doctor, a checkpoint; only what is read counts, and the cache does not grow."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    records = [asked(f"pictures/{number}.png") for number in range(9)] + [asked("pictures/gone.png")]
+    folder = tmp_path / "data"
+    (folder / "pictures").mkdir(parents=True)
+    for number in range(9):
+        draw_picture(number).save(folder / f"pictures/{number}.png")
+
+    (folder / "x.jsonl").write_text("\n".join(map(json.dumps, records)))
+
+    def start():
+        mixture = load_mixture(MixtureConfig((DatasetSpec("x", "x.jsonl"),)), folder)
+        load_source("llava", root)
+        load_source("otter_mimicit_vst", root)
+        pack_conversations(measure_lengths(mixture.train, make_processor()), 500)
+        return mixture.reports[0].used, list_cache()
+
+    used, cache = start()
+    assert used == 9 and cache
+    for place in (folder, folder / "pictures", root, root / "coco/train2017"):
+        for name in ("visualchat-doctor/report.html", "checkpoint-1/config.json", "notes.json", "x.png"):
+            (place / name).parent.mkdir(exist_ok=True)
+            (place / name).write_text("{}")
+    assert start() == (9, cache)
+    draw_picture(9).save(folder / "pictures/gone.png")
+    used, more = start()
+    assert used == 10 and more != cache
+    (folder / "pictures/gone.png").unlink()
+    for turn in range(4):  # what has changed is replaced
+        os.utime(folder / "x.jsonl", (turn, turn))
+        used, again = start()
+        rows = [path for path in again if "visualchat-lengths" not in path.name]
+        assert used == 9 and len(rows) <= len(more)
+    assert start()[1] == again
 
 
 def test_what_is_dropped_takes_no_place_in_the_split(tmp_path):
@@ -183,7 +309,9 @@ def test_a_measured_mixture_packs(root):
     mixture = load_mixture(EXAMPLES / "configs" / "paper_set2.yaml", root)
     measured = measure_lengths(mixture.train, processor)
     first = mixture.train[0]["messages"]
-    expected = {"length": count_tokens(first, processor), "num_rounds": len(first) // 2}
+    answers = "".join(message["content"] for message in first[1::2]).encode()
+    num_trained = len(answers) + 2 * (len(first) // 2)  # the space before and the token after each
+    expected = {"length": count_tokens(first, processor), "num_trained": num_trained, "num_rounds": len(first) // 2}
     assert measured[0] == {**mixture.train[0], **expected}
     assert [len(example["images"]) for example in measured] == measured["num_images"][:]
     packs = pack_conversations(measured, 900)

@@ -10,6 +10,7 @@ from transformers import BatchFeature
 from ..conversation_visualchat import has_loss, image_source, is_image, map_blocks
 from ..processing_visualchat import IGNORE_INDEX, VisualChatProcessor
 from .conversation import messages_of
+from .files import digest_of
 from .images import ImageReference, open_image
 from .lengths import count_tokens
 
@@ -17,6 +18,7 @@ from .lengths import count_tokens
 OVERLONG = ("error", "drop_first_rounds", "drop_last_rounds", "skip")
 COUNTS = ("shortened", "skipped", "broken")
 MAX_WORKERS = 256  # beyond, workers share their counters
+MOST_BROKEN = 2**20  # images that are told apart
 
 
 @dataclass
@@ -35,8 +37,9 @@ class DataCollatorForVisualChat:
             `"skip"` leaves out the conversation, as the others do if no single round fits.
         packing (`bool`, *optional*, defaults to `False`): Packs all conversations of a batch into one row without
             padding. `position_ids` restart with each, and no attention crosses from one to another.
-        max_broken (`int`, *optional*, defaults to 100): Maximum conversations of a rank with an image that is missing,
-            broken or one pixel wide; they are left out, each with a warning, and one more is an error.
+        max_broken (`int`, *optional*, defaults to 100): Maximum images of a rank that are missing, broken or one pixel
+            wide, each counted once, however many conversations and epochs show it. Their conversations are left out,
+            each with a warning, and one image more is an error.
 
     Raises:
         `ValueError`: a conversation longer than `max_length`, or without an answer; or one broken image too many.
@@ -49,6 +52,9 @@ class DataCollatorForVisualChat:
     max_broken: int = 100
     # One row per data loader worker, in shared memory, so that their counts are seen here.
     _counts: torch.Tensor = field(init=False, repr=False)
+    _broken: torch.Tensor = field(
+        init=False, repr=False
+    )  # hashes of broken images, 0 where there is room, also shared
 
     def __post_init__(self):
         if self.overlong not in OVERLONG:
@@ -56,10 +62,11 @@ class DataCollatorForVisualChat:
         if self.max_broken < 0:
             raise ValueError(f"max_broken is {self.max_broken}; use a number from 0 up.")
         self._counts = torch.zeros(MAX_WORKERS + 1, len(COUNTS), dtype=torch.int64).share_memory_()
+        self._broken = torch.zeros(min(self.max_broken, MOST_BROKEN) + 1, dtype=torch.int64).share_memory_()
 
     @property
     def counts(self) -> dict[str, int]:
-        """Conversations so far: `shortened` by rounds, `skipped` as over-length, left out as `broken`."""
+        """Conversations so far: `shortened` by rounds, `skipped` as over-length, left out for a `broken` image."""
         return dict(zip(COUNTS, self._counts.sum(dim=0).tolist()))
 
     @property
@@ -124,21 +131,31 @@ class DataCollatorForVisualChat:
             return map_blocks(messages, self._open_image)
         except (ValueError, OSError) as error:
             self._count("broken")
-            num_broken = self.counts["broken"]
-            if num_broken > self.max_broken:
+            num_broken = int(self._broken.count_nonzero())
+            if num_broken == len(self._broken):
                 raise ValueError(
-                    f"{error} It is conversation {num_broken} with an image that cannot be used, and "
-                    f"max_broken={self.max_broken}."
+                    f"{error} It is image {num_broken} that cannot be used, and max_broken={self.max_broken}."
                 ) from error
-            message = f"A conversation is left out, {num_broken} of at most {self.max_broken}: {error}"
-            warnings.warn(message, stacklevel=2)
+            message = f"{num_broken} of at most {self.max_broken} images cannot be used: {error}"
+            warnings.warn(f"A conversation is left out, {message}", stacklevel=2)
             return None
 
     def _open_image(self, block):
         if not is_image(block) or (source := image_source(block)) is None:
             return block
         reference = ImageReference.from_block(block)
-        return {"type": "image", "image": open_image(source) if reference is None else reference.open()}
+        try:
+            return {"type": "image", "image": open_image(source) if reference is None else reference.open()}
+        except (ValueError, OSError) as error:
+            self._note_broken(str(reference or error))
+            raise
+
+    def _note_broken(self, name: str) -> None:
+        """Counts a broken image once, in whichever worker and epoch."""
+        number = int(digest_of(name.encode("utf-8", "replace"))[:15], 16) + 1
+        free = (self._broken == 0).nonzero()
+        if len(free) and not (self._broken == number).any():
+            self._broken[free[number % len(free)]] = number  # workers rarely choose the same place
 
     def _count(self, what: str) -> None:
         worker = get_worker_info()

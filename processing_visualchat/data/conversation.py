@@ -31,6 +31,7 @@ class Dropped:
 
     reason: str  # the same for all records with this fault
     detail: str = field(default="", compare=False)  # the fault of this one, as the predicate of a sentence
+    images: tuple[ImageReference, ...] = field(default=(), compare=False)  # those at fault: where they were looked for
 
 
 NO_ROUND = Dropped("no question with an answer", "has no question with an answer")

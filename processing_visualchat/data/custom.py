@@ -19,9 +19,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from .conversation import Conversation, Dropped
-from .files import list_below, suffix_of
-from .images import is_usable
-from .ingestion import BROKEN_IMAGE, IngestedRecord, IngestionReport, ingest
+from .files import suffix_of
+from .ingestion import IngestedRecord, IngestionReport, ingest
 from .readers import RECORDS, read_conversations
 
 
@@ -70,8 +69,7 @@ def load_custom_source(source: CustomSource, data_root: str | Path) -> tuple[Dat
     links = "" if source.hub is None else str(base.parent.parent)
     options: dict[str, Any] = {"files": [*map(str, files)], "root": str(root), "images": images}
     options |= {"links": links, "columns": source.columns}
-    inputs = [*files, *list_below({Path(images or file.parent) for file in files})]
-    return ingest(source.name, _read, root, inputs, options)
+    return ingest(source.name, _read, root, files, options)
 
 
 def _read(
@@ -80,10 +78,17 @@ def _read(
     for file in map(Path, files):
         name = str(file.relative_to(root)) if file.is_relative_to(root) else str(file)
         for record in read_conversations(file, images, name, columns=columns, links=links):
-            inline = record.outcome.images if isinstance(record.outcome, Conversation) else []
-            if not all(is_usable(image) for image in inline if image.kind == "inline"):
-                record = replace(record, outcome=Dropped(BROKEN_IMAGE))
-            yield record
+            yield replace(record, outcome=_examine_inline(record.outcome))
+
+
+def _examine_inline(outcome: Conversation | Dropped) -> Conversation | Dropped:
+    """Names the images inside a record by their pixels; or drops it, if one cannot be used."""
+    contents = {image: image.examine() for image in outcome.images if image.kind == "inline"}
+    if faulty := [image for image, content in contents.items() if content.fault]:
+        return Dropped(contents[faulty[0]].fault, images=(faulty[0],))
+    if isinstance(outcome, Dropped):
+        return outcome
+    return outcome.map_images(lambda image: replace(image, key=contents[image].digest) if image in contents else image)
 
 
 def find_files(source: CustomSource, base: Path) -> list[Path]:

@@ -3,19 +3,22 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow
-from datasets import Dataset, Features
+from datasets import Dataset, Features, config
 from datasets.exceptions import DatasetGenerationError
+from datasets.fingerprint import Hasher
+from filelock import FileLock
 from fsspec.core import OpenFile, get_compression, url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from pyarrow import ipc, parquet
 
 
-DATA_VERSION = 2  # part of every cache key: raise it when the same files yield different rows
+DATA_VERSION = 3  # part of every cache key: raise it when the same files yield different rows
 ARCHIVE_SUFFIXES = (".json", ".parquet", ".arrow")
 TABLE_BATCH = 64  # rows
 
@@ -94,31 +97,37 @@ def stamp_of(path: str | Path) -> tuple[int, int] | None:
     return status.st_size, status.st_mtime_ns
 
 
-def list_below(folders: Iterable[Path]) -> list[Path]:
-    """Folders, all folders inside them, and files that may hold images: everywhere that an image is looked for."""
-    found: set[Path] = set()
-    for folder in folders:
-        for path, names, files in os.walk(folder):
-            names[:] = [name for name in names if not name.startswith(".")]
-            found.add(Path(path))
-            found.update(Path(path, file) for file in files if file.endswith(ARCHIVE_SUFFIXES))
-    return sorted(found)
-
-
 def cache_rows(
     generate: Callable[..., Iterator[dict]],
     features: Features,
     options: dict[str, Any],
     files: Iterable[Path] = (),
     num_proc: int = 1,
+    is_current: Callable[[Dataset], bool] = lambda rows: True,
 ) -> Dataset:
     """
-    The rows, at least one, that `generate(**options, key=…)` yields; cached until a file or folder changes. It is a
-    function of a module, since its name is part of the cache key.
+    The rows, at least one, that `generate(**options)` yields; cached until one of the files changes or they are no
+    longer current, and then replaced. It is a function of a module, since its name is part of the cache key.
     """
     state = [(str(path), stamp_of(path)) for path in files]
-    options = {**options, "key": digest_of(f"{DATA_VERSION} {state}".encode())}
-    try:
-        return Dataset.from_generator(generate, features=features, gen_kwargs=options, num_proc=num_proc)
-    except DatasetGenerationError as error:
-        raise (error.__cause__ or error) from None
+    name = Hasher.hash([generate.__module__, generate.__qualname__, options, DATA_VERSION])
+    folder = Path(config.HF_DATASETS_CACHE, "visualchat", name)
+    current = folder / digest_of(str(state).encode())
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def read() -> Dataset:
+        try:
+            return Dataset.from_generator(
+                generate, features=features, gen_kwargs=options, num_proc=num_proc, cache_dir=str(current)
+            )
+        except DatasetGenerationError as error:
+            raise (error.__cause__ or error) from None
+
+    with FileLock(f"{folder}.lock"):
+        was_there, rows = current.is_dir(), read()
+        if was_there and not is_current(rows):
+            shutil.rmtree(current)
+            rows = read()
+        for outdated in set(folder.iterdir()) - {current}:
+            shutil.rmtree(outdated, ignore_errors=True)
+    return rows

@@ -1,36 +1,31 @@
-"""The digest of every image of a mixture, and whether it is broken; cached once read."""
+"""The contents of all images of a mixture; cached once read."""
 
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Features, Value
 
-from .files import ARCHIVE_SUFFIXES, cache_rows, digest_of
-from .images import ImageReference, find_archive, is_usable
+from .files import ARCHIVE_SUFFIXES, cache_rows
+from .images import ImageContent, ImageReference, find_archive
 
 
-FEATURES = Features({"name": Value("string"), "digest": Value("string"), "is_broken": Value("bool")})
+FEATURES = Features({"name": Value("string"), "digest": Value("string"), "fault": Value("string")})
 CHUNK = 1000  # images that one process reads in a row
-
-
-@dataclass(frozen=True)
-class ImageContent:
-    """The digest of an image, see [`ImageReference`], and whether it is missing, unreadable or a single pixel wide."""
-
-    digest: str
-    is_broken: bool = False
 
 
 def read_image_contents(names: Iterable[str], root: Path, check_images: bool = True) -> dict[str, ImageContent]:
     """
     Reads every image once, or finds the cached result, by references as text, relative to the root. A URL is not
-    downloaded. `check_images` decodes them, to find the broken ones.
+    downloaded. `check_images` decodes them, to find the broken ones and to tell them apart by their pixels.
     """
     root = root.resolve()
     references = {name: ImageReference.parse(name).under(root) for name in sorted(set(names))}
-    contents = {name: ImageContent(image.digest()) for name, image in references.items() if not image.is_local}
+    contents = {  # an image inside its record was decoded when that was read, and is named by its pixels
+        name: ImageContent(image.key) if image.kind == "inline" else image.examine(check_images)
+        for name, image in references.items()
+        if not image.is_local
+    }
     files = [name for name in references if name not in contents]
     if not files:
         return contents
@@ -45,12 +40,7 @@ def read_image_contents(names: Iterable[str], root: Path, check_images: bool = T
     return contents
 
 
-def _generate_contents(names: list[list[str]], root: str, check_images: bool, key: str) -> Iterator[dict]:
+def _generate_contents(names: list[list[str]], root: str, check_images: bool) -> Iterator[dict]:
     for name in (name for chunk in names for name in chunk):
-        image = ImageReference.parse(name).under(root)
-        try:
-            data = image.read()
-        except (OSError, ValueError):
-            yield {"name": name, "digest": image.digest(), "is_broken": check_images}
-        else:
-            yield {"name": name, "digest": digest_of(data), "is_broken": check_images and not is_usable(data)}
+        content = ImageReference.parse(name).under(root).examine(check_images)
+        yield {"name": name, "digest": content.digest, "fault": content.fault if check_images else ""}

@@ -20,11 +20,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow
 from datasets import Dataset, Features, Value
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ..conversation_visualchat import image_source
 from ..image_loading_visualchat import decode_base64, load_image
@@ -32,6 +32,33 @@ from .files import cache_rows, digest_of, open_file, parse_json, read_table, sta
 
 
 LONGEST_NAME = 255  # characters; longer text in the base64 alphabet is an image, not a path
+MISSING_IMAGE = "an image is not there"
+BROKEN_BASE64 = "an image of broken base64 text"
+READING_FAULTS = {
+    IsADirectoryError: "a folder in place of an image",
+    PermissionError: "an image file that may not be read",
+}
+BOMB = "an image with too many pixels to be opened safely; scale it down"
+DECODING_FAULTS = {  # by the cause of the error
+    Image.DecompressionBombWarning: BOMB,
+    Image.DecompressionBombError: BOMB,
+    UnidentifiedImageError: "a file in place of an image that Pillow cannot read",
+    type(None): "an image one pixel wide or high",
+}
+SIGNATURES = {  # of data that cannot be decoded, by its beginning
+    rb"\Z": "an empty image file",
+    rb"(?s).{4}ftyp(hei|hev|mif1|msf1)": "an image in HEIC; convert it to JPEG or PNG",
+    rb"(?s)\s*(<[?!].{0,2000}>\s*)?<svg": "an image in SVG; convert it to PNG",
+    rb"(?i)\s*<(!doctype html|html|head|body)": "an HTML page in place of an image",
+    rb"version https://git-lfs": "a Git LFS pointer in place of an image; run git lfs pull",
+}
+
+
+class ImageContent(NamedTuple):
+    """The digest of the pixels of an image, or of its bytes if they are not decoded; and why it cannot be used."""
+
+    digest: str
+    fault: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,7 +96,7 @@ class ImageReference:
     @classmethod
     def from_base64(cls, text: str) -> "ImageReference":
         """An inline image from base64 text or a `data:` URI."""
-        return cls("inline", key=digest_of(_decode_inline(text)), data=text)
+        return cls("inline", key=digest_of(_decode_inline(text) or b""), data=text)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "ImageReference":
@@ -139,20 +166,41 @@ class ImageReference:
         return replace(self, kind="hub" if scheme and not self.key else self.kind, path=f"{scheme}{separator}{path}")
 
     def exists(self) -> bool:
-        """Whether a local image is there; in an archive, whether it is whole too. Others are found out by opening."""
+        """Whether nothing is known against it, see [`find_fault`]."""
+        return not self.find_fault()
+
+    def find_fault(self) -> str:
+        """Why it cannot be used: not there, or broken in its archive; other faults are found by opening it."""
         with contextlib.suppress(OSError, ValueError):  # a path that no file can have, or a broken archive
             if self.kind == "archive":
-                return self.key in open_archive(self.path)[1]
+                _, numbers, faults = open_archive(self.path)
+                return faults.get(self.key, "" if self.key in numbers else MISSING_IMAGE)
             folder, name = os.path.split(self.path)
-            return self.kind != "file" or name in _list_folder(folder, stamp_of(folder))
-        return False
+            if self.kind != "file" or name in _list_folder(folder, stamp_of(folder)):
+                return ""
+        is_text = len(self.path) > LONGEST_NAME and "." not in os.path.basename(self.path)
+        return BROKEN_BASE64 if is_text else MISSING_IMAGE
+
+    def examine(self, decode: bool = True) -> ImageContent:
+        """Reads the image; a digest of the reference stands for one that cannot be read, or is not downloaded."""
+        unread = ImageContent(digest_of(str(self).encode("utf-8", "replace")))
+        if self.kind == "url":
+            return unread
+        try:
+            data = _decode_inline(self.data) if self.kind == "inline" else self.read()
+        except tuple(READING_FAULTS) as error:
+            return unread._replace(fault=READING_FAULTS[type(error)])
+        except (OSError, ValueError):
+            return unread._replace(fault=self.find_fault() or MISSING_IMAGE)
+        image, fault = decode_image(data) if decode else (None, "")
+        return ImageContent(digest_of(data or b"") if image is None else _digest_pixels(image), fault)
 
     def read(self) -> bytes:
         """The encoded image, of any kind but a URL; an `OSError` or `ValueError` if it cannot be read."""
         if self.kind == "archive":
-            rows, numbers = open_archive(self.path)
-            if self.key not in numbers:
-                raise ValueError(f"{self.path} holds no image {self.key}, or a broken one.")
+            rows, numbers, _ = open_archive(self.path)
+            if fault := self.find_fault():
+                raise ValueError(f"{self.path} holds no image {self.key} of use: {fault}.")
             return rows[numbers[self.key]]["data"]
         if self.kind == "inline":
             if data := _decode_inline(self.data):
@@ -166,13 +214,8 @@ class ImageReference:
         return open_image(self.path if self.kind in ("file", "url") else self.read(), str(self))
 
     def digest(self) -> str:
-        """The digest of the encoded image; of the text of the reference where the image cannot be read."""
-        if self.kind == "inline":
-            return self.key
-        with contextlib.suppress(OSError, ValueError):
-            if self.kind != "url":
-                return digest_of(self.read())
-        return digest_of(str(self).encode("utf-8", "replace"))
+        """The digest of its pixels, see [`examine`]."""
+        return self.examine().digest
 
 
 def _is_below(path: str, folder: str) -> bool:
@@ -206,12 +249,19 @@ def open_image(source: Any, name: str = "in memory") -> Image.Image:
     return image
 
 
-def is_usable(source: Any) -> bool:
-    """Whether an image can be opened for training."""
-    with contextlib.suppress(ValueError, OSError):
-        source.open() if isinstance(source, ImageReference) else open_image(source)
-        return True
-    return False
+def decode_image(data: bytes | None) -> tuple[Image.Image | None, str]:
+    """The image or, if it cannot be used for training, the reason; `None` stands for broken base64."""
+    if data is None:
+        return None, BROKEN_BASE64
+    try:
+        return open_image(data), ""
+    except (ValueError, OSError) as error:
+        found = next((reason for pattern, reason in SIGNATURES.items() if re.match(pattern, data)), None)
+        return None, found or DECODING_FAULTS.get(type(error.__cause__), "an image that is truncated or broken")
+
+
+def _digest_pixels(image: Image.Image) -> str:
+    return digest_of(f"{image.size}".encode() + image.tobytes())
 
 
 @lru_cache(maxsize=64)
@@ -219,16 +269,17 @@ def _list_folder(folder: str, stamp: object) -> frozenset[str]:
     return frozenset(os.listdir(folder)) if os.path.isdir(folder) else frozenset()
 
 
-def _decode_inline(text: str) -> bytes:
-    return decode_base64(text.rpartition(",")[2]) or b""
+def _decode_inline(text: str) -> bytes | None:
+    return decode_base64(text.rpartition(",")[2]) or None
 
 
-def open_archive(path: str) -> tuple[Dataset, dict[str, int]]:
+def open_archive(path: str) -> tuple[Dataset, dict[str, int], dict[str, str]]:
     """
-    The images of a file, or of its parquet sibling, and their row numbers by name; opened once while it is unchanged.
+    The images of a file, or of its parquet sibling, and their row numbers by name; and the faults of those that cannot
+    be used. It is opened once while it is unchanged.
 
     It has base64 by id: as JSON (`{"id": "base64", …}`), or as parquet with the columns `id` and `base64`. Or it is a
-    table of records, whose encoded images are named `row.number`. Broken images and single pixels have no name.
+    table of records, whose encoded images are named `row.number`.
     """
     file = find_archive(Path(path))
     if file is None:
@@ -237,10 +288,11 @@ def open_archive(path: str) -> tuple[Dataset, dict[str, int]]:
 
 
 @lru_cache(maxsize=16)
-def _read_archive(file: Path, stamp: object) -> tuple[Dataset, dict[str, int]]:
+def _read_archive(file: Path, stamp: object) -> tuple[Dataset, dict[str, int], dict[str, str]]:
     rows = cache_rows(_generate_images, ARCHIVE_FEATURES, {"path": str(file)}, [file])
-    names = zip(rows["id"], rows["is_image"])
-    return rows, {name: index for index, (name, is_image) in enumerate(names) if is_image}
+    names, faults = rows["id"][:], rows["fault"][:]
+    numbers = {name: index for index, name in enumerate(names) if index}
+    return rows, numbers, {name: fault for name, fault in zip(names, faults) if fault}
 
 
 def find_archive(path: Path) -> Path | None:
@@ -248,31 +300,31 @@ def find_archive(path: Path) -> Path | None:
     return next((file for file in (path, path.with_suffix(".parquet")) if file.is_file()), None)
 
 
-ARCHIVE_FEATURES = Features({"id": Value("string"), "data": Value("large_binary"), "is_image": Value("bool")})
+ARCHIVE_FEATURES = Features({"id": Value("string"), "data": Value("large_binary"), "fault": Value("string")})
 
 
 IDS = ("id", "__index_level_0__", "base64")  # columns of images by id
 
 
-def _generate_images(path: str, key: str) -> Iterator[dict]:
-    yield {"id": "", "data": b"", "is_image": False}  # `datasets` cannot build an empty dataset
+def _generate_images(path: str) -> Iterator[dict]:
+    yield {"id": "", "data": b"", "fault": ""}  # `datasets` cannot build an empty dataset
     for name, data in _read_json(path) if path.endswith(".json") else _read_table(path):
-        yield {"id": name.encode("utf-8", "replace").decode(), "data": data, "is_image": is_usable(data)}
+        yield {"id": name.encode("utf-8", "replace").decode(), "data": data or b"", "fault": decode_image(data)[1]}
 
 
-def _read_json(path: str) -> Iterator[tuple[str, bytes]]:
+def _read_json(path: str) -> Iterator[tuple[str, bytes | None]]:
     images = parse_json(Path(path).read_bytes(), path)
     if not isinstance(images, dict):
         raise ValueError(f"{path} has another schema: at its top it should have a dict of base64 by image id.")
-    yield from ((name, decode_base64(text) or b"") for name, text in images.items())
+    yield from ((name, decode_base64(text)) for name, text in images.items())
 
 
-def _read_table(path: str) -> Iterator[tuple[str, bytes]]:
+def _read_table(path: str) -> Iterator[tuple[str, bytes | None]]:
     with open_file(path) as contents:
         for number, row in enumerate(read_table(contents, path, lambda field: field.name in IDS or may_hold(field))):
             name = next((row.pop(name) for name in IDS[:2] if row.get(name) is not None), None)
             if name is not None and (encoded := row.pop("base64", None)):
-                yield str(name), decode_base64(encoded) or b""
+                yield str(name), decode_base64(encoded)
             images: list[bytes] = []
             replace_encoded(row, images.append)
             yield from ((f"{number}.{index}", data) for index, data in enumerate(images))

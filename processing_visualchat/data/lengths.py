@@ -1,20 +1,22 @@
 """The lengths of conversations, by which they are batched or packed."""
 
 import json
+from bisect import bisect_left
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, config
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from ..conversation_visualchat import is_image
+from ..conversation_visualchat import drop_nulls, is_image
 from ..processing_visualchat import VisualChatProcessor
 from .conversation import messages_of
 from .files import DATA_VERSION, digest_of
 
 
-MEASURES = ("length", "num_images", "num_rounds")
+MEASURES = ("length", "num_trained", "num_images", "num_rounds")
 TRANSIENT = ("padding", "truncation")  # tokenizer settings that its last call leaves behind
 
 
@@ -25,15 +27,40 @@ def count_tokens(messages: list[dict], processor: VisualChatProcessor) -> int:
     return num_tokens + text.count(processor.image_token) * (processor.image_seq_length - 1)
 
 
+def _count_trained(messages: list[dict], processor: VisualChatProcessor) -> int:
+    """The tokens with a loss: those of the answers, which the template marks."""
+    (text,), (answers,) = render_jinja_template(
+        [drop_nulls(messages)],
+        chat_template=processor.chat_template,
+        return_assistant_tokens_mask=True,
+        **processor.tokenizer.special_tokens_map,
+    )
+    offsets: Any = processor.tokenizer(text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    starts = [start for start, _ in offsets]
+    return sum(bisect_left(starts, end) - bisect_left(starts, start) for start, end in answers)
+
+
+def list_overlong(dataset: Dataset, limit: int, count: int = 3) -> tuple[int, list[str]]:
+    """The number of conversations of a measured dataset with more than `limit` tokens, and the names of the first."""
+    lengths = np.asarray(dataset.with_format(None)["length"][:])
+    overlong = np.flatnonzero(lengths > limit).tolist()
+    names = []
+    for index in overlong[:count]:
+        where = dataset[index].get("where") or [f"conversation {index}"]
+        names.append(f"{' + '.join(where)} ({lengths[index]:,} tokens)")
+    return len(overlong), names
+
+
 def measure(example: dict, processor: VisualChatProcessor) -> dict[str, int]:
     """The [`MEASURES`] of an example."""
     messages = messages_of(example)
     try:
-        length = count_tokens(messages, processor)
+        length, num_trained = count_tokens(messages, processor), _count_trained(messages, processor)
     except ValueError as error:
         raise ValueError(f"{example.get('where', 'A conversation')} cannot be rendered: {error}") from error
     return {
         "length": length,
+        "num_trained": num_trained,
         "num_images": sum(is_image(block) for message in messages for block in message["content"]),
         "num_rounds": sum(message["role"] == "assistant" for message in messages),
     }
@@ -50,7 +77,8 @@ def measure_lengths(dataset: Dataset, processor: VisualChatProcessor, num_proc: 
         num_proc (`int`, *optional*): The number of processes.
 
     Returns:
-        The dataset with the columns `length` (tokens, including those of images), `num_images` and `num_rounds`.
+        The dataset with the columns `length` (tokens, including those of images), `num_trained` (tokens with a loss),
+        `num_images` and `num_rounds`.
     """
     key = digest_of(f"{dataset._fingerprint} {_describe(processor)} {DATA_VERSION}".encode())
     Path(config.HF_DATASETS_CACHE).mkdir(parents=True, exist_ok=True)

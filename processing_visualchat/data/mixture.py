@@ -21,8 +21,9 @@ A mixture is one YAML file:
 
 With `streaming: true` it is read while it is trained on, see `streaming.py`.
 
-Data flows one way: datasets → split by image → samples → groups. Images are told apart by their content, so one with
-two paths is one image.
+Data flows one way: datasets → split by image → samples → groups. Images are told apart by their pixels, so one with
+two paths or formats is one image (if images are not checked, by their bytes); conversations without images by their
+text.
 """
 
 import json
@@ -39,8 +40,10 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from .conversation import join_messages
 from .custom import CustomSource, load_custom_source
-from .image_contents import ImageContent, read_image_contents
-from .ingestion import BROKEN_IMAGE, IngestionReport
+from .files import digest_of
+from .image_contents import read_image_contents
+from .images import ImageContent
+from .ingestion import IngestionReport
 from .published import SOURCES, get_source, load_source
 from .schemas import check_columns
 from .split import DROP_REASONS, split_by_image
@@ -149,6 +152,7 @@ class Mixture:
             broken ones are counted as dropped.
         sizes (`dict`): The number of groups for training and for evaluation, by dataset.
         contents (`dict` of [`ImageContent`]): The digest of every image by its reference.
+        conversations (`datasets.Dataset`): All that can be used, each once and by itself.
     """
 
     train: Dataset
@@ -156,6 +160,7 @@ class Mixture:
     reports: list[IngestionReport]
     sizes: dict[str, tuple[int, int]]
     contents: dict[str, ImageContent] = field(repr=False)
+    conversations: Dataset = field(repr=False)
 
     def source_table(self) -> list[Row]:
         """Records of each dataset, and its groups of conversations on the two sides."""
@@ -231,19 +236,20 @@ def load_mixture(
     images_of = rows.select_columns(["images"]).with_format("arrow")[:]["images"].to_pylist()  # faster than by row
     contents = read_image_contents({image for images in images_of for image in images}, root, check_images)
     reasons = [_find_fault(images, contents, config.max_images) for images in images_of]
-    kept = [index for index, reason in enumerate(reasons) if reason is None]
-    digests = [[contents[image].digest for image in images_of[index]] for index in kept]
-    sides = split_by_image(digests, [source_of[index] for index in kept], config.eval_share, config.seed)
-    side_of = dict(zip(kept, sides))
+    kept = [index for index, (reason, _) in enumerate(reasons) if not reason]
+    # Text alone is told apart by its own digest.
+    digests = [[contents[image].digest for image in images_of[index]] or [_digest_text(rows[index])] for index in kept]
+    kept_sources = [source_of[index] for index in kept]
+    side_of = dict(zip(kept, split_by_image(digests, kept_sources, config.eval_share, config.seed)))
     for index, side in side_of.items():
-        reasons[index] = DROP_REASONS.get(side)
+        reasons[index] = (DROP_REASONS.get(side, ""), [])
     usable: dict[str, list[int]] = {report.name: [] for report in reports}
     report_of = {report.name: report for report in reports}
-    for index, (source, reason) in enumerate(zip(source_of, reasons)):
-        if reason is None:
-            usable[source].append(index)
+    for index, (source, (reason, images)) in enumerate(zip(source_of, reasons)):
+        if reason:
+            report_of[source].drop(rows[index], reason, images)
         else:
-            report_of[source].drop(rows[index]["where"], rows[index]["num_records"], reason)
+            usable[source].append(index)
     for report in reports:
         report.require_conversations()
 
@@ -261,16 +267,20 @@ def load_mixture(
             for taken in _passes([index for index in chosen if side_of[index] == side], weight, rng):
                 groups += group(taken, spec.concatenate, config.max_images, rng, num_images.__getitem__, systems.get)
         sizes[spec.name] = (len(train) - before[0], len(evaluation) - before[1])
-    return Mixture(
-        _as_dataset(rows, train, num_images), _as_dataset(rows, evaluation, num_images), reports, sizes, contents
-    )
+    sides = [_as_dataset(rows, groups, num_images) for groups in (train, evaluation)]
+    conversations = rows.select([index for indices in usable.values() for index in indices])
+    return Mixture(sides[0], sides[1], reports, sizes, contents, conversations)
 
 
-def _find_fault(images: list[str], contents: dict[str, ImageContent], max_images: int) -> str | None:
-    """The reason to drop a conversation, if there is one."""
+def _find_fault(images: list[str], contents: dict[str, ImageContent], max_images: int) -> tuple[str, list[str]]:
+    """The reason to drop a conversation, if there is one, and the image that is at fault."""
     if len(images) > max_images:
-        return f"more than {max_images} images"
-    return BROKEN_IMAGE if any(contents[image].is_broken for image in images) else None
+        return f"more than {max_images} images", []
+    return next(((contents[image].fault, [image]) for image in images if contents[image].fault), ("", []))
+
+
+def _digest_text(row: dict) -> str:
+    return digest_of(json.dumps(row["messages"]).encode())
 
 
 def _get_system(row: dict) -> str:

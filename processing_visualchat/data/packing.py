@@ -10,7 +10,7 @@ go where they leave the smaller load (longest processing time first, in two dime
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -59,7 +59,7 @@ def pack_conversations(dataset: Dataset, max_length: int, max_images: int | None
 PACKS = Features({"members": List(Value("int64")), "length": Value("int64"), "num_images": Value("int64")})
 
 
-def _generate_packs(sizes: np.ndarray, max_length: int, max_images: int | None, seed: int, key: str):
+def _generate_packs(sizes: np.ndarray, max_length: int, max_images: int | None, seed: int) -> Iterator[dict]:
     lengths, num_images = sizes
     for pack in plan_packs(lengths, num_images, max_length, max_images, seed):
         yield {"members": pack, "length": int(lengths[pack].sum()), "num_images": int(num_images[pack].sum())}

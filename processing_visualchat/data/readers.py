@@ -9,18 +9,19 @@ import re
 import tarfile
 import zlib
 from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from datasets import Dataset, Features, Json
+from datasets import Dataset, Features, Json, List, Value
 from tqdm.auto import tqdm
 
 from ..processing_visualchat import VisualChatProcessor
 from .conversation import OUTSIDE, Conversation, Dropped
 from .files import describe_json_error, open_file, parse_json, read_table, suffix_of
-from .images import ImageReference, may_hold, replace_encoded
-from .ingestion import MISSING_IMAGE, IngestedRecord, check_record
+from .images import MISSING_IMAGE, ImageReference, may_hold, replace_encoded
+from .ingestion import IngestedRecord, check_record
 from .lengths import count_tokens
 from .schemas import IMAGE_KEY, as_list, convert_record, is_known
 
@@ -80,8 +81,8 @@ def _read_whole(records: Iterator[tuple[str, Any]], name: str) -> Iterator[tuple
 
 def _resolve_images(outcome: Conversation, root: str, file: str, links: str) -> Conversation | Dropped:
     resolved = {image: image.resolve(root, file, links) for image in outcome.images}
-    if None in resolved.values():
-        return OUTSIDE
+    if outside := tuple(image for image, found in resolved.items() if found is None):
+        return replace(OUTSIDE, images=outside)
     return outcome.map_images(lambda image: resolved[image] or image)
 
 
@@ -101,7 +102,8 @@ def _read_lines(contents: BinaryIO, name: str, columns: Container[str] = ()) -> 
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
-                record = Dropped("a line that is not JSON", describe_json_error(error))
+                kind = "UTF-8" if isinstance(error, UnicodeDecodeError) else "JSON"
+                record = Dropped(f"a line that is not {kind}", describe_json_error(error))
             yield f"line {number}", record
 
 
@@ -179,7 +181,7 @@ def load_conversations(
             default that of the file.
 
     Returns:
-        `datasets.Dataset` with the column `messages`; image paths are absolute.
+        `datasets.Dataset` with the columns `messages` (image paths absolute) and `where` (file and record).
 
     Raises:
         `FileNotFoundError`: the file, or an image that it names, does not exist.
@@ -190,6 +192,7 @@ def load_conversations(
         raise FileNotFoundError(f"No data file at {path}.")
     limit = min(max_length or processor.tokenizer.model_max_length, processor.tokenizer.model_max_length)
     conversations: list[list[dict]] = []
+    places: list[list[str]] = []
     opened: set[ImageReference] = set()
     records = read_conversations(path, os.path.abspath(image_root or path.parent), is_strict=True)
     for record in tqdm(records, desc=f"Checking {path.name}", unit="conversation"):
@@ -212,6 +215,8 @@ def load_conversations(
                 "are read. Leave out rounds or images: a cut could go through an image."
             )
         conversations.append(messages)
+        places.append([record.where])
     if not conversations:
         raise ValueError(f"{path} holds no conversation; write one on every line.")
-    return Dataset.from_dict({"messages": conversations}, features=Features({"messages": Json()}))
+    features = Features({"messages": Json(), "where": List(Value("string"))})
+    return Dataset.from_dict({"messages": conversations, "where": places}, features=features)

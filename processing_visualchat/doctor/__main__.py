@@ -3,15 +3,16 @@ Reads a whole mixture before a GPU is rented, and reports what is wrong with it.
 
     python -m processing_visualchat.doctor examples/configs/small_mixture.yaml --data_root data --model CHECKPOINT
 
-For every dataset: how many records were read, used, repaired and dropped, by reason, with file and record. For the
-conversations: tokens, images and rounds, over-length ones, and what packing saves. For the images: broken ones,
-duplicates, and any that is on both sides of the split. The first conversations are shown as the model gets them, with
-the loss marked. The report is printed and written as one page (`report.html`), and every dropped record as a line of
-`dropped.jsonl`.
+A verdict comes first: whether the mixture is fit to train on, and why not. For every dataset: its share of the tokens,
+and how many records were read, used, repaired and dropped, by reason, with file and record. For the conversations:
+tokens, images and rounds, over-length and repeated ones, steps per epoch, and what packing saves. For the images:
+broken ones, duplicates by their pixels, and any that is on both sides of the split. The first conversations of every
+dataset are shown as the model gets them, with the loss marked. The report is printed and written as one page
+(`report.html`), and every dropped record as a line of `dropped.jsonl`.
 
 Without `--model` there is no tokenizer: a word or a punctuation mark counts as one token, an image as 256. The exit
-status is 1 if a dataset cannot be read or an image is on both sides, with `--strict` also if any record was dropped,
-and 2 if there is nothing to read.
+status is 1 if a dataset cannot be read or an image is on both sides, with `--strict` also if a conversation is
+over-length, a file repeats another or any record was dropped, and 2 if there is nothing to read.
 """
 
 import sys
@@ -43,12 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, default, text in (
         ("--max_length", 4096, "maximum tokens of a conversation and of a pack"),
         ("--batch_size", 8, "conversations per padded batch, to compare with packs"),
-        ("--samples", 5, "number of conversations to show"),
+        ("--samples", 5, "number of conversations to show, at least one of each dataset"),
     ):
         parser.add_argument(name, type=positive_number, default=default, help=text)
     parser.add_argument("--skip_images", action="store_true", help="do not decode every image")
     parser.add_argument("--output", default="visualchat-doctor", help="folder for report.html and dropped.jsonl")
-    parser.add_argument("--strict", action="store_true", help="treat a dropped record as an error")
+    parser.add_argument("--strict", action="store_true", help="treat every problem and dropped record as an error")
     options = parser.parse_args(arguments)
     try:
         diagnosis = examine(
@@ -71,10 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"doctor: error: the page cannot be written: {error}", file=sys.stderr)
         return 2
-    if options.strict and diagnosis.num_dropped:
-        print(f"doctor: {diagnosis.num_dropped} records are dropped, and --strict allows none", file=sys.stderr)
+    if options.strict and (diagnosis.num_dropped or diagnosis.problems):
+        counts = f"{diagnosis.num_dropped:,} records are dropped, {len(diagnosis.problems)} problems found"
+        print(f"doctor: {counts}, and --strict allows none", file=sys.stderr)
         return 1
-    return 1 if diagnosis.problems else 0
+    return 1 if diagnosis.errors else 0
 
 
 if __name__ == "__main__":

@@ -1,17 +1,20 @@
 """The examination of a mixture: its numbers, and the problems to fix before training."""
 
+import json
 import os
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
 
-from ..data.files import suffix_of
-from ..data.lengths import measure_lengths
+from ..data.files import digest_of, suffix_of
+from ..data.ingestion import split_place
+from ..data.lengths import list_overlong, measure_lengths
 from ..data.mixture import DatasetSpec, Mixture, MixtureConfig, load_mixture, read_mixture_config
 from ..data.packing import BatchingStatistics, batching_table, compare_batching
 from ..data.readers import RECORDS
@@ -21,6 +24,7 @@ from .samples import Sample, draw_samples, make_estimating_processor
 
 
 QUANTITIES = {"length": "tokens", "num_images": "images", "num_rounds": "rounds"}
+NUM_NAMED = 20  # over-length conversations and broken images
 MANY = 20_000  # conversations; with fewer, starting processes takes longer than it saves
 
 
@@ -34,17 +38,62 @@ class Diagnosis:
     sides: dict[str, Dataset]  # `train` and `evaluation`, measured
     leaked: list[list[str]]  # references to the same image, on both sides of the split
     duplicates: list[list[str]]  # references to the same image
+    repeats: list[list[str]]  # files and records of the same conversation
+    is_checked: bool  # images were decoded
     max_length: int  # tokens of a conversation
+    batch_size: int
     batching: dict[str, BatchingStatistics]  # by strategy
-    samples: list[Sample]  # the first conversations
+    samples: list[Sample]  # the first conversations of each source
     is_estimated: bool  # tokens were counted without the model's tokenizer
 
     @property
-    def problems(self) -> list[str]:
-        """The problems to fix before training."""
+    def errors(self) -> list[str]:
+        """What makes the mixture unfit to train on."""
         unreadable = [f"{name} cannot be read: {reason}" for name, reason in self.failures.items()]
         empty = [] if len(self.sides["train"]) else ["there is no conversation to train on"]
         return unreadable + empty + [f"on both sides of the split: {', '.join(names)}" for names in self.leaked]
+
+    @property
+    def problems(self) -> list[str]:
+        """All problems to fix before training; those that are not errors need a decision."""
+        overlong = []
+        for side in self.sides:
+            number, names = self.list_overlong(side, 3)
+            if number:
+                named = "; ".join(names) + ("; …" if number > len(names) else "")
+                overlong.append(
+                    f"{number:,} {side} conversations have more than {self.max_length:,} tokens ({named}). "
+                    "Set --overlong of finetune.py, which refuses them by default."
+                )
+        return [*self.errors, *overlong, *self.list_copies()]
+
+    @property
+    def verdict(self) -> str:
+        """Whether the mixture is fit to train on."""
+        if self.errors:
+            return "Not fit to train on"
+        return "Fit to train on, after a decision" if self.problems else "Fit to train on"
+
+    def list_overlong(self, side: str, count: int = NUM_NAMED) -> tuple[int, list[str]]:
+        """The number of over-length conversations of a side, and the first names."""
+        return list_overlong(self.sides[side], self.max_length, count)
+
+    def list_copies(self) -> list[str]:
+        """Files most of whose conversations another file has too, as one beside its copy in another format."""
+        sizes = Counter(split_place(where)[0] for where in self.mixture.conversations["where"])
+        pairs: Counter[tuple[str, str]] = Counter()
+        for places in self.repeats:
+            pairs.update(combinations(sorted({split_place(where)[0] for where in places}), 2))
+        return [
+            f"{copy} repeats {file}: {count:,} conversations are in both, and trained on twice."
+            for (file, copy), count in pairs.items()
+            if 2 * count > min(sizes[file], sizes[copy])
+        ]
+
+    def list_broken(self) -> dict[str, str]:
+        """Why images cannot be used, by their names."""
+        lines = (line for report in self.mixture.reports for line in report.list_dropped())
+        return {line["image"]: line["reason"] for line in lines if line["image"]}
 
     @property
     def num_dropped(self) -> int:
@@ -60,6 +109,20 @@ class Diagnosis:
         rows: list[Row] = [("source", "action", "records", "reason", "first")]
         for report in self.mixture.reports:
             rows += [(report.name, *reason) for reason in report.reasons()]
+        return rows
+
+    def share_table(self) -> list[Row]:
+        """The conversations of each dataset for training, and its tokens, which are what a mixture is about."""
+        rows: list[Row] = [("source", "share", "tokens", "trained", "conversations", "images", "evaluation")]
+        total = max(int(self.lengths("length", "train").sum()), 1)
+        start = 0
+        for source, (num_train, num_evaluation) in self.mixture.sizes.items():
+            sums = [
+                int(self.lengths(name, "train")[start : start + num_train].sum())
+                for name in ("length", "num_trained", "num_images")
+            ]
+            rows.append((source, f"{sums[0] / total:.1%}", *sums[:2], num_train, sums[2], num_evaluation))
+            start += num_train
         return rows
 
     def length_table(self) -> list[Row]:
@@ -78,28 +141,32 @@ class Diagnosis:
         """The most important numbers, in sentences."""
         contents = self.mixture.contents.values()
         num_images = len({content.digest for content in contents})
-        lengths = self.lengths("length", "train")
-        overlong = int((lengths > self.max_length).sum())
-        spare = sum(map(len, self.duplicates)) - len(self.duplicates)
-        counted = ", counted as words and marks, 256 for an image (no --model)" if self.is_estimated else ""
+        lengths, trained = (self.lengths(name, "train") for name in ("length", "num_trained"))
+        counted = " Tokens are words and marks, 256 for an image (no --model)." if self.is_estimated else ""
+        content = "pixels" if self.is_checked else "bytes, as they were not opened (--skip_images)"
+        spare, repeated = (sum(map(len, same)) - len(same) for same in (self.duplicates, self.repeats))
+        padded, *_, packed = (found.batches for found in self.batching.values()) if self.batching else (0, 0)
         return [
-            f"{len(self.sides['train'])} conversations to train on, {lengths.sum()} tokens{counted}.",
-            f"{len(contents)} image names, {num_images} different images; "
-            f"{sum(content.is_broken for content in contents)} cannot be used.",
-            f"{spare} image names are duplicates of others, by content" + _name_some(self.duplicates),
-            f"{len(self.leaked)} images are on both sides of the split" + _name_some(self.leaked),
-            f"{overlong} conversations to train on have more than {self.max_length} tokens; set --overlong of "
-            "finetune.py to choose how they are handled.",
-            f"{self.num_dropped} records are dropped"
+            f"{len(lengths):,} conversations to train on, {lengths.sum():,} tokens, "
+            f"{trained.sum():,} of them trained on.{counted}",
+            f"Steps per epoch of one process: {padded:,} padded batches of {self.batch_size}, or {packed:,} packs of "
+            f"{self.max_length:,} tokens.",
+            f"{len(contents):,} image names, {num_images:,} different images; "
+            f"{len(self.list_broken()):,} cannot be used.",
+            f"{spare:,} image names are duplicates of others, by their {content}" + _name_some(self.duplicates),
+            f"{repeated:,} conversations repeat others" + _name_some(self.repeats),
+            f"{len(self.leaked):,} images are on both sides of the split" + _name_some(self.leaked),
+            f"{self.num_dropped:,} records are dropped"
             + (", each with its reason in dropped.jsonl." if self.num_dropped else "."),
         ]
 
     def __str__(self) -> str:
         """The report as text."""
-        tables = (self.mixture.source_table(), self.reason_table(), self.length_table(), batching_table(self.batching))
-        problems = [f"PROBLEM: {problem}" for problem in self.problems]
-        parts = [self.name, *(format_table(table) for table in tables if len(table) > 1)]
-        return "\n\n".join([*parts, "\n".join(self.findings()), *(["\n".join(problems)] if problems else [])])
+        records = [self.mixture.source_table(), self.reason_table(), self.length_table()]
+        tables = [*records, batching_table(self.batching), self.share_table()]
+        parts = [self.name, *(format_table(table) for table in tables if len(table) > 1), "\n".join(self.findings())]
+        problems = (f"PROBLEM: {problem}" for problem in self.problems)
+        return "\n\n".join([*parts, "\n".join([*problems, f"{self.verdict}."])])
 
 
 def examine(
@@ -138,7 +205,10 @@ def examine(
         sides=sides,
         leaked=leaked,
         duplicates=duplicates,
+        repeats=find_repeats(mixture),
+        is_checked=check_images,
         max_length=max_length,
+        batch_size=batch_size,
         batching=compare_batching(train["length"][:], train["num_images"][:], max_length, batch_size),
         samples=draw_samples(mixture, processor, num_samples),
         is_estimated=is_estimated,
@@ -181,6 +251,21 @@ def compare_images(mixture: Mixture) -> tuple[list[list[str]], list[list[str]]]:
     return sorted(duplicates), leaked
 
 
+def find_repeats(mixture: Mixture) -> list[list[str]]:
+    """Files and records of conversations with the same text and the same images."""
+    places = defaultdict(list)
+    for row in mixture.conversations:
+        text = [(message["role"], [*map(_get_text, message["content"])]) for message in row["messages"]]
+        images = [mixture.contents[name].digest for name in row["images"]]
+        places[digest_of(json.dumps([text, images]).encode())].append(row["where"])
+    return [same for same in places.values() if len(same) > 1]
+
+
+def _get_text(block: str | dict) -> str | None:
+    """A letter or a block of text; `None` for an image."""
+    return block if isinstance(block, str) else block.get("text")
+
+
 def _summarize(name: str, group: str, values: np.ndarray) -> list[Row]:
     if len(values) == 0:
         return []
@@ -191,8 +276,8 @@ def _summarize(name: str, group: str, values: np.ndarray) -> list[Row]:
 def _name_some(groups: list[list[str]], count: int = 3) -> str:
     if not groups:
         return "."
-    named = "; ".join(" = ".join(names[:count]) for names in groups[:count])
-    return f": {named}" + ("; …" if len(groups) > count else "")
+    named = "; ".join(" = ".join(names[:count]) + (" = …" if len(names) > count else "") for names in groups[:count])
+    return f": {named}" + ("; …" if len(groups) > count else ".")
 
 
 def _read_config(path: Path, data_root: str | Path | None) -> tuple[MixtureConfig, str | Path | None]:

@@ -1,8 +1,9 @@
 """Conversations as the model gets them, for a person to read."""
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise, zip_longest
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ ESTIMATED_IMAGE_LENGTH = 256  # tokens, as of a vision tower with 14-pixel patch
 class Sample:
     """A conversation as the model gets it."""
 
+    source: str
     where: list[str]  # files and records
     pieces: list[tuple[str, bool]]  # its text, with `<image>` for an image, and whether the loss is on it
     images: list[ImageReference]
@@ -30,18 +32,20 @@ class Sample:
 
 
 def draw_samples(mixture: Mixture, processor: VisualChatProcessor, count: int) -> list[Sample]:
-    """The first training conversations, all sources in turn; without those that cannot be collated."""
+    """The first training conversations that can be collated, all sources in turn and at least one of each."""
+
+    def draw(source: str, indices: range) -> Iterator[Sample]:
+        for index in indices:
+            with contextlib.suppress(ValueError):
+                yield draw_sample(mixture.train[index], processor, source)
+
     ends = np.cumsum([num_train for num_train, _ in mixture.sizes.values()]).tolist()
-    ranges = [range(start, end) for start, end in zip([0, *ends], ends)]
-    indices = (indices[turn] for turn in range(count) for indices in ranges if turn < len(indices))
-    samples = []
-    for index in islice(indices, count):
-        with contextlib.suppress(ValueError):
-            samples.append(draw_sample(mixture.train[index], processor))
-    return samples
+    drawn = [draw(name, range(*bounds)) for name, bounds in zip(mixture.sizes, pairwise([0, *ends]))]
+    in_turn = (sample for turn in zip_longest(*drawn) for sample in turn if sample is not None)
+    return list(islice(in_turn, max(count, len(drawn))))
 
 
-def draw_sample(example: dict, processor: VisualChatProcessor) -> Sample:
+def draw_sample(example: dict, processor: VisualChatProcessor, source: str = "") -> Sample:
     """A conversation after processor and collator; a `ValueError` if it cannot be collated."""
     batch = DataCollatorForVisualChat(processor, max_broken=0)([example])
     ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
@@ -61,7 +65,7 @@ def draw_sample(example: dict, processor: VisualChatProcessor) -> Sample:
         index += processor.image_seq_length if token == processor.image_token_id else 1
     blocks = (block for message in example["messages"] for block in message["content"] if isinstance(block, dict))
     images = [image for block in blocks if (image := ImageReference.from_block(block)) is not None]
-    return Sample(example["where"], pieces, images, len(ids), sum(label != IGNORE_INDEX for label in labels))
+    return Sample(source, example["where"], pieces, images, len(ids), sum(label != IGNORE_INDEX for label in labels))
 
 
 def make_estimating_processor() -> VisualChatProcessor:

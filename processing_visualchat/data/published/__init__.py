@@ -15,7 +15,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from ..files import list_below, parse_json
+from ..files import parse_json
 from ..images import find_archive
 from ..ingestion import IngestedRecord, IngestionReport, check_record, ingest
 from .aokvqa import AOKVQA
@@ -52,7 +52,7 @@ def load_source(name: str, data_root: str | Path) -> tuple[Dataset, IngestionRep
 
     Returns:
         A `datasets.Dataset` with the columns `messages` (image paths absolute), `images` (references as text, relative
-        to the data root), `where` and `num_records` (raw records of each); and the [`IngestionReport`].
+        to the data root), `where` and `members` (all raw records, of several); and the [`IngestionReport`].
 
     Raises:
         `ValueError`: an unknown name, a file that is not JSON or of another schema, or no conversation left.
@@ -68,16 +68,15 @@ def load_source(name: str, data_root: str | Path) -> tuple[Dataset, IngestionRep
                 f"The source {name} reads {file}; there is no file at {root / file}. See {source.homepage}."
             )
     files, images = [root / file for file in source.annotations], root / source.images
-    archive = find_archive(images) if images.suffix == ".json" else None
-    if archive is None and not images.is_dir():
-        kind, sibling = ("file", ", nor as parquet beside it") if images.suffix == ".json" else ("folder", "")
+    is_archive = images.suffix == ".json"
+    if not (find_archive(images) if is_archive else images.is_dir()):
+        kind, sibling = ("file", ", nor as parquet beside it") if is_archive else ("folder", "")
         raise FileNotFoundError(
             f"The source {name} has its images in {source.images}; there is no {kind} at {images}{sibling}. "
             f"See {source.homepage}."
         )
-    folders = {images, *(file.parent.parent / "images" for file in files)}
-    inputs = [*files, *list_below(folders), *([archive] if archive else [])]
-    return ingest(name, read_source, root, inputs, {"name": name, "root": str(root)})
+    archives = [images, images.with_suffix(".parquet")] if is_archive else []
+    return ingest(name, read_source, root, [*files, *archives], {"name": name, "root": str(root)})
 
 
 def read_source(name: str, root: str) -> Iterator[IngestedRecord]:

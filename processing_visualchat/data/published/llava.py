@@ -7,7 +7,7 @@ LLaVA-Instruct: conversations about one COCO image.
 
 from typing import Any
 
-from ..conversation import OUTSIDE, Conversation, Dropped, Turn, pair_turns
+from ..conversation import Conversation, Dropped, Turn, pair_turns
 from .source import COCO, COCO_IMAGES, IMAGE_TAG, PublishedSource, get_field, list_reader, locate_image, remove_tag
 
 
@@ -22,8 +22,8 @@ def convert_llava(record: Any, folder: str) -> Conversation | Dropped:
     if any(speaker not in ROLES or text is None for speaker, text in spoken):
         return Dropped("a turn without a known speaker or without text")
     reference = locate_image(folder, image)
-    if reference is None:
-        return OUTSIDE
+    if isinstance(reference, Dropped):
+        return reference
     is_odd = sum(text.count(IMAGE_TAG) for _, text in spoken) != 1
     paired = [Turn(ROLES[speaker], [text] if (text := remove_tag(value)) else []) for speaker, value in spoken]
     if (first := next((turn for turn in paired if turn.role == "user"), None)) is not None:

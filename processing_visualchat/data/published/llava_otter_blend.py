@@ -3,7 +3,8 @@ The LLaVA-Otter blend (section 4.2 of arXiv 2309.14327): conversations about eac
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..conversation import Conversation, Dropped, Turn
@@ -16,24 +17,25 @@ from .source import COCO, Check, PublishedSource
 
 SEED = 0
 
-Waiting = dict[ImageReference, list[Conversation]]  # the unused conversations about each image
+About = dict[ImageReference, dict[str, Conversation]]  # the conversations about each image, by file and record
 
 
-def blend(pair: Conversation, about: Waiting, rng: random.Random) -> Conversation | Dropped:
-    """
-    One or more of the conversations `about` the first image of a pair, any number about the second, then the pair's
-    own rounds. An image is shown once, when it first comes up. Those that are used are removed from `about`.
-    """
-    if len(pair.images) < 2:
+def draw(images: Sequence[ImageReference], about: About, rng: random.Random) -> dict[str, Conversation] | Dropped:
+    """One or more of the conversations about the first image of a pair, and any number about the second."""
+    if len(images) < 2:
         return Dropped("no pair of images")
-    *first, last = pair.images
-    if any(not about.get(image) for image in first):
+    if any(image not in about for image in images[:-1]):
         return Dropped("no LLaVA conversation about an image")
-    members = []
-    for image in pair.images:
-        waiting = about.get(image, [])
-        members += [waiting.pop(0) for _ in range(rng.randint(0 if image == last else 1, len(waiting)))]
-    members.append(pair)
+    drawn: dict[str, Conversation] = {}
+    for image in images:
+        known = about.get(image, {})
+        drawn |= rng.sample([*known.items()], rng.randint(int(image != images[-1]), len(known)))
+    return drawn
+
+
+def blend(pair: Conversation, drawn: Iterable[Conversation]) -> Conversation:
+    """Conversations about the images of a pair, then its own rounds; each image is shown once, at first."""
+    members = [*drawn, pair]
     shown: set[ImageReference] = set()
     turns = []
     for role, content, _ in (turn for member in members for turn in member.turns):
@@ -44,27 +46,30 @@ def blend(pair: Conversation, about: Waiting, rng: random.Random) -> Conversatio
 
 
 def _read(files: dict[str, Any], images: str, check: Check) -> Iterator[IngestedRecord]:
-    """A pair of CGD with the LLaVA records that it uses; unused records are dropped."""
+    """Each pair of CGD with LLaVA records, which several pairs may use; a record that none uses is dropped."""
     *llava_files, pairs_file = files
-    about: Waiting = {}
-    sources: dict[int, str] = {}
+    about: About = {}
     for record in LLAVA.read({file: files[file] for file in llava_files}, images, check):
         if isinstance(record.outcome, Conversation):
-            about.setdefault(record.outcome.images[0], []).append(record.outcome)
-            sources[id(record.outcome)] = record.where
+            about.setdefault(record.outcome.images[0], {})[record.where] = record.outcome
         else:
             yield record
     rng = random.Random(SEED)
+    used: set[str] = set()
     for record in CGD.read({pairs_file: files[pairs_file]}, images, check):
-        outcome, num_records = record.outcome, record.num_records
-        if isinstance(outcome, Conversation):
-            pair_images = outcome.images
-            num_waiting = sum(len(about.get(image, ())) for image in pair_images)
-            outcome = blend(outcome, about, rng)
-            num_records += num_waiting - sum(len(about.get(image, ())) for image in pair_images)
-        yield check(IngestedRecord(record.where, num_records, outcome))
-    for conversation in (conversation for waiting in about.values() for conversation in waiting):
-        yield IngestedRecord(sources[id(conversation)], 1, Dropped("no pair contains its image"))
+        pair = record.outcome
+        if isinstance(pair, Conversation):
+            drawn = draw(pair.images, about, rng)
+            if isinstance(drawn, Dropped):
+                record = replace(record, outcome=drawn)
+            else:
+                num_records = record.num_records + len(drawn.keys() - used)
+                blended = blend(pair, drawn.values())
+                record = check(IngestedRecord(record.where, num_records, blended, (*record.members, *drawn)))
+                used |= drawn.keys()
+        yield record
+    for where in (where for known in about.values() for where in known if where not in used):
+        yield IngestedRecord(where, 1, Dropped("no pair contains its image, or none has drawn it"))
 
 
 BLEND = PublishedSource(

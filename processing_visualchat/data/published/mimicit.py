@@ -87,7 +87,8 @@ def read_mimicit(files: dict[str, Any], images: str, check: Check) -> Iterator[I
         instructions = expect(contents, dict, file, "data")
         for group in group_mimicit(instructions):
             outcome = convert_mimicit([instructions[name] for name in group], images)
-            yield check(IngestedRecord(f"{file}, {group[0]}", len(group), outcome))
+            members = tuple(f"{file}, {name}" for name in group)
+            yield check(IngestedRecord(members[0], len(group), outcome, members))
         for name in getattr(instructions, "repeated", ()):
             yield IngestedRecord(f"{file}, {name}", 1, Dropped("an id that a later record has too"))
 

@@ -7,19 +7,19 @@ OCR-VQA: questions about book covers; split 1 is train.
 from collections.abc import Iterator
 from typing import Any
 
-from ..conversation import OUTSIDE, Conversation, Dropped
+from ..conversation import Conversation, Dropped
 from ..ingestion import IngestedRecord
 from .source import Check, PublishedSource, expect, filter_rounds, get_field, locate_image
 
 
 def convert_ocr_vqa(image_id: str, record: Any, folder: str) -> Conversation | Dropped:
-    split = get_field(record, "split", int)
-    if split != 1:
-        return Dropped(f"split {split}")
+    split = record.get("split") if isinstance(record, dict) else None
+    if str(split) != "1":  # some copies give it as text
+        return Dropped(f"split {split!s:.20}")
     questions, answers = (get_field(record, key, list) or [] for key in ("questions", "answers"))
     image = locate_image(folder, f"{image_id}.jpg")
-    if image is None:
-        return OUTSIDE
+    if isinstance(image, Dropped):
+        return image
     repairs = ["questions and answers of different number"] if len(questions) != len(answers) else []
     answers = [str(answer) if isinstance(answer, (str, int, float)) else "" for answer in answers]
     return filter_rounds(zip(questions, answers), [image], repairs)

@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ..conversation import Conversation, Dropped, Round
-from ..images import ImageReference
+from ..conversation import OUTSIDE, Conversation, Dropped, Round
+from ..images import MISSING_IMAGE, ImageReference
 from ..ingestion import IngestedRecord
 
 
@@ -33,13 +33,26 @@ class PublishedSource:
     license: str  # of records and images, as their authors state it; no legal advice
 
 
-def list_reader(convert: Callable[[Any, str], Conversation | Dropped], key: str | None = None) -> Reader:
-    """The reader of files that are lists of records, at the top or under a key."""
+def list_reader(
+    convert: Callable[[Any, str], Conversation | Dropped],
+    key: str | None = None,
+    list_forms: Callable[[Any], list] = lambda record: [record],
+) -> Reader:
+    """The reader of lists of records, at the top or under a key; of several forms, the first with an image counts."""
 
     def read(files: dict[str, Any], images: str, check: Check) -> Iterator[IngestedRecord]:
         for file, contents in files.items():
             for index, record in enumerate(expect(contents, list, file, key)):
-                yield check(IngestedRecord(f"{file}, record {index}", 1, convert(record, images)))
+                where = f"{file}, record {index}"
+                missing: list[ImageReference] = []
+                for form in list_forms(record):
+                    checked = check(IngestedRecord(where, 1, convert(form, images)))
+                    if not (isinstance(checked.outcome, Dropped) and checked.outcome.reason == MISSING_IMAGE):
+                        yield checked
+                        break
+                    missing += checked.outcome.images
+                else:
+                    yield IngestedRecord(where, 1, Dropped(MISSING_IMAGE, images=tuple(missing)))
 
     return read
 
@@ -72,10 +85,11 @@ def remove_tag(text: Any) -> str:
     return re.sub(rf"\s*{IMAGE_TAG}\s*", "\n", text).strip() if isinstance(text, str) else ""
 
 
-def locate_image(folder: str, name: str) -> ImageReference | None:
-    """A file below the folder; `None` for any other path."""
+def locate_image(folder: str, name: str) -> ImageReference | Dropped:
+    """A file below the folder; any other path is a reason to drop its record."""
     image = ImageReference.parse(name)
-    return image.resolve(folder) if image.kind == "file" else None
+    located = image.resolve(folder) if image.kind == "file" else None
+    return located or replace(OUTSIDE, images=(image,))
 
 
 def filter_rounds(pairs: Any, image: list[ImageReference], repairs: list[str]) -> Conversation | Dropped:
