@@ -348,6 +348,7 @@ def test_over_length_conversations_are_refused_before_the_first_step(tmp_path, m
         mixture=tmp_path / "mixture.yaml" if form == "mixture" else None, data_root=str(tmp_path), check_images=True,
         train_file=str(tmp_path / ("short.jsonl" if form == "evaluation" else form)),
         eval_file=str(tmp_path / "own.json") if form == "evaluation" else None, packing=packing, overlong="error",
+        image_root=None,
     )  # fmt: skip
     training_arguments = SimpleNamespace(train_sampling_strategy="random", seed=0, data_seed=None)
     collator = DataCollatorForVisualChat(make_processor(), 300)
