@@ -3,12 +3,11 @@ PYTHON ?= python3
 
 .PHONY: test fast lint format
 
-# Tests that start processes of their own have the machine to themselves.
 test: lint
 	$(PYTHON) -m pip install --quiet --no-deps -r tests/requirements-parts.txt
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -m "not slow"
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 tests/test_every_decoder.py
-	$(PYTHON) -m pytest -m slow --ignore tests/test_every_decoder.py
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -m "slow and not processes"
+	$(PYTHON) -m pytest -m processes
 
 fast:
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -m "not slow"

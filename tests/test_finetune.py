@@ -86,6 +86,7 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_the_default_runs_and_leaves_everything(tmp_path):
     output = tmp_path / "out"
     completed = finetune(*SHORT, "--output_dir", output)
@@ -148,6 +149,7 @@ def deepspeed(stage):
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_processes_with_deepspeed_run_the_main_job(tmp_path, stage):
     flags, launcher = deepspeed(stage)
@@ -161,6 +163,7 @@ def test_two_processes_with_deepspeed_run_the_main_job(tmp_path, stage):
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_processes_with_deepspeed_learn_what_one_learns(tmp_path, data, stage):
     """One conversation per rank and step: in one step, a rank has only text while the other has an image."""
@@ -182,6 +185,7 @@ def test_two_processes_with_deepspeed_learn_what_one_learns(tmp_path, data, stag
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_custom_data_trains_only_trainable_modules_and_resumes(tmp_path, data):
     flags = [
         "--config", EXAMPLES / "configs" / "finetune.yaml",
@@ -219,6 +223,7 @@ def test_custom_data_trains_only_trainable_modules_and_resumes(tmp_path, data):
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_a_mixture_trains_on_two_processes(tmp_path, data):
     """Long conversations are shortened by whole rounds, and images come from files and from base64."""
     root = write_published_data(tmp_path / "published")
@@ -252,6 +257,7 @@ def write_custom_data(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_packs_train_and_the_vision_tower_runs_once_per_image(tmp_path, data):
     write_custom_data(tmp_path)
     completed = finetune(
@@ -269,6 +275,7 @@ def test_packs_train_and_the_vision_tower_runs_once_per_image(tmp_path, data):
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_a_stream_trains_on_two_processes(tmp_path, data):
     write_custom_data(tmp_path)
     recipe = tmp_path / "stream.yaml"

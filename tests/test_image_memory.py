@@ -365,6 +365,7 @@ for turn in range(3):
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_processes_share_a_folder(tmp_path):
     (tmp_path / "sharer.py").write_text(SHARER)
     from test_remote_code import REPOSITORY

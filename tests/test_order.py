@@ -29,6 +29,7 @@ def record(num_processes, config, output, *checkpoint):
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_order_is_the_same_on_any_number_of_processes_and_after_a_resume(tmp_path):
     rng = random.Random(0)
     records = []

@@ -133,6 +133,7 @@ print(store.hits, store.misses)
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.parametrize("kind", ["memory", "features"])
 def test_processes_at_the_limit_of_a_folder_end_none_of_them(tmp_path, kind):
     """Three entries of room for eight images: nearly every write of a process removes what another one reads."""

@@ -9,7 +9,7 @@ from conftest import make_model
 from test_remote_code import REPOSITORY
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
 RANK = """
 import sys, torch
