@@ -119,6 +119,8 @@ class VisualChatGenerationMixin(GenerationMixin):
         images = pixel_values if states is None else states.index
         if images is None:
             return
+        if kwargs.get("mm_token_type_ids") is None:
+            raise ValueError("There are images, but no tokens; pass input_ids, as the processor returns them.")
         new = self._find_new_images(len(images), kwargs["mm_token_type_ids"].bool(), num_cached)
         if states is not None and new:
             states = states.select(new)
@@ -146,7 +148,7 @@ class VisualChatGenerationMixin(GenerationMixin):
                 f"The cache holds {cache.num_rows} rows, and {num_inputs} were passed (or {num_rows} with their beams "
                 "and returns); pass the conversations of the cache, or an empty cache."
             )
-        mask, num_cached = kwargs.get("attention_mask"), cache.get_seq_length()
+        mask = kwargs.get("attention_mask")
         limit = rotary_limit(self.config.text_config)
         if limit is not None and max(cache.longest, (ids if mask is None else mask).shape[1]) > limit:
             raise ValueError(
@@ -154,34 +156,39 @@ class VisualChatGenerationMixin(GenerationMixin):
                 "the cache; start from an empty cache, or use a ChatSession, which does."
             )
         if mask is None or ids.shape[1] >= mask.shape[1]:  # not the new tokens only
-            is_image = ids == self.config.image_token_id
-            if (pixel_values := kwargs.get("pixel_values")) is None:
-                states = self.model.resolve_images(**{name: kwargs.get(name) for name in IMAGE_INPUTS})
-                passed = [] if states is None else states.image_keys()
-            else:
-                passed = [image_key(image) for image in pixel_values]
-            new = self._find_new_images(len(passed), is_image, num_cached)
-            keys = split_by_row(passed, is_image) if len(new) < len(passed) else None
-            if (positions := kwargs.get("position_ids")) is None:
-                positions = (torch.ones_like(ids) if mask is None else mask).cumsum(dim=-1) - 1
-            positions = positions if positions.shape == ids.shape else None
-            differs = cache.compare(ids, keys, self.config.image_token_id, mask, positions).nonzero()
-            if len(differs):
-                row, place = differs[0].tolist()
-                token, known = int(ids[row, place]), int(cache.token_ids[row * (cache.num_rows // num_inputs), place])
-                what = f"Token {place} of row {row} is {token}, and the cache holds {known} there"
-                if token == known != self.config.image_token_id:
-                    what = f"Token {place} of row {row} has another position than in the cache"
-                elif token == known:
-                    num_before = int((ids[row, :place] == token).sum()) // self.config.image_seq_length
-                    what = f"Image {num_before + 1} of row {row} differs from the one in the cache, or in its form"
-                raise ValueError(f"{what}. Pass an empty cache, or edit conversations with a ChatSession.")
-            if ids.shape[1] <= num_cached:
-                raise ValueError(
-                    f"The cache holds {num_cached} tokens and {ids.shape[1]} were passed: there is nothing new to "
-                    "compute. Crop the cache, or pass an empty one."
-                )
+            self._check_tokens(cache, ids, kwargs)
         return num_rows // cache.num_rows
+
+    def _check_tokens(self, cache: ConversationCache, ids: torch.Tensor, kwargs: dict) -> None:
+        """Raises a `ValueError` that names the first token, position or image that differs from those of a cache."""
+        mask, num_cached = kwargs.get("attention_mask"), cache.get_seq_length()
+        is_image = ids == self.config.image_token_id
+        if (pixel_values := kwargs.get("pixel_values")) is None:
+            states = self.model.resolve_images(**{name: kwargs.get(name) for name in IMAGE_INPUTS})
+            passed = [] if states is None else states.image_keys()
+        else:
+            passed = [image_key(image) for image in pixel_values]
+        new = self._find_new_images(len(passed), is_image, num_cached)
+        keys = split_by_row(passed, is_image) if len(new) < len(passed) else None
+        if (positions := kwargs.get("position_ids")) is None:
+            positions = (torch.ones_like(ids) if mask is None else mask).cumsum(dim=-1) - 1
+        positions = positions if positions.shape == ids.shape else None
+        differs = cache.compare(ids, keys, self.config.image_token_id, mask, positions).nonzero()
+        if len(differs):
+            row, place = differs[0].tolist()
+            token, known = int(ids[row, place]), int(cache.token_ids[row * (cache.num_rows // len(ids)), place])
+            what = f"Token {place} of row {row} is {token}, and the cache holds {known} there"
+            if token == known != self.config.image_token_id:
+                what = f"Token {place} of row {row} has another position than in the cache"
+            elif token == known:
+                num_before = int((ids[row, :place] == token).sum()) // self.config.image_seq_length
+                what = f"Image {num_before + 1} of row {row} differs from the one in the cache, or in its form"
+            raise ValueError(f"{what}. Pass an empty cache, or edit conversations with a ChatSession.")
+        if ids.shape[1] <= num_cached:
+            raise ValueError(
+                f"The cache holds {num_cached} tokens and {ids.shape[1]} were passed: there is nothing new to "
+                "compute. Crop the cache, or pass an empty one."
+            )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
         """By default a [`ConversationCache`], where the model can use one."""
