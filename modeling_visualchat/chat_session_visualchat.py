@@ -16,7 +16,7 @@ import torch
 from .cache_visualchat import ConversationCache
 from .image_memory_visualchat import ImageMemory
 from .key_rotation_visualchat import rotary_limit
-from .weights_key_visualchat import image_key, known_key
+from .weights_key_visualchat import frozen, image_key, known_key
 
 
 class ChatSession:
@@ -100,14 +100,15 @@ class ChatSession:
         )
         image_keys = [image_key(image) for image in inputs.get("pixel_values", ())]
         inputs = inputs if self.model.device.type == "meta" else inputs.to(self.model.device)
-        self._crop_cache(inputs["input_ids"], image_keys)
-        generated = self.model.generate(
-            **inputs,
-            past_key_values=self.cache,
-            image_memory=self.image_memory,
-            streamer=streamer,
-            **self.generate_kwargs,
-        )
+        with frozen(self.model.model):
+            self._crop_cache(inputs["input_ids"], image_keys)
+            generated = self.model.generate(
+                **inputs,
+                past_key_values=self.cache,
+                image_memory=self.image_memory,
+                streamer=streamer,
+                **self.generate_kwargs,
+            )
         generated = getattr(generated, "sequences", generated)
         answer = self.processor.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         self.messages = [*map(_as_blocks, messages), {"role": "assistant", "content": answer or "(nothing)"}]

@@ -23,7 +23,7 @@ from .image_memory_visualchat import ImageMemory
 from .image_states_visualchat import ImageStates
 from .key_rotation_visualchat import rotary_limit
 from .route_visualchat import num_past
-from .weights_key_visualchat import image_key, known_key
+from .weights_key_visualchat import frozen, image_key, known_key
 
 
 # Arguments that hold images.
@@ -69,10 +69,11 @@ class VisualChatGenerationMixin(GenerationMixin):
         elif embeds is not None and kwargs.get("mm_token_type_ids") is None and kwargs.keys() & IMAGE_INPUTS:
             kwargs["mm_token_type_ids"] = self.model.get_placeholder_mask(None, embeds).long()
         repeats = 1
-        if is_conversation_cache(cache):
-            self._check_model(cache)
-            repeats = self._check_cache(cache, ids, embeds, kwargs) if num_cached > 0 else 1
-        self._replace_images(kwargs, num_cached, image_memory)
+        with frozen(self.model):
+            if is_conversation_cache(cache):
+                self._check_model(cache)
+                repeats = self._check_cache(cache, ids, embeds, kwargs) if num_cached > 0 else 1
+            self._replace_images(kwargs, num_cached, image_memory)
         if repeats > 1:
             cache.batch_repeat_interleave(repeats)
         return super().generate(inputs, **kwargs)

@@ -6,6 +6,7 @@ autocast, and a checksum of all weights with their dtype and device. Weights ent
 of changing them; hooks and replaced forwards, which no weight tells, are listed by [`hooked_modules`].
 """
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -70,6 +71,19 @@ def freeze(module: Any) -> None:
     as they are, are not.
     """
     module._frozen_checksum = (None, b"")
+
+
+@contextlib.contextmanager
+def frozen(module: Any) -> Iterator[None]:
+    """Takes the checksum of the weights once, for the keys that are asked for within."""
+    is_frozen = getattr(module, "_frozen_checksum", None) is not None
+    if not is_frozen:
+        freeze(module)
+    try:
+        yield
+    finally:
+        if not is_frozen:
+            module._frozen_checksum = None
 
 
 def _checksum_of_weights(module: Any) -> bytes:

@@ -343,6 +343,16 @@ def test_another_decoder_takes_its_own_route():
     model(ids, images)
 
 
+def check_routes(model):
+    """Both routes give the same logits."""
+    results = []
+    for route in ("auto", "masked"):
+        model.set_route(route)
+        with torch.no_grad():
+            results.append(model(tokens(2, "I", 3), pixels(0), use_cache=False).logits)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
 # Decoders whose `q_proj` yields a gate beside the queries.
 GATED = {
     "qwen3_next": {"layer_types": ["full_attention"] * 2, "head_dim": 8, "num_experts": 2, "num_experts_per_tok": 1,
@@ -361,12 +371,7 @@ def test_a_query_projection_with_a_gate_is_not_left_out(monkeypatch, model_type)
         model = make_model()
     except ValueError:
         pytest.skip("refused")
-    results = []
-    for route in ("auto", "masked"):
-        model.set_route(route)
-        with torch.no_grad():
-            results.append(model(tokens(2, "I", 3), pixels(0), use_cache=False).logits)
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    check_routes(model)
 
 
 def test_a_layer_called_q_proj_that_is_used_for_more_than_queries_is_computed(monkeypatch):
@@ -380,12 +385,7 @@ def test_a_layer_called_q_proj_that_is_used_for_more_than_queries_is_computed(mo
         return output * self.q_proj(hidden_states).sigmoid(), *rest
 
     monkeypatch.setattr(attention, "forward", gated)
-    results = []
-    for route in ("auto", "masked"):
-        model.set_route(route)
-        with torch.no_grad():
-            results.append(model(tokens(2, "I", 3), pixels(0), use_cache=False).logits)
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    check_routes(model)
 
 
 # 22: parity with transformers' own suites.

@@ -52,9 +52,8 @@ class DataCollatorForVisualChat:
     max_broken: int = 100
     # One row per data loader worker, in shared memory, so that their counts are seen here.
     _counts: torch.Tensor = field(init=False, repr=False)
-    _broken: torch.Tensor = field(
-        init=False, repr=False
-    )  # hashes of broken images, 0 where there is room, also shared
+    # Hashes of broken images, 0 where there is room; also shared.
+    _broken: torch.Tensor = field(init=False, repr=False)
 
     def __post_init__(self):
         if self.overlong not in OVERLONG:

@@ -301,8 +301,6 @@ def find_archive(path: Path) -> Path | None:
 
 
 ARCHIVE_FEATURES = Features({"id": Value("string"), "data": Value("large_binary"), "fault": Value("string")})
-
-
 IDS = ("id", "__index_level_0__", "base64")  # columns of images by id
 
 

@@ -22,21 +22,25 @@ TRANSIENT = ("padding", "truncation")  # tokenizer settings that its last call l
 
 def count_tokens(messages: list[dict], processor: VisualChatProcessor) -> int:
     """The tokens of a conversation, including those of its images, which are not opened."""
+    return _find_tokens(messages, processor)[0]
+
+
+def _find_tokens(messages: list[dict], processor: VisualChatProcessor) -> tuple[int, list[int]]:
+    """The tokens of a conversation, and the characters at which those of its text begin."""
     text = processor.apply_chat_template(messages)
-    num_tokens = len(processor.tokenizer(text, verbose=False)["input_ids"])
-    return num_tokens + text.count(processor.image_token) * (processor.image_seq_length - 1)
+    offsets: Any = processor.tokenizer(text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    num_tokens = len(offsets) + text.count(processor.image_token) * (processor.image_seq_length - 1)
+    return num_tokens, [start for start, _ in offsets]
 
 
-def _count_trained(messages: list[dict], processor: VisualChatProcessor) -> int:
-    """The tokens with a loss: those of the answers, which the template marks."""
-    (text,), (answers,) = render_jinja_template(
+def _count_trained(messages: list[dict], starts: list[int], processor: VisualChatProcessor) -> int:
+    """The tokens with a loss, of those that begin at these characters: the answers, which the template marks."""
+    _, (answers,) = render_jinja_template(
         [drop_nulls(messages)],
         chat_template=processor.chat_template,
         return_assistant_tokens_mask=True,
         **processor.tokenizer.special_tokens_map,
     )
-    offsets: Any = processor.tokenizer(text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-    starts = [start for start, _ in offsets]
     return sum(bisect_left(starts, end) - bisect_left(starts, start) for start, end in answers)
 
 
@@ -55,7 +59,8 @@ def measure(example: dict, processor: VisualChatProcessor) -> dict[str, int]:
     """The [`MEASURES`] of an example."""
     messages = messages_of(example)
     try:
-        length, num_trained = count_tokens(messages, processor), _count_trained(messages, processor)
+        length, starts = _find_tokens(messages, processor)
+        num_trained = _count_trained(messages, starts, processor)
     except ValueError as error:
         raise ValueError(f"{example.get('where', 'A conversation')} cannot be rendered: {error}") from error
     return {
