@@ -57,7 +57,14 @@ class VisualChatConfig(PreTrainedConfig):
             `"full"` keeps every token of the vision tower, `"default"` leaves out the first (class) token.
         attention_type (`str`, *optional*, defaults to `"mmca"`):
             `"mmca"` (multi-modal causal attention, section 4.1 of arXiv 2309.14327) or `"causal"` (the decoder's own);
-            a name in `ATTENTION_TYPES`.
+            `ATTENTION_TYPES` holds them with `merge` and `image_attention`.
+        merge (`str`, *optional*, defaults to `"sum"`):
+            How a text token merges text and images in `"mmca"`: the `"sum"` of two softmaxes, or `"joint"`, the two
+            weighted by their shares of the joint normaliser (D-Attn, arXiv 2502.01906).
+        image_attention (`str`, *optional*, defaults to `"self"`):
+            What an image token attends to in `"mmca"`: `"self"`, `"image"` (all tokens of its own image; MIMIC, arXiv
+            2601.07812), or `"self_and_text"` (itself and earlier text, for checkpoints of the original
+            implementation; an image then depends on the conversation).
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
             Whether input and output embeddings are one table; taken from `text_config` when that says so.
 
@@ -102,6 +109,8 @@ class VisualChatConfig(PreTrainedConfig):
     vision_feature_layer: int | list[int] = -1
     vision_feature_select_strategy: Literal["full", "default"] = "full"
     attention_type: str = "mmca"
+    merge: str = "sum"
+    image_attention: str = "self"
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):

@@ -4,26 +4,70 @@ The attention types of the language model: one record each, in one table.
 A new type is a record in `ATTENTION_TYPES`; the model, the routes and generation read what they need from it.
 """
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.masking_utils import AttentionMaskInterface
 
 from .attention_visualchat import (
-    MMCA_DRAWING,
     MultiModalCausalAttention,
     check_decoder,
     create_mmca_masks,
     mmca_attention_reference,
     mmca_mask,
 )
-from .image_states_visualchat import self_attention
+from .image_states_visualchat import own_image_attention, self_attention
 from .kernels_visualchat import KERNELS
-from .plan_visualchat import mmca_text_attention
+from .plan_visualchat import joint_text_attention, mmca_text_attention
 
 
+# Rows are queries, columns keys; equal marks are one softmax: 1 over text, 2 over images, s itself, i its own image,
+# . = no attention.
+MMCA_DRAWING = """\
+I | s . . . . .
+I | . s . . . .
+T | 2 2 1 . . .
+T | 2 2 1 1 . .
+I | . . . . s .
+T | 2 2 1 1 2 1
+"""
+JOINT_DRAWING = """\
+I | s . . . . .
+I | . s . . . .
+T | 1 1 1 . . .
+T | 1 1 1 1 . .
+I | . . . . s .
+T | 1 1 1 1 1 1
+"""
+IMAGE_DRAWING = """\
+I | i i . . . .
+I | i i . . . .
+T | 2 2 1 . . .
+T | 2 2 1 1 . .
+I | . . . . i .
+T | 2 2 1 1 2 1
+"""
+JOINT_IMAGE_DRAWING = """\
+I | i i . . . .
+I | i i . . . .
+T | 1 1 1 . . .
+T | 1 1 1 1 . .
+I | . . . . i .
+T | 1 1 1 1 1 1
+"""
+SELF_AND_TEXT_DRAWING = """\
+I | s . . . . .
+I | . s . . . .
+T | 2 2 1 . . .
+T | 2 2 1 1 . .
+I | . . 1 1 s .
+T | 2 2 1 1 2 1
+"""
 CAUSAL_DRAWING = """\
 I | 1 . . . . .
 I | 1 1 . . . .
@@ -38,9 +82,7 @@ T | 1 1 1 1 1 1
 class TwoStreamForm:
     """An attention type whose images can be computed apart from the text."""
 
-    image_attention: Callable[
-        ..., torch.Tensor
-    ]  # of image tokens, `(query, key, value, scaling)` to (N, length, H, D)
+    image_attention: Callable[..., torch.Tensor]  # of image tokens, as `self_attention` or `own_image_attention`
     text_attention: Callable[..., torch.Tensor]  # of text tokens, see `mmca_text_attention`
     kernel: str = "sdpa"  # the one that computes it
 
@@ -51,7 +93,9 @@ class AttentionType:
 
     name: str  # value of `VisualChatConfig.attention_type`
     drawing: str  # the pattern for `I I T T I T`; rows are queries, columns keys
-    # Attention functions by kernel, registered with transformers as `name_kernel`; none if the decoder keeps its own.
+    merge: str = "sum"  # value of `VisualChatConfig.merge`
+    image_attention: str = "self"  # value of `VisualChatConfig.image_attention`
+    # Attention functions by kernel, registered with transformers as `key_kernel`; none if the decoder keeps its own.
     kernels: dict[str, Callable] = field(default_factory=dict)
     mask_interface: Callable | None = None  # evaluates mask functions, registered under the same names
     create_masks: Callable | None = None  # as `create_mmca_masks`; `None` if the decoder makes its own
@@ -59,6 +103,12 @@ class AttentionType:
     reference: Callable | None = None  # the definition written out, as `mmca_attention_reference`
     # Raises a `ValueError` for a decoder that cannot carry the type.
     check_decoder: Callable[[PreTrainedConfig], None] = lambda config: None
+
+    @property
+    def key(self) -> str:
+        """The name in `ATTENTION_TYPES`: `"mmca"`, or `"mmca_joint"` with what differs from the defaults."""
+        variants = [self.merge] * (self.merge != "sum") + [self.image_attention] * (self.image_attention != "self")
+        return "_".join([self.name, *variants])
 
     def implementation(self, kernel: str | None) -> str | None:
         """The `attn_implementation` of this type on a kernel, given by its own name or as another implementation."""
@@ -71,42 +121,73 @@ class AttentionType:
                 f"{sorted(self.kernels)} for the language model. The vision tower may use another, "
                 'as in attn_implementation={"text_config": "sdpa", "vision_config": "flash_attention_2"}.'
             )
-        return f"{self.name}_{kernel or 'sdpa'}"
+        return f"{self.key}_{kernel or 'sdpa'}"
+
+
+def _mmca(merge: str, image_attention: str, drawing: str) -> AttentionType:
+    """Multi-modal causal attention with one way to merge text and images, and one pattern of image tokens."""
+    text_attentions = {"sum": mmca_text_attention, "joint": joint_text_attention}
+    image_attentions = {"self": self_attention, "image": own_image_attention}
+    two_streams = None
+    if image_attention in image_attentions:
+        two_streams = TwoStreamForm(image_attentions[image_attention], text_attentions[merge])
+    return AttentionType(
+        name="mmca",
+        drawing=drawing,
+        merge=merge,
+        image_attention=image_attention,
+        kernels={name: MultiModalCausalAttention(kernel, merge) for name, kernel in KERNELS.items()},
+        mask_interface=mmca_mask,
+        create_masks=create_mmca_masks,
+        two_streams=two_streams,
+        reference=partial(mmca_attention_reference, merge=merge, image_attention=image_attention),
+        check_decoder=check_decoder,
+    )
 
 
 ATTENTION_TYPES = {
-    attention_type.name: attention_type
+    attention_type.key: attention_type
     for attention_type in (
-        AttentionType(
-            name="mmca",
-            drawing=MMCA_DRAWING,
-            kernels={name: MultiModalCausalAttention(kernel) for name, kernel in KERNELS.items()},
-            mask_interface=mmca_mask,
-            create_masks=create_mmca_masks,
-            two_streams=TwoStreamForm(self_attention, mmca_text_attention),
-            reference=mmca_attention_reference,
-            check_decoder=check_decoder,
-        ),
+        _mmca("sum", "self", MMCA_DRAWING),
+        _mmca("joint", "self", JOINT_DRAWING),
+        _mmca("sum", "image", IMAGE_DRAWING),
+        _mmca("joint", "image", JOINT_IMAGE_DRAWING),
+        _mmca("sum", "self_and_text", SELF_AND_TEXT_DRAWING),
         AttentionType(name="causal", drawing=CAUSAL_DRAWING),
     )
+}
+# The values of `VisualChatConfig.attention_type`, `merge` and `image_attention`.
+ATTENTION_OPTIONS = {
+    "attention_type": list(dict.fromkeys(each.name for each in ATTENTION_TYPES.values())),
+    "merge": list(dict.fromkeys(each.merge for each in ATTENTION_TYPES.values())),
+    "image_attention": list(dict.fromkeys(each.image_attention for each in ATTENTION_TYPES.values())),
 }
 
 for _type in ATTENTION_TYPES.values():
     for _kernel, _attention in _type.kernels.items():
-        AttentionInterface.register(f"{_type.name}_{_kernel}", _attention)
-        AttentionMaskInterface.register(f"{_type.name}_{_kernel}", _type.mask_interface)
+        AttentionInterface.register(f"{_type.key}_{_kernel}", _attention)
+        AttentionMaskInterface.register(f"{_type.key}_{_kernel}", _type.mask_interface)
 
 
-def get_attention_type(name: str) -> AttentionType:
-    """The record of an attention type; a `ValueError` for an unknown name."""
-    if name not in ATTENTION_TYPES:
-        raise ValueError(f"Unknown attention_type={name!r}; choose one of {', '.join(ATTENTION_TYPES)}.")
-    return ATTENTION_TYPES[name]
+def get_attention_type(config: Any) -> AttentionType:
+    """The attention type of a [`VisualChatConfig`]; a `ValueError` for values that are unknown or do not combine."""
+    for option, known in ATTENTION_OPTIONS.items():
+        if (value := getattr(config, option)) not in known:
+            nearest = difflib.get_close_matches(str(value), known, n=1)
+            hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+            raise ValueError(f"Unknown {option}={value!r}{hint}; choose one of {', '.join(known)}.")
+    there = [each for each in ATTENTION_TYPES.values() if each.name == config.attention_type]
+    for each in there:
+        if (each.merge, each.image_attention) == (config.merge, config.image_attention):
+            return each
+    combinations = ", ".join(f"({each.merge!r}, {each.image_attention!r})" for each in there)
+    raise ValueError(
+        f"attention_type={config.attention_type!r} has no form with merge={config.merge!r} and "
+        f"image_attention={config.image_attention!r}; it has (merge, image_attention): {combinations}."
+    )
 
 
 def kernel_of(implementation: str) -> str:
     """`"mmca_sdpa"` to `"sdpa"`; the name of a kernel is its own."""
-    for attention_type in ATTENTION_TYPES.values():
-        if attention_type.kernels and implementation.startswith(f"{attention_type.name}_"):
-            return implementation.removeprefix(f"{attention_type.name}_")
-    return implementation
+    key, _, kernel = implementation.rpartition("_")
+    return kernel if key in ATTENTION_TYPES else implementation

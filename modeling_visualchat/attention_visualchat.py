@@ -8,17 +8,24 @@ image token attends only to itself, so its output is its own value vector:
     out_i = softmax_{j<=i, text}(scaling * q_i k_j) V_text + softmax_{j<i, image}(scaling * q_i k_j) V_image   (text)
     out_i = v_i                                                                                               (image)
 
-`MMCA_DRAWING` draws the pattern. Padding is never attended to, and the output of a padding query is zero. Two
-departures from the original implementation, on purpose: text before the first image gets nothing from images (there: a
-uniform softmax over past and future), and an image token does not attend to earlier text (there: it does).
+`attention_types_visualchat.py` draws the pattern. Padding is never attended to, and the output of a padding query is
+zero. Two departures from the original implementation, on purpose: text before the first image gets nothing from images
+(there: a uniform softmax over past and future), and an image token does not attend to earlier text (there: it does).
+
+Two fields of [`VisualChatConfig`] vary the pattern:
+
+- `merge="joint"` weights the two softmaxes of a text token by their shares of the joint normaliser (D-Attn, arXiv
+  2502.01906), which is one softmax over text and images: its mass is 1, that of the sum is 2.
+- `image_attention="image"` lets an image token attend to all tokens of its own image (MIMIC, arXiv 2601.07812);
+  `"self_and_text"`, for old checkpoints, to itself and, in a softmax of its own, to earlier text.
 
 [`MultiModalCausalAttention`] replaces the attention function of every layer of an unmodified decoder, on one of two
 routes with the same result:
 
 - Masked, always possible. The whole pattern is one boolean mask with two channels, (B, 2, Q, S), channel 0 for the
   text softmax and channel 1 for the image softmax. An image query has no key in channel 0 and itself in channel 1, and
-  a softmax over one key is 1. transformers' own mask functions make the mask once a forward pass, so caches, padding
-  and sliding windows are theirs.
+  a softmax over one key is 1. A joint merge takes one softmax over both channels. transformers' own mask functions
+  make the mask once a forward pass, so caches, padding and sliding windows are theirs.
 - In two streams (`two_streams_visualchat.py`), wherever decoder and cache allow it: images go through the decoder
   first and text reads their keys and values. No work is done for image queries, and no masked-out block is touched.
 
@@ -36,22 +43,13 @@ from transformers.masking_utils import (
     causal_mask_function,
     create_masks_for_generate,
     find_packed_sequence_indices,
+    or_masks,
     padding_mask_function,
     prepare_padding_mask,
 )
+from transformers.utils import torch_compilable_check
 
 from .kernels_visualchat import sdpa_kernel
-
-
-# Rows are queries, columns keys; 1 = text softmax, 2 = image softmax, s = itself, . = no attention.
-MMCA_DRAWING = """\
-I | s . . . . .
-I | . s . . . .
-T | 2 2 1 . . .
-T | 2 2 1 1 . .
-I | . . . . s .
-T | 2 2 1 1 2 1
-"""
 
 
 def mmca_attention_reference(
@@ -61,6 +59,8 @@ def mmca_attention_reference(
     mm_token_type_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     scaling: float | None = None,
+    merge: str = "sum",
+    image_attention: str = "self",
 ) -> torch.Tensor:
     """
     MMCA written out row by row from its definition, in at least float32. The measure of every faster form.
@@ -72,6 +72,9 @@ def mmca_attention_reference(
         mm_token_type_ids (`torch.Tensor` of shape `(B, S)`): 0 for text, 1 for image.
         attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*): 1 for a token to keep, 0 for padding.
         scaling (`float`, *optional*, defaults to `D ** -0.5`): Factor on the scores.
+        merge (`str`, *optional*, defaults to `"sum"`): How text and images add up, `"sum"` or `"joint"`.
+        image_attention (`str`, *optional*, defaults to `"self"`): What an image token attends to: `"self"`, `"image"`
+            or `"self_and_text"`. An image is a run of image tokens.
 
     Returns:
         `torch.Tensor` of shape `(B, H, Q, D)` in the dtype of `query`.
@@ -85,6 +88,7 @@ def mmca_attention_reference(
     scaling = head_dim**-0.5 if scaling is None else scaling
     dtype = torch.promote_types(query.dtype, torch.float32)
     queries_per_key = num_heads // key.shape[1]
+    image_ids = number_images(mm_token_type_ids)
 
     rows = []
     for b in range(batch_size):
@@ -92,14 +96,15 @@ def mmca_attention_reference(
             keys, values = key[b, h // queries_per_key].to(dtype), value[b, h // queries_per_key].to(dtype)
             for i in range(num_keys - num_queries, num_keys):
                 kept = [j for j in range(num_keys) if attention_mask is None or attention_mask[b, j]]
+                text = [j for j in kept if j <= i and not mm_token_type_ids[b, j]]
+                image = [j for j in kept if j < i and mm_token_type_ids[b, j]]
+                own_image = [j for j in kept if image_ids[b, j] == image_ids[b, i]]
                 if i not in kept:
                     key_sets = []
                 elif mm_token_type_ids[b, i]:
-                    key_sets = [[i]]
+                    key_sets = {"self": [[i]], "image": [own_image], "self_and_text": [[i], text]}[image_attention]
                 else:
-                    text = [j for j in kept if j <= i and not mm_token_type_ids[b, j]]
-                    image = [j for j in kept if j < i and mm_token_type_ids[b, j]]
-                    key_sets = [text, image]
+                    key_sets = [text, image] if merge == "sum" else [text + image]
                 row = torch.zeros(head_dim, dtype=dtype, device=query.device)
                 for key_set in filter(None, key_sets):
                     scores = keys[key_set] @ query[b, h, i - (num_keys - num_queries)].to(dtype) * scaling
@@ -115,6 +120,8 @@ def mmca_attention(
     mm_token_type_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     scaling: float | None = None,
+    merge: str = "sum",
+    image_attention: str = "self",
 ) -> torch.Tensor:
     """
     MMCA on PyTorch's scaled dot product attention. Takes, returns and raises what [`mmca_attention_reference`] does.
@@ -122,37 +129,74 @@ def mmca_attention(
     _check_shapes(query, key, value, mm_token_type_ids, attention_mask)
     num_queries, num_keys = query.shape[2], key.shape[2]
     kept = None if attention_mask is None else attention_mask.bool()
+    pattern = mmca_mask_function(mm_token_type_ids, kept, None, image_attention)
+    own_image = own_image_function(number_images(mm_token_type_ids))
+    reach = causal_mask_function if image_attention != "image" else or_masks(causal_mask_function, own_image)
     mask = mmca_mask(
         batch_size=query.shape[0],
         q_length=num_queries,
         kv_length=num_keys,
         q_offset=num_keys - num_queries,
-        mask_function=and_masks(causal_mask_function, mmca_mask_function(mm_token_type_ids, kept)),
+        mask_function=and_masks(reach, pattern),
         attention_mask=kept,
         device=query.device,
     )
-    return sdpa_kernel(query, key, value, mask, scaling)[0]
+    return sdpa_kernel(query, key, value, mask if merge == "sum" else join_channels(mask), scaling)[0]
+
+
+def join_channels(mask: torch.Tensor) -> torch.Tensor:
+    """The keys (B, 2, Q, S) of two softmaxes as those of one, (B, 1, Q, S)."""
+    return mask.any(dim=1, keepdim=True)
+
+
+def number_images(mm_token_type_ids: torch.Tensor, image_seq_length: int | None = None) -> torch.Tensor:
+    """For each token (B, S) the number of its image in its row, -1 for text; without a length, an image is a run."""
+    is_image = mm_token_type_ids.bool()
+    if image_seq_length is None:
+        numbers = (is_image & ~nn.functional.pad(is_image, (1, 0))[:, :-1]).cumsum(dim=1) - 1
+    else:
+        numbers = (is_image.cumsum(dim=1) - 1) // image_seq_length
+    return numbers.masked_fill(~is_image, -1)
+
+
+def own_image_function(image_ids: torch.Tensor) -> Callable:
+    """A mask function of transformers: whether query and key belong to one image, by its number (B, T)."""
+    last = image_ids.shape[1] - 1
+
+    def mask_function(batch_idx, head_idx, q_idx, kv_idx):
+        query_id, key_id = image_ids[batch_idx, q_idx.clamp(max=last)], image_ids[batch_idx, kv_idx.clamp(max=last)]
+        return (query_id == key_id) & (query_id >= 0) & (kv_idx <= last)
+
+    return mask_function
 
 
 def mmca_mask_function(
     mm_token_type_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     sequence_ids: torch.Tensor | None = None,
+    image_attention: str = "self",
+    image_ids: torch.Tensor | None = None,
 ) -> Callable:
     """
     The part of MMCA that is not plain causality, as a mask function of transformers: `(batch, head, query, key)`
     indices, absolute in the conversation, to whether the query attends. Head 0 is the text softmax, head 1 the image
-    softmax. Modalities, padding (1 for a token to keep) and the conversation of each token of packed rows are (B, T).
+    softmax. Modalities, padding (1 for a token to keep), the conversation of each token of packed rows and the number
+    of its image (by default a run of image tokens) are (B, T).
     """
     is_image = mm_token_type_ids.bool()
     is_kept = None if attention_mask is None else attention_mask.bool()
     last = is_image.shape[1] - 1
+    own_image = own_image_function(number_images(is_image) if image_ids is None else image_ids)
 
     def mask_function(batch_idx, head_idx, q_idx, kv_idx):
         # A static cache has room beyond the last token; causality masks what is there.
         query_idx, key_idx = q_idx.clamp(max=last), kv_idx.clamp(max=last)
-        allowed = is_image[batch_idx, key_idx] == (head_idx == 1)
-        allowed = allowed & (~is_image[batch_idx, query_idx] | (q_idx == kv_idx))
+        is_image_key = is_image[batch_idx, key_idx]
+        allowed = is_image_key == (head_idx == 1)
+        reads = own_image(batch_idx, head_idx, q_idx, kv_idx) if image_attention == "image" else q_idx == kv_idx
+        if image_attention == "self_and_text":
+            reads = reads | ~is_image_key
+        allowed = allowed & (~is_image[batch_idx, query_idx] | reads)
         if is_kept is not None:
             allowed = allowed & is_kept[batch_idx, query_idx]
         if sequence_ids is not None:
@@ -197,7 +241,7 @@ def check_coverage(mm_token_type_ids: torch.Tensor, attention_mask: torch.Tensor
 
 
 def create_mmca_masks(
-    config: PreTrainedConfig,
+    config: Any,
     inputs_embeds: torch.Tensor,
     mm_token_type_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
@@ -205,21 +249,47 @@ def create_mmca_masks(
     position_ids: torch.Tensor | None = None,
 ) -> torch.Tensor | dict[str, torch.Tensor]:
     """
-    The MMCA masks (B, 2, Q, S) of one forward pass, by layer type where the decoder has several (full, sliding).
+    The MMCA masks (B, 2, Q, S) of one forward pass by a [`VisualChatConfig`], by layer type where the decoder has
+    several (full, sliding).
 
     Modalities and padding cover past and current tokens; a restart of positions (B, Q) marks a packed sequence.
+
+    Raises:
+        `ValueError`: a mask of other tokens, or an image that is cut where its tokens attend to each other.
     """
     check_coverage(mm_token_type_ids, attention_mask)
+    image_ids, own_image = None, None
+    if config.image_attention == "image":
+        image_ids = number_images(mm_token_type_ids, config.image_seq_length)
+        own_image = own_image_function(image_ids)
+        check_whole_images(mm_token_type_ids[:, : -inputs_embeds.shape[1]], config.image_seq_length)
+        check_whole_images(mm_token_type_ids[:, -inputs_embeds.shape[1] :], config.image_seq_length)
     sequence_ids = None
     if position_ids is not None and attention_mask is None and past_key_values is None:
         # Here and not in transformers, which would hand positions to the mask function where it needs indices.
         sequence_ids = find_packed_sequence_indices(position_ids.expand(inputs_embeds.shape[0], -1))
     return create_masks_for_generate(
-        config=config,
+        config=config.text_config,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
         past_key_values=past_key_values,
-        and_mask_function=mmca_mask_function(mm_token_type_ids, attention_mask, sequence_ids),
+        or_mask_function=own_image,  # an image token reads the later tokens of its image too, beyond any window
+        and_mask_function=mmca_mask_function(
+            mm_token_type_ids, attention_mask, sequence_ids, config.image_attention, image_ids
+        ),
+    )
+
+
+def check_whole_images(mm_token_type_ids: torch.Tensor, image_seq_length: int) -> None:
+    """Raises a `ValueError` if a row (B, Q) ends or begins within an image."""
+    counts = mm_token_type_ids.bool().sum(dim=1)
+    torch_compilable_check(
+        (counts % image_seq_length == 0).all(),
+        lambda: (
+            f"A row holds {int(counts.max())} image tokens, which are not whole images of {image_seq_length}. With "
+            'image_attention="image" the tokens of an image attend to each other: pass images whole, and no '
+            "prefill_chunk_size."
+        ),
     )
 
 
@@ -232,11 +302,13 @@ class MultiModalCausalAttention:
     MMCA as an attention function of transformers, for every layer of a decoder.
 
     Args:
-        kernel (`Callable`): Computes one masked softmax: [`sdpa_kernel`] or [`eager_kernel`].
+        kernel (`Callable`): Computes masked softmaxes: [`sdpa_kernel`] or [`eager_kernel`].
+        merge (`str`, *optional*, defaults to `"sum"`): `"sum"`, or `"joint"` for one softmax over text and images.
     """
 
-    def __init__(self, kernel: Callable):
+    def __init__(self, kernel: Callable, merge: str = "sum"):
         self.kernel = kernel
+        self.merge = merge
 
     def __call__(
         self,
@@ -276,11 +348,12 @@ class MultiModalCausalAttention:
             return layer_plan.attend(module, query, key, value, scaling, dropout), None
         if attention_mask.numel() == 0:
             raise PlanNotDeliveredError(f"{type(module).__name__} does not pass keyword arguments on.")
-        output, weights = self.kernel(query, key, value, attention_mask, scaling, dropout)
+        mask = attention_mask if self.merge == "sum" else join_channels(attention_mask)
+        output, weights = self.kernel(query, key, value, mask, scaling, dropout)
         if dropout > 0.0 and attention_mask.shape[1] > 1:
-            # An image token is its own value, of which nothing is dropped.
+            # Image tokens read no text, and nothing of what they read is dropped.
             is_image = ~attention_mask[:, :1].any(dim=-1, keepdim=True)
-            output = torch.where(is_image, self.kernel(query, key, value, attention_mask, scaling)[0], output)
+            output = torch.where(is_image, self.kernel(query, key, value, mask, scaling)[0], output)
         return output.transpose(1, 2).contiguous(), weights
 
 

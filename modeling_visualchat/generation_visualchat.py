@@ -269,7 +269,7 @@ class VisualChatGenerationMixin(GenerationMixin):
         return [image for end, total, old in rows for image in range(end - total + old, end)]
 
     def _makes_masks(self) -> bool:
-        return get_attention_type(self.config.attention_type).create_masks is not None
+        return get_attention_type(self.config).create_masks is not None
 
     def create_masks_for_generate(self, config, attention_mask, **kwargs):
         """Masks that need the modality of the past are made by `prepare_inputs_for_generation`."""
@@ -303,7 +303,7 @@ class VisualChatGenerationMixin(GenerationMixin):
             is_possible = is_first_iteration or num_queries > 1
             if not is_possible or not bool((ids == self.config.image_token_id).any()):
                 model_inputs["mm_encoder_outputs"] = model_inputs["image_states"] = None
-        create_masks = get_attention_type(self.config.attention_type).create_masks
+        create_masks = get_attention_type(self.config).create_masks
         if create_masks is None:
             return model_inputs
 
@@ -317,7 +317,7 @@ class VisualChatGenerationMixin(GenerationMixin):
         if isinstance(past_key_values, Cache) and past_key_values.is_compileable and mm_token_type_ids is not None:
             shape = torch.empty((mm_token_type_ids.shape[0], num_queries, 0), dtype=self.dtype, device=self.device)
             model_inputs["attention_mask"] = create_masks(
-                self.config.text_config,
+                self.config,
                 shape,
                 mm_token_type_ids.to(self.device),
                 attention_mask,

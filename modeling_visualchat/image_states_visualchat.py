@@ -3,7 +3,9 @@ Image states: per-layer keys and values of images, which do not depend on the co
 
 An image token attends only to its own image, so its hidden states depend only on the image; its keys also depend on
 their position, by rotation. [`ImageStream`] takes images through an unmodified decoder and records the keys and values
-of each layer; at position 0 they are not rotated, and [`KeyRotation`] rotates them where the images stand.
+of each layer. Image tokens that attend only to themselves stand at position 0, where nothing is rotated; those that
+attend to each other stand at 0, 1, 2, …, since their scores depend on relative positions only. Either way keys are
+kept as before rotation, and [`KeyRotation`] rotates them where the images stand.
 
 Dimensions: N images of a batch, U unique images among them, `length` tokens an image, K key/value heads, D head size.
 """
@@ -94,14 +96,28 @@ def self_attention(query, key, value, scaling: float | None) -> torch.Tensor:
     return value.transpose(1, 2).contiguous()
 
 
+def own_image_attention(query, key, value, scaling: float | None) -> torch.Tensor:
+    """Image tokens that attend to all tokens of their image: (N, H or K, length, D) to (N, length, H, D)."""
+    output = nn.functional.scaled_dot_product_attention(
+        query, key, value, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return output.transpose(1, 2).contiguous()
+
+
 class ImageStream:
     """The plan of the image stream, for the attention of an attention type: records the keys and values of layers."""
 
     def __init__(self, attention: Callable[..., torch.Tensor] = self_attention):
         self.attention = attention
+        self.is_within = attention is not self_attention  # whether image tokens attend to each other
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
         self.num_calls = 0
+
+    def positions(self, features: torch.Tensor) -> torch.Tensor:
+        """Where images (N, length, hidden) stand that are computed apart from a conversation, (N, length)."""
+        positions = torch.arange(features.shape[1], device=features.device) * self.is_within
+        return positions.expand(features.shape[:2])
 
     def attend(self, module: nn.Module, query, key, value, scaling: float | None, dropout: float) -> torch.Tensor:
         """The attention of the images in one decoder layer: (N, H, length, D) to (N, length, H, D)."""
@@ -127,14 +143,15 @@ def run_image_stream(
     """
     is_rotated = position_ids is not None
     if position_ids is None:
-        position_ids = torch.zeros(states.features.shape[:2], dtype=torch.long, device=states.features.device)
+        position_ids = stream.positions(states.features)
     skip: AbstractContextManager = SkipQueryProjections(rotation.decoder) if skips_queries else nullcontext()
     with skip:
         outputs = decode(states.features, position_ids, stream).last_hidden_state
     layers = range(rotation.num_layers)
     keys, values = ([recorded[layer] for layer in layers] for recorded in (stream.keys, stream.values))
     if not is_rotated:
-        keys = [rotation.undo_scaling(states, layer) for layer, states in enumerate(keys)]
+        tables = rotation.inverse_tables(position_ids[:1], states.features)
+        keys = [rotation.rotate(states, layer, tables) for layer, states in enumerate(keys)]
     return replace(states, keys=keys, values=values, outputs=outputs, is_rotated=is_rotated)
 
 

@@ -1,5 +1,5 @@
 """
-Late rotation: keys computed at position 0, rotated to another position by the decoder's own rotary embedding.
+Late rotation: keys as before rotation, rotated to a position by the decoder's own rotary embedding.
 
 Rotary embeddings (RoFormer, arXiv 2104.09864) rotate keys by their position and turn nothing at position 0. The layout
 is read from the configuration and the rotary module: a table for each layer type where the module has several, layers
@@ -26,6 +26,7 @@ ROTARY_IN_SLIDING_LAYERS_ONLY = {
     "afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone4_5_text", "exaone_moe", "flint",
 }  # fmt: skip
 TOLERANCE = 1e-4  # of the relative error in float32
+PROBE_LENGTH = 4  # tokens
 
 
 class KeyRotation:
@@ -45,7 +46,6 @@ class KeyRotation:
         self.is_rotated = [
             _is_rotated(config, layer, layer_type) for layer, layer_type in enumerate(layer_types[: self.num_layers])
         ]
-        self._scaling: dict[str | None, tuple[float, int]] = {}
 
     def tables(self, position_ids: torch.Tensor, like: torch.Tensor) -> dict[str | None, tuple]:
         """The cosines and sines at positions (B, I), each (B, I, rotated size), by layer type."""
@@ -54,27 +54,27 @@ class KeyRotation:
         arguments = {key: () if key is None else (key,) for key in dict.fromkeys(self.table_of)}
         return {key: rotary(like, position_ids, *layer_type) for key, layer_type in arguments.items()}
 
+    def inverse_tables(self, position_ids: torch.Tensor, like: torch.Tensor) -> dict[str | None, tuple]:
+        """
+        As [`tables`], for rotated keys to those before rotation, without the factor that some rotary embeddings (YaRN)
+        put on their tables; empty if there is nothing to undo.
+        """
+        inverse = {}
+        for key, (cos, sin) in self.tables(position_ids, like.float()).items():
+            if bool(sin.any()) or bool((cos != 1.0).any()):
+                factor = cos.square() + sin.square()
+                inverse[key] = ((cos / factor).to(like.dtype), (-sin / factor).to(like.dtype))
+        return inverse
+
     def rotate(self, keys: torch.Tensor, layer: int, tables: dict[str | None, tuple]) -> torch.Tensor:
-        """Rotates the keys (B, K, I, D) of a layer."""
-        if not self.is_rotated[layer]:
+        """Rotates the keys (B, K, I, D) of a layer; layers without a rotation or a table leave them as they are."""
+        if not self.is_rotated[layer] or self.table_of[layer] not in tables:
             return keys
         cos, sin = (table.to(keys.device) for table in tables[self.table_of[layer]])
         apply = getattr(sys.modules[type(self.decoder).__module__], _APPLY)
         size = cos.shape[-1]
         rotated = apply(keys[:, :0, :, :size], keys[..., :size], cos, sin)[1]
         return rotated if size == keys.shape[-1] else torch.cat([rotated, keys[..., size:]], dim=-1)
-
-    def undo_scaling(self, keys: torch.Tensor, layer: int) -> torch.Tensor:
-        """Keys of position 0 without the factor that some rotary embeddings (YaRN) put on their tables."""
-        if not self.is_rotated[layer]:
-            return keys
-        if not self._scaling:
-            origin = self.tables(torch.zeros(1, 1, dtype=torch.long, device=keys.device), keys)
-            self._scaling = {key: (float(cos.max()), cos.shape[-1]) for key, (cos, _) in origin.items()}
-        factor, size = self._scaling[self.table_of[layer]]
-        if factor == 1.0:
-            return keys
-        return torch.cat([keys[..., :size] / factor, keys[..., size:]], dim=-1)
 
 
 _APPLY = "apply_rotary_pos_emb"
@@ -123,18 +123,19 @@ def probe_decoder(decoder: Any, make_stream: Callable[[], Any]) -> DecoderProbe:
     try:
         rotation = KeyRotation(decoder)
         replica = build_replica(decoder)
-        last = min(_longest_position(decoder.config), 100_000) - 1
-        places = sorted({min(position, last) for position in (1, 17, 1021, last)})
-        positions = torch.tensor([places], device="cpu")
-        embeds = _draw((1, len(places), replica.config.hidden_size), _seeded())
+        last = min(_longest_position(decoder.config), 100_000) - PROBE_LENGTH
+        offsets = torch.tensor([[max(0, min(offset, last))] for offset in (1, 17, 1021, last)], device="cpu")
+        positions = offsets + torch.arange(PROBE_LENGTH, device="cpu")
+        embeds = _draw((1, PROBE_LENGTH, replica.config.hidden_size), _seeded()).expand(len(offsets), -1, -1)
         streams = [make_stream(), make_stream()]
+        origin = streams[0].positions(embeds)
         outputs = [
             run_with_plan(replica, embeds, position_ids, stream).last_hidden_state
-            for stream, position_ids in zip(streams, (torch.zeros_like(positions), positions))
+            for stream, position_ids in zip(streams, (origin, positions))
         ]
         with SkipQueryProjections(replica):
-            outputs[0] = run_with_plan(replica, embeds, positions, make_stream()).last_hidden_state
-        skips_queries = torch.equal(*outputs)
+            skipped = run_with_plan(replica, embeds, positions, make_stream()).last_hidden_state
+        skips_queries = torch.equal(skipped, outputs[1])
     except (MemoryError, torch.OutOfMemoryError) as error:
         return DecoderProbe(no_two_streams=f"{name} cannot be tried: {error}", is_final=False)
     except PlanNotDeliveredError as error:
@@ -144,20 +145,34 @@ def probe_decoder(decoder: Any, make_stream: Callable[[], Any]) -> DecoderProbe:
     num_layers = rotation.num_layers
     if sorted(streams[0].keys) != list(range(num_layers)) or streams[0].num_calls != num_layers:
         return DecoderProbe(no_two_streams=f"the layers of {name} do not attend exactly once each")
-    small = KeyRotation(replica)
-    for layer in range(num_layers):
+    reason = _no_late_rotation(KeyRotation(replica), streams, outputs, origin, positions)
+    reason = None if reason is None else f"{name}: {reason}"
+    return DecoderProbe(rotation, no_late_rotation=reason, skips_queries=skips_queries)
+
+
+def _no_late_rotation(rotation: KeyRotation, streams, outputs, origin, positions) -> str | None:
+    """Why the keys of images computed at the origin are not, once rotated, those of images at other positions."""
+    # Where tokens attend to each other, float32 tells far angles apart only as far as this.
+    tolerance = TOLERANCE + streams[0].is_within * positions[:, 0] * 2.0**-23
+    inverse, tables = rotation.inverse_tables(origin[:1], outputs[0]), rotation.tables(positions, outputs[0])
+    for layer in range(rotation.num_layers):
         expected = streams[1].keys[layer]
         try:
-            tables = small.tables(positions, expected)
-            actual = small.rotate(small.undo_scaling(streams[0].keys[layer], layer), layer, tables)
-            difference = float((actual - expected).norm() / expected.norm())
+            actual = rotation.rotate(rotation.rotate(streams[0].keys[layer], layer, inverse), layer, tables)
+            difference = _relative_error(actual, expected)
         except (RuntimeError, KeyError) as mismatch:  # shapes that do not fit, a layer type without a table
-            reason = f"the keys of {name} cannot be rotated late: {mismatch}"
-            return DecoderProbe(rotation, no_late_rotation=reason, skips_queries=skips_queries)
-        if not difference <= TOLERANCE:
-            reason = f"keys of {name}, layer {layer}, are off by {difference:.2%} when they are rotated late"
-            return DecoderProbe(rotation, no_late_rotation=reason, skips_queries=skips_queries)
-    return DecoderProbe(rotation, skips_queries=skips_queries)
+            return f"its keys cannot be rotated late: {mismatch}"
+        if not bool((difference <= tolerance).all()):
+            return f"its keys in layer {layer} are off by {float(difference.max()):.2%} when they are rotated late"
+    difference = _relative_error(*outputs)
+    if not bool((difference <= tolerance).all()):
+        return f"its image tokens depend on their position, by {float(difference.max()):.2%}"
+    return None
+
+
+def _relative_error(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Of each row (B, …)."""
+    return (actual - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
 
 
 def build_replica(decoder: Any) -> Any:

@@ -72,7 +72,7 @@ class VisualChatPreTrainedModel(PreTrainedModel):
         Sets the attention kernel of both towers, or of each by a `dict` with `"vision_config"` and `"text_config"`.
         The attention type of the language model stays; a `ValueError` names a kernel on which it is not available.
         """
-        attention_type = get_attention_type(self.config.attention_type)
+        attention_type = get_attention_type(self.config)
         requested: Any = attn_implementation
         if attention_type.kernels:
             if not isinstance(requested, dict):
@@ -148,7 +148,7 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
 
     def __init__(self, config: VisualChatConfig):
         super().__init__(config)
-        get_attention_type(config.attention_type).check_decoder(config.text_config)
+        get_attention_type(config).check_decoder(config.text_config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = projector_class(config.projector_type)(config)
         # Before the decoder is built, so that no way of loading leaves it with a plain kernel.
@@ -158,7 +158,7 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
 
     def _choose_attention(self, text_config) -> None:
         """Keeps the attention type of the decoder, whichever kernel was asked for and in whichever way."""
-        attention_type = get_attention_type(self.config.attention_type)
+        attention_type = get_attention_type(self.config)
         text_config._attn_implementation = attention_type.implementation(text_config._attn_implementation)
 
     @can_return_tuple
@@ -382,7 +382,7 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
         reason = masked_route_reason(self, inputs)
         if reason is not None and self.route == "two_streams":
             raise ValueError(f'The route "two_streams" was asked for, and is not possible: {reason}.')
-        is_told = get_attention_type(self.config.attention_type).two_streams is not None
+        is_told = get_attention_type(self.config).two_streams is not None
         if reason is not None and is_told and not torch.compiler.is_compiling():
             logger.warning_once(f"VisualChat takes the masked route through the decoder: {reason}.")
         return reason is None
@@ -393,9 +393,9 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
         if is_conversation_cache(inputs.past_key_values):
             inputs.past_key_values.interleave()
         if self._needs_masks(attention_mask):
-            create_masks: Any = get_attention_type(self.config.attention_type).create_masks
+            create_masks: Any = get_attention_type(self.config).create_masks
             attention_mask = create_masks(
-                self.config.text_config,
+                self.config,
                 embeds,
                 inputs.mm_token_type_ids,
                 attention_mask,
@@ -415,7 +415,7 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
 
     def _needs_masks(self, attention_mask: Any) -> bool:
         """Whether the attention type has masks of its own, and they are not finished yet."""
-        has_masks = get_attention_type(self.config.attention_type).create_masks is not None
+        has_masks = get_attention_type(self.config).create_masks is not None
         return has_masks and not is_finished_mask(attention_mask)
 
     def _embed(self, input_ids, is_image, image_features) -> torch.Tensor:

@@ -57,6 +57,7 @@ class TwoStreamPlan:
     image_keys_values: Callable[[int], tuple[torch.Tensor, torch.Tensor]] | None = field(default=None, repr=False)
     # How text reads text and images, of the attention type.
     text_attention: Callable[..., torch.Tensor] = field(default_factory=lambda: mmca_text_attention, repr=False)
+    joint_masks: dict[int, torch.Tensor | None] = field(default_factory=dict, init=False, repr=False)
 
     def gather_text(self, states: torch.Tensor) -> torch.Tensor:
         """(B, Q, …) of all positions to (B, T, …) of the text slots."""
@@ -71,6 +72,25 @@ class TwoStreamPlan:
             return states
         is_image = (self.token_types == IMAGE).to(text.device)
         return states.masked_scatter(is_image.view(*is_image.shape, *[1] * (text.ndim - 2)), image.to(states.dtype))
+
+    def joint_mask(self, num_images: int) -> torch.Tensor | None:
+        """What the text reads, (B, 1, T, I + past + T), images first; `None` if all. Made once for all layers."""
+        if num_images not in self.joint_masks:
+            (num_rows, num_text), device = self.order.shape, self.order.device
+            images = torch.zeros(num_rows, num_text, num_images, dtype=torch.bool)
+            for row, runs in enumerate(self.runs):
+                for run in runs:
+                    images[row, run.start : run.end, run.first_key : run.end_key] = True
+            text = torch.ones(num_text, self.num_past + num_text, dtype=torch.bool).tril(self.num_past)[None]
+            if self.text_mask is not None:
+                text = self.text_mask[:, 0].cpu()
+            elif self.text_lengths is not None:
+                sizes = [torch.tensor([*lengths, num_text - sum(lengths)]) for lengths in self.text_lengths]
+                ids = torch.stack([torch.arange(len(row)).repeat_interleave(row) for row in sizes])
+                text = text & (ids[:, :, None] == ids[:, None])
+            mask = torch.cat([images, text.expand(num_rows, -1, -1)], dim=-1)[:, None]
+            self.joint_masks[num_images] = None if bool(mask.all()) else mask.to(device)
+        return self.joint_masks[num_images]
 
     def attend(self, module: nn.Module, query, key, value, scaling: float | None, dropout: float) -> torch.Tensor:
         """The attention of the text in one decoder layer: (B, H, T, D) to (B, T, H, D)."""
@@ -183,6 +203,36 @@ def mmca_text_attention(
         image = sdpa_kernel(query, image_key, image_value, plan.image_mask, scaling, dropout)[0]
         return (text + image.transpose(1, 2)).contiguous()
     return prefix_cross_attention(query, image_key, image_value, plan.runs, scaling, dropout).add_(text)
+
+
+def joint_text_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    image_key: torch.Tensor | None,
+    image_value: torch.Tensor | None,
+    plan: TwoStreamPlan,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """
+    One softmax over images and text, for `merge="joint"`; takes and returns what [`mmca_text_attention`] does.
+
+    It takes one call with a mask over the image keys, followed by those of the text. Masked-out blocks are computed:
+    the images after a text token, and the later half of the text.
+    """
+    if image_key is None or image_value is None:
+        return _causal_text_attention(query, key, value, plan, scaling, dropout).transpose(1, 2).contiguous()
+    output = nn.functional.scaled_dot_product_attention(
+        query,
+        torch.cat([image_key, key], dim=2),
+        torch.cat([image_value, value], dim=2),
+        attn_mask=plan.joint_mask(image_key.shape[2]),
+        dropout_p=dropout,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output.transpose(1, 2).contiguous()
 
 
 def _causal_text_attention(query, key, value, plan: TwoStreamPlan, scaling, dropout) -> torch.Tensor:

@@ -66,7 +66,7 @@ def masked_route_reason(model: Any, inputs: DecoderInputs | None) -> str | None:
 
 
 def _has_other_kernel(model, inputs) -> bool:
-    form: Any = get_attention_type(model.config.attention_type).two_streams
+    form: Any = get_attention_type(model.config).two_streams
     return kernel_of(model.config.text_config._attn_implementation) != form.kernel
 
 
@@ -164,9 +164,9 @@ NO_MEMORY = f"{MASKS}; an image memory is refused"
 # In order; the last one is found by trying a small replica of the decoder.
 ROUTE_CONDITIONS = (
     RouteCondition(
-        'an attention type without a two-stream form (`attention_type="causal"`)',
+        'an attention type without a two-stream form (`"causal"`, or `image_attention="self_and_text"`)',
         NO_MEMORY,
-        lambda model, inputs: get_attention_type(model.config.attention_type).two_streams is None,
+        lambda model, inputs: get_attention_type(model.config).two_streams is None,
     ),
     RouteCondition(
         "a kernel other than `sdpa`",

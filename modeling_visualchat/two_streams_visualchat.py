@@ -14,7 +14,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .attention_types_visualchat import get_attention_type
-from .attention_visualchat import check_coverage
+from .attention_visualchat import check_coverage, check_whole_images
 from .cache_visualchat import ConversationCache, is_conversation_cache
 from .image_states_visualchat import ImageStates, ImageStream, place_images, run_image_stream
 from .key_rotation_visualchat import DecoderProbe, probe_decoder, run_with_plan
@@ -43,7 +43,7 @@ class TwoStreamMixin:
         return self._probe[1]
 
     def _make_stream(self) -> ImageStream:
-        form = get_attention_type(self.config.attention_type).two_streams
+        form = get_attention_type(self.config).two_streams
         return ImageStream() if form is None else ImageStream(form.image_attention)
 
     def supports_conversation_cache(self) -> bool:
@@ -59,7 +59,7 @@ class TwoStreamMixin:
         Raises:
             `ValueError`: a model that cannot compute images apart from a conversation.
         """
-        attention_type = get_attention_type(self.config.attention_type)
+        attention_type = get_attention_type(self.config)
         self._choose_attention(self.language_model.config)
         implementation = self.config.text_config._attn_implementation
         form, reason = attention_type.two_streams, None
@@ -122,7 +122,7 @@ class TwoStreamMixin:
             cache.prepare(embeds.shape[0])
             past = (cache.slots, cache.token_types)
         plan = make_plan(mm_token_type_ids, attention_mask, *past, sequence_ids=inputs.sequence_ids)
-        form: Any = get_attention_type(self.config.attention_type).two_streams
+        form: Any = get_attention_type(self.config).two_streams
         plan = replace(plan, text_attention=form.text_attention)
         rotation: Any = self.probe.rotation
         if states is not None:
@@ -148,9 +148,13 @@ class TwoStreamMixin:
         self, inputs: DecoderInputs, is_image: torch.Tensor, position_ids: torch.Tensor
     ) -> ImageStates | None:
         """The images of a call with their keys and values, computed here unless they are known."""
-        states = inputs.image_states
+        states, is_within = inputs.image_states, self._make_stream().is_within
         if states is None and bool(is_image.any()):
-            states = ImageStates(inputs.embeds[is_image.to(inputs.embeds.device)][None], [0])
+            embeds = inputs.embeds[is_image.to(inputs.embeds.device)]
+            if is_within:
+                check_whole_images(is_image, self.config.image_seq_length)
+            embeds = embeds.unflatten(0, (-1, self.config.image_seq_length if is_within else len(embeds)))
+            states = ImageStates(embeds, list(range(len(embeds))))
         if states is None:
             return None
         if len(states.token_index()) != int(is_image.sum()):
@@ -158,13 +162,20 @@ class TwoStreamMixin:
                 f"mm_token_type_ids marks {int(is_image.sum())} of the current tokens as images; the images take "
                 f"{len(states.token_index())}."
             )
+        positions = position_ids[is_image.to(position_ids.device)].view(len(states.index), -1)
+        is_apart = not is_within or bool((positions.diff(dim=1) == 1).all())
         if states.keys:
+            if not is_apart:
+                raise ValueError(
+                    "The positions of an image's tokens have to follow each other where they attend to each other and "
+                    "the image was computed apart from the conversation."
+                )
             return states
-        if states.has_repeats and self.probe.no_late_rotation is None:
+        if states.has_repeats and is_apart and self.probe.no_late_rotation is None:
             return self._run_image_stream(states, inputs.embeds)
         # An image that occurs once is rotated where it is computed.
         states = ImageStates(states.expand(states.features), list(range(len(states.index))))
-        return self._run_image_stream(states, inputs.embeds, position_ids[is_image.to(position_ids.device)])
+        return self._run_image_stream(states, inputs.embeds, positions)
 
 
 def find_packed(embeds, attention_mask, position_ids) -> torch.Tensor | None:

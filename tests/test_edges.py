@@ -445,7 +445,7 @@ def test_a_float_mask_of_two_channels_is_that_of_booleans_or_refused(kernel, dty
     ids, images = tokens(2, "I", 3), pixels(0)
     types = (ids == IMAGE_TOKEN_ID).long()
     embeds = model.get_input_embeddings()(ids)
-    allowed = create_mmca_masks(model.config.text_config, embeds, types, None, None)
+    allowed = create_mmca_masks(model.config, embeds, types, None, None)
     assert allowed.shape[1] == 2
     expected = model(ids, images, attention_mask=allowed, use_cache=False).logits
     torch.testing.assert_close(model(ids, images, use_cache=False).logits, expected, rtol=3e-2, atol=3e-2)
