@@ -63,10 +63,10 @@ def split_answers(
             words = (content if isinstance(content, str) else content[-1]["text"]).strip()
             if not (whole.startswith(answered) and answered.startswith(prompt) and words in answered[len(prompt) :]):
                 raise ValueError(
-                    f"The answer of message {index} is not found in what the chat template renders, {answered!r:.80}…: "
-                    "it has to follow the generation prompt, in a text that later messages continue. Mark answers with "
-                    "{% generation %} in the template, end-of-sequence token included, or use the template of VisualChat "
-                    "(convert_llava.py --chat_template visualchat)."
+                    f"The answer of message {index} is not found in {answered!r:.80}…, as the chat template renders: "
+                    "it has to follow the generation prompt, in a text that later messages continue. Mark answers "
+                    "with {% generation %} in the template, their end-of-sequence token included, or use the template "
+                    "of VisualChat (convert_llava.py --chat_template visualchat)."
                 )
             answer, rest = _end(answered[len(prompt) :], words, end_tokens)
             pieces += [(whole[done : len(prompt)], False), (answer, has_loss(message)), (rest, False)]
