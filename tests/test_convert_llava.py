@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 from conftest import SHAPE, draw_picture, make_tokenizer
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from test_finetune import EXAMPLES
 from test_remote_code import HIDE_PACKAGES
 from tokenizers.processors import TemplateProcessing
@@ -227,21 +229,28 @@ def test_switched_to_mmca_it_trains(converted, questions, kind, answers):
     batch = DataCollatorForVisualChat(processor)([{"messages": messages}])
     labels = batch["labels"][batch["labels"] != -100]
     assert processor.decode(labels) == answers
-    measured = measure_lengths(datasets_of(messages), processor)[0]
+    measured = measure_lengths(Dataset.from_list([{"messages": json.dumps(messages)}]), processor)[0]
     assert (measured["length"], measured["num_trained"]) == (batch["labels"].shape[1], len(labels))
-    model.set_trainable("multi_modal_projector", "input_embeddings").train()
-    loss = model(**batch).loss
+    model.set_trainable().train()
+    assert moved_by(model(**batch).loss, model) == {
+        name for name, _ in model.named_parameters() if "multi_modal_projector" in name or "embed_tokens" in name
+    }
+
+    targets = r"model\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj)"
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=targets, modules_to_save=["multi_modal_projector"]))
+    assert moved_by(model(**batch).loss, model) == {
+        name for name, _ in model.named_parameters() if "lora_B" in name or "modules_to_save" in name
+    }
+
+
+def moved_by(loss, model):
+    """The parameters with a gradient; lora_A has none before the first step."""
+    model.zero_grad()
     loss.backward()
     assert torch.isfinite(loss)
-    for name, parameter in model.named_parameters():
-        is_trained = "multi_modal_projector" in name or "embed_tokens" in name
-        assert (parameter.grad is not None and bool(parameter.grad.any())) == is_trained, name
-
-
-def datasets_of(messages):
-    from datasets import Dataset
-
-    return Dataset.from_list([{"messages": json.dumps(messages)}])
+    return {
+        name for name, parameter in model.named_parameters() if parameter.grad is not None and parameter.grad.any()
+    }
 
 
 LOAD = """

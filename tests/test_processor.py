@@ -191,9 +191,7 @@ def test_labels_with_a_template_that_reads_no_weights_and_ends_no_answer(process
 
 def test_an_answer_that_a_template_does_not_render_is_an_error(processor):
     template = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(
-        ValueError, match="The answer of message 1 is not found in 'Hi'…, as the chat template renders"
-    ):
+    with pytest.raises(ValueError, match="The answer of message 1 is not found in"):
         prepare(processor, [user("Hi"), assistant("A.")], return_labels=True, chat_template=template)
 
 
