@@ -51,6 +51,8 @@ class VisualChatConfig(PreTrainedConfig):
             a projector registered with `register_projector`.
         projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
             Activation inside the `mlp`, `vit` and `perceiver` projectors.
+        multimodal_projector_bias (`bool`, *optional*, defaults to `True`):
+            Whether the linear layers of the `mlp` projector have a bias.
         vision_feature_layer (`int` or `list[int]`, *optional*, defaults to -1):
             Index of the hidden state of the vision tower to read; several are concatenated.
         vision_feature_select_strategy (`str`, *optional*, defaults to `"full"`):
@@ -106,6 +108,7 @@ class VisualChatConfig(PreTrainedConfig):
     image_seq_length: int | None = None
     projector_type: str = "linear"
     projector_hidden_act: str = "gelu"
+    multimodal_projector_bias: bool = True
     vision_feature_layer: int | list[int] = -1
     vision_feature_select_strategy: Literal["full", "default"] = "full"
     attention_type: str = "mmca"

@@ -10,6 +10,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import torch
+from checkpoints import write
 from PIL import Image
 
 from modeling_visualchat import ATTENTION_OPTIONS, PROJECTORS, VisualChatForConditionalGeneration
@@ -51,10 +52,7 @@ def main() -> None:
         arguments.vision, arguments.text, image_seq_length=model.config.image_seq_length
     )
     check(model, processor)
-    model.save_pretrained(arguments.output)
-    processor.save_pretrained(arguments.output)
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    print(f"{arguments.output}: {model.num_parameters():,} parameters, {trainable:,} of them trainable by default")
+    write(model, processor, arguments.output)
 
 
 if __name__ == "__main__":

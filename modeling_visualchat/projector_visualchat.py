@@ -57,10 +57,10 @@ class MLPProjector(nn.Module):
 
     def __init__(self, config: VisualChatConfig):
         super().__init__()
-        hidden_size = config.text_config.hidden_size
-        self.linear_1 = nn.Linear(vision_feature_size(config), hidden_size)
+        hidden_size, bias = config.text_config.hidden_size, config.multimodal_projector_bias
+        self.linear_1 = nn.Linear(vision_feature_size(config), hidden_size, bias=bias)
         self.activation = ACT2FN[config.projector_hidden_act]
-        self.linear_2 = nn.Linear(hidden_size, hidden_size)
+        self.linear_2 = nn.Linear(hidden_size, hidden_size, bias=bias)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return self.linear_2(self.activation(self.linear_1(features)))

@@ -91,6 +91,16 @@ def drop_nulls(messages: list[dict]) -> list[dict]:
     return map_blocks(messages, without_nulls)
 
 
+def text_to_blocks(messages: list[dict]) -> list[dict]:
+    """Messages whose text is a block, the one form that every template with images reads."""
+    return [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        if isinstance(message["content"], str)
+        else message
+        for message in messages
+    ]
+
+
 def _validate_content(message: dict, control_tokens: Sequence[str], where: str) -> None:
     role, content = message["role"], message["content"]
     if not isinstance(content, (str, list, tuple)) or not content:

@@ -1,17 +1,22 @@
 """The VisualChat processor: conversations with images in, token ids, pixels and labels out."""
 
-import itertools
+import re
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers.utils.chat_template_utils import render_jinja_template
 
+from .answers_visualchat import PIECES_TEMPLATE, split_answers
 from .chat_template_visualchat import chat_template as default_chat_template
-from .conversation_visualchat import drop_nulls, has_loss, validate_conversation
+from .conversation_visualchat import drop_nulls, text_to_blocks, validate_conversation
 from .image_loading_visualchat import load_image
 
 
 IGNORE_INDEX = -100
+READS_BLOCKS = re.compile(r"""['"]image['"]""")  # in a chat template: messages are lists of blocks
 
 
 class VisualChatProcessor(ProcessorMixin):
@@ -136,9 +141,10 @@ class VisualChatProcessor(ProcessorMixin):
 
         Args:
             conversation (`list[dict]` or `list[list[dict]]`): Messages, see [`validate_conversation`].
-            chat_template (`str`, *optional*): Another template.
+            chat_template (`str`, *optional*): Another template. To one that reads images, a text is passed as a block.
             return_labels (`bool`, *optional*, defaults to `False`): Adds `labels` of shape (B, S): the ids of the
-                answers with their end-of-sequence token, -100 elsewhere and in answers with a weight of 0.
+                answers with their end-of-sequence token, -100 elsewhere and in answers with a weight of 0. Where the
+                template writes no such token after an answer, it is added (see [`split_answers`]).
             kwargs: As in `ProcessorMixin.apply_chat_template`; arguments of the tokenizer go into `processor_kwargs`.
                 `sanitize_control_tokens=True` lets a user write `<image>` and other special tokens in words (not with
                 labels).
@@ -147,21 +153,22 @@ class VisualChatProcessor(ProcessorMixin):
             `ValueError`: a conversation that is not valid, or an image that cannot be read.
             `FileNotFoundError`: an image that is not there.
         """
+        template = self._resolve_chat_template(chat_template)
         is_batched = isinstance(conversation, (list, tuple)) and bool(conversation)
         is_batched = is_batched and isinstance(conversation[0], (list, tuple))
-        conversation = [drop_nulls(messages) for messages in conversation] if is_batched else drop_nulls(conversation)
-        for index, messages in enumerate(conversation if is_batched else [conversation]):
-            self._validate(messages, f"Conversation {index}" if is_batched else "The conversation", kwargs)
+        conversations = [
+            self._read(messages, template, f"Conversation {index}" if is_batched else "The conversation", kwargs)
+            for index, messages in enumerate(conversation if is_batched else [conversation])
+        ]
         if not return_labels:
-            return super().apply_chat_template(conversation, chat_template, **kwargs)
+            return super().apply_chat_template(conversations if is_batched else conversations[0], template, **kwargs)
 
-        messages = itertools.chain.from_iterable(conversation if is_batched else [conversation])
-        has_weights = any(message["role"] == "assistant" and not has_loss(message) for message in messages)
-        if has_weights and '"weight"' not in (chat_template or self.chat_template):
-            raise ValueError("An answer has a weight of 0, which the chat template of this processor does not read.")
+        for messages in conversations:
+            messages[0] = {**messages[0], "pieces": self._split_answers(messages, template)}
         return_tensors = kwargs.pop("return_tensors", None)
         kwargs.update(tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        inputs = super().apply_chat_template(conversation, chat_template, **kwargs)
+        conversation = conversations if is_batched else conversations[0]
+        inputs = super().apply_chat_template(conversation, PIECES_TEMPLATE, **kwargs)
         masks = inputs.pop("assistant_masks")
         inputs["labels"] = [
             [int(token) if is_answer else IGNORE_INDEX for token, is_answer in zip(row, mask)]
@@ -169,11 +176,33 @@ class VisualChatProcessor(ProcessorMixin):
         ]
         return inputs.convert_to_tensors(return_tensors)
 
+    def split_answers(self, conversation: list[dict]) -> list[tuple[str, bool]]:
+        """The text of a conversation in training, in pieces with and without a loss, see [`split_answers`]."""
+        return self._split_answers(self._read(conversation, self._resolve_chat_template(None)), self.chat_template)
+
+    def _split_answers(self, messages: list[dict], template: str) -> list[tuple[str, bool]]:
+        special = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        return split_answers(messages, template, partial(self._render, template), [self.tokenizer.eos_token, *special])
+
+    def _render(self, template: str, messages: list[dict], **kwargs) -> tuple[str, Sequence[tuple[int, int]]]:
+        """The text of messages, and the spans that the template marks if they are asked for."""
+        (messages,), _ = self._normalize_conversations(messages)
+        texts, spans = render_jinja_template(
+            [messages], chat_template=template, **self.tokenizer.special_tokens_map, **kwargs
+        )
+        return texts[0], spans[0] if spans else ()
+
     @property
     def _control_tokens(self) -> tuple[str, ...]:
         """The tokens that would begin, end or pad a conversation, or show an image, if a text held them."""
         named = (self.tokenizer.bos_token, self.tokenizer.eos_token, self.tokenizer.pad_token)
         return (self.image_token, *(token for token in named if token))
+
+    def _read(self, messages, template: str, name: str = "The conversation", kwargs: dict | None = None) -> list[dict]:
+        """Validates a conversation, and brings it to the form that a template reads."""
+        messages = drop_nulls(messages)
+        self._validate(messages, name, kwargs or {})
+        return text_to_blocks(messages) if READS_BLOCKS.search(template) else list(messages)
 
     def _validate(self, messages, name: str, kwargs: dict) -> None:
         # Marked as plain text, a special token in a user's words does no harm.

@@ -178,11 +178,21 @@ def test_rounds_without_a_loss_are_no_reason_to_keep_a_conversation(processor, c
     assert (collator([{"messages": chat}])["labels"] != -100).any() and collator.counts["shortened"] == 1
 
 
-def test_a_template_that_does_not_read_weights_is_refused(processor):
+def test_labels_with_a_template_that_reads_no_weights_and_ends_no_answer(processor):
+    """The answers are found without its marks, and their end is added."""
     template = "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}"
-    messages = [{"role": "user", "content": "Hi"}, {**assistant("A."), "weight": 0}]
-    with pytest.raises(ValueError, match="weight of 0, which the chat template of this processor does not read"):
-        prepare(processor, messages, return_labels=True, chat_template=template)
+    first, second = ({"role": "user", "content": text} for text in ("Hi", "So"))
+    messages = [first, {**assistant("A."), "weight": 0}, second, assistant("B.")]
+    inputs = prepare(processor, messages, return_labels=True, chat_template=template)
+    labels = inputs["labels"][0]
+    assert processor.decode(inputs["input_ids"][0]) == "HiA.<eos>SoB.<eos>"
+    assert processor.decode(labels[labels != -100]) == "B.<eos>"
+
+
+def test_an_answer_that_a_template_does_not_render_is_an_error(processor):
+    template = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(ValueError, match="The answer of message 1 is not found in"):
+        prepare(processor, [user("Hi"), assistant("A.")], return_labels=True, chat_template=template)
 
 
 @pytest.mark.parametrize("token", ["<eos>", "<pad>"])

@@ -26,6 +26,7 @@ from processing_visualchat import VisualChatProcessor
 
 REPOSITORY = Path(__file__).parent.parent
 CODE = [
+    "answers_visualchat.py",
     "attention_types_visualchat.py",
     "attention_visualchat.py",
     "cache_visualchat.py",

@@ -3,14 +3,14 @@
 import json
 from bisect import bisect_left
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, config
-from transformers.utils.chat_template_utils import render_jinja_template
 
-from ..conversation_visualchat import drop_nulls, is_image
+from ..conversation_visualchat import is_image
 from ..processing_visualchat import VisualChatProcessor
 from .conversation import messages_of
 from .files import DATA_VERSION, digest_of
@@ -22,26 +22,22 @@ TRANSIENT = ("padding", "truncation")  # tokenizer settings that its last call l
 
 def count_tokens(messages: list[dict], processor: VisualChatProcessor) -> int:
     """The tokens of a conversation, including those of its images, which are not opened."""
-    return _find_tokens(messages, processor)[0]
+    return _count(messages, processor)[0]
 
 
-def _find_tokens(messages: list[dict], processor: VisualChatProcessor) -> tuple[int, list[int]]:
-    """The tokens of a conversation, and the characters at which those of its text begin."""
-    text = processor.apply_chat_template(messages)
+def _count(messages: list[dict], processor: VisualChatProcessor) -> tuple[int, int]:
+    """The tokens of a conversation in training, and those of them with a loss: the answers."""
+    pieces = processor.split_answers(messages)
+    text = "".join(piece for piece, _ in pieces)
     offsets: Any = processor.tokenizer(text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-    num_tokens = len(offsets) + text.count(processor.image_token) * (processor.image_seq_length - 1)
-    return num_tokens, [start for start, _ in offsets]
-
-
-def _count_trained(messages: list[dict], starts: list[int], processor: VisualChatProcessor) -> int:
-    """The tokens with a loss, of those that begin at these characters: the answers, which the template marks."""
-    _, (answers,) = render_jinja_template(
-        [drop_nulls(messages)],
-        chat_template=processor.chat_template,
-        return_assistant_tokens_mask=True,
-        **processor.tokenizer.special_tokens_map,
+    starts = [start for start, _ in offsets]
+    ends = list(accumulate(len(piece) for piece, _ in pieces))
+    num_trained = sum(
+        bisect_left(starts, end) - bisect_left(starts, end - len(piece))
+        for end, (piece, is_learned) in zip(ends, pieces)
+        if is_learned
     )
-    return sum(bisect_left(starts, end) - bisect_left(starts, start) for start, end in answers)
+    return len(offsets) + text.count(processor.image_token) * (processor.image_seq_length - 1), num_trained
 
 
 def list_overlong(dataset: Dataset, limit: int, count: int = 3) -> tuple[int, list[str]]:
@@ -59,8 +55,7 @@ def measure(example: dict, processor: VisualChatProcessor) -> dict[str, int]:
     """The [`MEASURES`] of an example."""
     messages = messages_of(example)
     try:
-        length, starts = _find_tokens(messages, processor)
-        num_trained = _count_trained(messages, starts, processor)
+        length, num_trained = _count(messages, processor)
     except ValueError as error:
         raise ValueError(f"{example.get('where', 'A conversation')} cannot be rendered: {error}") from error
     return {

@@ -49,7 +49,7 @@ def draw_sample(example: dict, processor: VisualChatProcessor, source: str = "")
     """A conversation after processor and collator; a `ValueError` if it cannot be collated."""
     batch = DataCollatorForVisualChat(processor, max_broken=0)([example])
     ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
-    text: Any = processor.apply_chat_template(example["messages"])
+    text = "".join(piece for piece, _ in processor.split_answers(example["messages"]))
     encoded = processor.tokenizer(text, return_offsets_mapping=True, verbose=False)
     pieces: list[tuple[str, bool]] = []
     index, end = 0, 0
