@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModel, Cache, PreTrainedModel
-from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple, logging, torch_compilable_check
@@ -27,7 +26,9 @@ from .parts_visualchat import (
     placeholder_token_id,
     vision_sequence_length,
 )
-from .projector_visualchat import PerceiverProjector, projector_class
+from .projector_visualchat import projector_class
+from .qwen_vision_visualchat import VisualChatQwenVisionModel  # noqa: F401, registers the vision tower
+from .resampler_visualchat import Resampler
 from .route_visualchat import ROUTES, DecoderInputs, is_finished_mask, masked_route_reason, num_past
 from .two_streams_visualchat import TwoStreamMixin, find_packed
 from .vision_cache_visualchat import VisionFeatureCache
@@ -64,8 +65,8 @@ class VisualChatPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if isinstance(module, PerceiverProjector):
-            init.normal_(module.queries, std=0.02)
+        if isinstance(module, Resampler):
+            module.init_weights()
 
     def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False):
         """
