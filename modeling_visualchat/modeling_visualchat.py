@@ -20,6 +20,7 @@ from .image_memory_visualchat import ImageMemory
 from .image_states_visualchat import ImageStates, same_images
 from .outputs_visualchat import VisualChatCausalLMOutputWithPast, VisualChatModelOutputWithPast
 from .parts_visualchat import (
+    build_vision_tower,
     image_shape,
     load_language_model,
     load_vision_tower,
@@ -27,7 +28,6 @@ from .parts_visualchat import (
     vision_sequence_length,
 )
 from .projector_visualchat import projector_class
-from .qwen_vision_visualchat import VisualChatQwenVisionModel  # noqa: F401, registers the vision tower
 from .resampler_visualchat import Resampler
 from .route_visualchat import ROUTES, DecoderInputs, is_finished_mask, masked_route_reason, num_past
 from .two_streams_visualchat import TwoStreamMixin, find_packed
@@ -150,7 +150,7 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
     def __init__(self, config: VisualChatConfig):
         super().__init__(config)
         get_attention_type(config.attention_type).check_decoder(config.text_config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower = build_vision_tower(config.vision_config)
         self.multi_modal_projector = projector_class(config.projector_type)(config)
         # Before the decoder is built, so that no way of loading leaves it with a plain kernel.
         self._choose_attention(config.text_config)
