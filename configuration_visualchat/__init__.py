@@ -3,9 +3,10 @@
 from transformers import AutoConfig
 
 from .configuration_visualchat import VERSION, VisualChatConfig
+from .qwen_vision_configuration_visualchat import VisualChatQwenVisionConfig
 
 
 AutoConfig.register("visualchat", VisualChatConfig, exist_ok=True)
 
 __version__ = VERSION
-__all__ = ["VisualChatConfig"]
+__all__ = ["VisualChatConfig", "VisualChatQwenVisionConfig"]

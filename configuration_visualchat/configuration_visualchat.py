@@ -11,6 +11,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
+from .qwen_vision_configuration_visualchat import VisualChatQwenVisionConfig  # noqa: F401, registers it
+
 
 # Increased with every change of the code that travels with a checkpoint: transformers tells versions apart by it.
 VERSION = "0.3.0"
@@ -47,8 +49,8 @@ class VisualChatConfig(PreTrainedConfig):
             the vision configuration and the projector.
         projector_type (`str`, *optional*, defaults to `"linear"`):
             `"linear"` (linear and LayerNorm, section 3 of arXiv 2309.14327), `"mlp"` (two linear layers),
-            `"vit"` (one encoder layer, then linear and LayerNorm), `"perceiver"` (256 learned queries), or the name of
-            a projector registered with `register_projector`.
+            `"vit"` (one encoder layer, then linear and LayerNorm), `"perceiver"` (256 learned queries in a
+            square), or the name of a projector registered with `register_projector`.
         projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
             Activation inside the `mlp`, `vit` and `perceiver` projectors.
         multimodal_projector_bias (`bool`, *optional*, defaults to `True`):
@@ -151,6 +153,8 @@ class VisualChatConfig(PreTrainedConfig):
         if self.projector_type == "perceiver":
             return NUM_PERCEIVER_QUERIES
         vision_config = self.vision_config
+        if (num_query_tokens := getattr(vision_config, "num_query_tokens", None)) is not None:
+            return num_query_tokens
         image_size, patch_size = getattr(vision_config, "image_size", None), getattr(vision_config, "patch_size", None)
         if vision_config.model_type == "dinov2_with_registers":
             num_extra_tokens = 1 + vision_config.num_register_tokens
@@ -182,6 +186,18 @@ class VisualChatConfig(PreTrainedConfig):
             raise ValueError(
                 f"vision_feature_layer must lie between {-num_layers - 1} and {num_layers} for a vision tower of "
                 f"{num_layers} layers, got {layer}."
+            )
+
+    def validate_resampled_features(self):
+        """Part of `@strict` validation: of a tower that resamples, only its whole output is read."""
+        if getattr(self.vision_config, "num_query_tokens", None) is None:
+            return
+        layer, strategy = self.vision_feature_layer, self.vision_feature_select_strategy
+        if layer not in (-1, self.vision_config.num_hidden_layers) or strategy != "full":
+            raise ValueError(
+                f"A vision tower of type {self.vision_config.model_type!r} resamples its last layer, so "
+                f"vision_feature_layer must be -1 and vision_feature_select_strategy 'full', got {layer} and "
+                f"{strategy!r}."
             )
 
     def validate_projector_hidden_act(self):

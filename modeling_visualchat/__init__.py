@@ -11,6 +11,7 @@ from .image_memory_visualchat import ImageMemory
 from .image_states_visualchat import ImageStates
 from .modeling_visualchat import VisualChatForConditionalGeneration, VisualChatModel, VisualChatPreTrainedModel
 from .projector_visualchat import PROJECTORS, register_projector
+from .qwen_vision_visualchat import VisualChatQwenVisionModel
 from .vision_cache_visualchat import VisionFeatureCache
 
 
@@ -33,6 +34,7 @@ __all__ = [
     "VisualChatForConditionalGeneration",
     "VisualChatModel",
     "VisualChatPreTrainedModel",
+    "VisualChatQwenVisionModel",
     "mmca_attention",
     "mmca_attention_reference",
     "register_projector",

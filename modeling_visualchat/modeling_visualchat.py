@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModel, Cache, PreTrainedModel
-from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple, logging, torch_compilable_check
@@ -21,13 +20,15 @@ from .image_memory_visualchat import ImageMemory
 from .image_states_visualchat import ImageStates, same_images
 from .outputs_visualchat import VisualChatCausalLMOutputWithPast, VisualChatModelOutputWithPast
 from .parts_visualchat import (
+    build_vision_tower,
     image_shape,
     load_language_model,
     load_vision_tower,
     placeholder_token_id,
     vision_sequence_length,
 )
-from .projector_visualchat import PerceiverProjector, projector_class
+from .projector_visualchat import projector_class
+from .resampler_visualchat import Resampler
 from .route_visualchat import ROUTES, DecoderInputs, is_finished_mask, masked_route_reason, num_past
 from .two_streams_visualchat import TwoStreamMixin, find_packed
 from .vision_cache_visualchat import VisionFeatureCache
@@ -64,8 +65,8 @@ class VisualChatPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if isinstance(module, PerceiverProjector):
-            init.normal_(module.queries, std=0.02)
+        if isinstance(module, Resampler):
+            module.init_weights()
 
     def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False):
         """
@@ -149,7 +150,7 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
     def __init__(self, config: VisualChatConfig):
         super().__init__(config)
         get_attention_type(config).check_decoder(config.text_config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower = build_vision_tower(config.vision_config)
         self.multi_modal_projector = projector_class(config.projector_type)(config)
         # Before the decoder is built, so that no way of loading leaves it with a plain kernel.
         self._choose_attention(config.text_config)

@@ -15,8 +15,20 @@ from transformers import (
 )
 from transformers.utils.quantization_config import GgufConfig
 
+from .qwen_vision_visualchat import VisualChatQwenVisionModel
+
 
 IMAGE_TOKEN = "<image>"
+
+
+def build_vision_tower(vision_config: PreTrainedConfig) -> PreTrainedModel:
+    """
+    A new encoder for a configuration. Ours is told by its type: in remote code, the configuration and the model are
+    loaded one by one, each with a class of the configuration of its own, so `AutoModel` does not know the first.
+    """
+    if vision_config.model_type == VisualChatQwenVisionModel.config_class.model_type:
+        return VisualChatQwenVisionModel._from_config(vision_config)
+    return AutoModel.from_config(vision_config)
 
 
 def load_vision_tower(vision: str | PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -82,7 +94,7 @@ def vision_sequence_length(vision: str | PreTrainedModel, vision_config: PreTrai
     """How many tokens an encoder yields for an image as its image processor prepares it, found without weights."""
     shape = image_shape(vision_config) if isinstance(vision, PreTrainedModel) else processed_image_shape(vision)
     with torch.device("meta"):
-        return AutoModel.from_config(vision_config)(torch.zeros(1, *shape)).last_hidden_state.shape[1]
+        return build_vision_tower(vision_config)(torch.zeros(1, *shape)).last_hidden_state.shape[1]
 
 
 def processed_image_shape(vision: str) -> tuple[int, int, int]:

@@ -48,7 +48,7 @@ def labels_of(ids):
 
 @pytest.mark.parametrize("projector_type", ["linear", "mlp", "vit", "perceiver"])
 def test_projectors(projector_type):
-    kwargs = {"image_seq_length": 7} if projector_type == "perceiver" else {}
+    kwargs = {"image_seq_length": 9} if projector_type == "perceiver" else {}
     model = make_model(projector_type=projector_type, **kwargs)
     features = model.get_image_features(pixels(0, 1)).pooler_output
     assert [tuple(feature.shape) for feature in features] == [(kwargs.get("image_seq_length", 5), 32)] * 2

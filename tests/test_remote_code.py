@@ -47,6 +47,9 @@ CODE = [
     "plan_visualchat.py",
     "processing_visualchat.py",
     "projector_visualchat.py",
+    "qwen_vision_configuration_visualchat.py",
+    "qwen_vision_visualchat.py",
+    "resampler_visualchat.py",
     "route_visualchat.py",
     "skip_queries_visualchat.py",
     "tensor_store_visualchat.py",
@@ -97,7 +100,7 @@ def test_the_checkpoint_holds_the_code_and_not_the_bridge(tmp_path):
         sources = (
             [REPOSITORY / name.removesuffix(".py") / name]
             if package
-            else list(REPOSITORY.glob(f"*_visualchat/{name}"))
+            else sorted(REPOSITORY.glob(f"*_visualchat/{name}"))  # configurations before their bridges
         )
         assert filecmp.cmp(tmp_path / name, sources[0], shallow=False), name
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
