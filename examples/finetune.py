@@ -32,12 +32,18 @@ from transformers import AutoProcessor, Trainer, set_seed
 from transformers.hf_argparser import HfArg
 
 from modeling_visualchat import (
-    ATTENTION_TYPES,
+    ATTENTION_OPTIONS,
     PROJECTORS,
     VisionFeatureCache,
     VisualChatForConditionalGeneration,
 )
 from processing_visualchat import OVERLONG, DataCollatorForVisualChat
+
+
+def attention_option(name: str, description: str):
+    """A flag for a field of `VisualChatConfig`."""
+    help = f"{description}; by default the checkpoint's, and {ATTENTION_OPTIONS[name][0]} in the digits demo."
+    return HfArg(default=None, help=help, metadata={"choices": ATTENTION_OPTIONS[name]})
 
 
 @dataclass
@@ -69,14 +75,17 @@ class FinetuneArguments:
     vision_features: str | None = HfArg(default=None, help="Folder to cache the frozen vision tower's features in.")
     vision_features_gib: float = HfArg(default=64.0, help="Maximum size of that folder in GiB.")
     cpu_threads: int = HfArg(default=0, help="Threads of each process on a CPU; 0 divides all cores among them.")
-    attention_type: str | None = HfArg(
-        default=None,
-        help="Attention type of the digits demo; by default mmca.",
-        metadata={"choices": list(ATTENTION_TYPES)},
-    )
+    attention_type: str | None = attention_option("attention_type", "The attention type")
+    merge: str | None = attention_option("merge", "How text and images are merged in mmca")
+    image_attention: str | None = attention_option("image_attention", "What image tokens attend to in mmca")
     projector_type: str | None = HfArg(
         default=None, help="Projector of the digits demo; by default linear.", metadata={"choices": list(PROJECTORS)}
     )
+
+    @property
+    def attention(self) -> dict[str, str]:
+        """The attention options that were chosen."""
+        return {option: value for option in ATTENTION_OPTIONS if (value := getattr(self, option)) is not None}
 
 
 def main() -> None:
@@ -88,7 +97,9 @@ def main() -> None:
         return train_digits(arguments, training_arguments, checkpoint)
 
     # Weights are trained in float32; with `--bf16`, they are cast to bfloat16 for computation.
-    model = VisualChatForConditionalGeneration.from_pretrained(arguments.model, dtype=torch.float32)
+    model = VisualChatForConditionalGeneration.from_pretrained(
+        arguments.model, dtype=torch.float32, **arguments.attention
+    )
     model.set_trainable(*arguments.trainable or ())
     if arguments.vision_features is not None:
         max_disk_bytes = int(arguments.vision_features_gib * 2**30)

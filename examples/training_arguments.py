@@ -117,8 +117,8 @@ def find_conflicts(arguments, training_arguments: TrainingArguments) -> list[str
             "--trainable",
         ),
         (
-            has_model and (arguments.attention_type or arguments.projector_type),
-            "--attention_type and --projector_type are for the digits demo; a checkpoint has its own",
+            has_model and arguments.projector_type,
+            "--projector_type is for the digits demo; a checkpoint has its own",
         ),
         (
             training_arguments.world_size != num_processes,

@@ -2,7 +2,7 @@
 
 from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
-from .attention_types_visualchat import ATTENTION_TYPES, AttentionType
+from .attention_types_visualchat import ATTENTION_OPTIONS, ATTENTION_TYPES, AttentionType
 from .attention_visualchat import MultiModalCausalAttention, mmca_attention, mmca_attention_reference
 from .cache_visualchat import ConversationCache
 from .chat_session_visualchat import ChatSession
@@ -20,6 +20,7 @@ AutoModelForMultimodalLM.register(VisualChatConfig, VisualChatForConditionalGene
 
 __version__ = VERSION
 __all__ = [
+    "ATTENTION_OPTIONS",
     "ATTENTION_TYPES",
     "PROJECTORS",
     "AttentionType",

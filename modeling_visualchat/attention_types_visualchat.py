@@ -105,6 +105,11 @@ class AttentionType:
     check_decoder: Callable[[PreTrainedConfig], None] = lambda config: None
 
     @property
+    def options(self) -> dict[str, str]:
+        """The fields of [`VisualChatConfig`] that choose it."""
+        return {"attention_type": self.name, "merge": self.merge, "image_attention": self.image_attention}
+
+    @property
     def key(self) -> str:
         """The name in `ATTENTION_TYPES`: `"mmca"`, or `"mmca_joint"` with what differs from the defaults."""
         variants = [self.merge] * (self.merge != "sum") + [self.image_attention] * (self.image_attention != "self")

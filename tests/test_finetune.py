@@ -25,7 +25,7 @@ from processing_visualchat import DataCollatorForVisualChat, load_conversations
 EXAMPLES = REPOSITORY / "examples"
 DATA_ARGUMENTS = (
     "model", "train_file", "eval_file", "mixture", "data_root", "packing", "trainable", "vision_features",
-    "attention_type", "projector_type", "image_root",
+    "attention_type", "merge", "image_attention", "projector_type", "image_root",
 )  # fmt: skip
 SHORT = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--logging_steps", "1"]
 

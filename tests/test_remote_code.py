@@ -69,7 +69,12 @@ def assert_same_files(first, second):
     assert not mismatch and not errors
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"tie_word_embeddings": True}, {"attention_type": "causal"}], ids=str)
+KINDS = [
+    {}, {"tie_word_embeddings": True}, {"attention_type": "causal"}, {"merge": "joint", "image_attention": "image"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kwargs", KINDS, ids=str)
 def test_save_load_save_load(tmp_path, kwargs):
     model = save(tmp_path / "first", **kwargs)
     ids, images = tokens(3, "I", 4), pixels(0)

@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from configuration_visualchat import VisualChatConfig
-from modeling_visualchat import ImageMemory, ImageStates, VisualChatForConditionalGeneration
+from modeling_visualchat import ATTENTION_TYPES, ImageMemory, ImageStates, VisualChatForConditionalGeneration
 from modeling_visualchat.image_states_visualchat import ImageStream, PlacedImages
 from modeling_visualchat.plan_visualchat import make_plan
 
@@ -228,7 +228,7 @@ MODEL_8B = {**MODEL_7B, "intermediate_size": 14336, "num_key_value_heads": 8}
 SMALL = {"hidden_size": 512, "intermediate_size": 1365, "num_attention_heads": 8, "num_key_value_heads": 8}
 
 
-def build(layout, attention_type, num_layers, shape) -> VisualChatForConditionalGeneration:
+def build(layout, options, num_layers, shape) -> VisualChatForConditionalGeneration:
     """A decoder of the given shape with a vision tower of negligible cost."""
     torch.manual_seed(0)
     config = VisualChatConfig(
@@ -245,36 +245,48 @@ def build(layout, attention_type, num_layers, shape) -> VisualChatForConditional
         ),
         image_token_id=999,
         vision_feature_select_strategy="default",
-        attention_type=attention_type,
+        **options,
     )
     with torch.device(DEVICE):
         model = VisualChatForConditionalGeneration(config)
     return model.to(DTYPE).set_trainable().eval()
 
 
+def keeps_images(model: VisualChatForConditionalGeneration) -> bool:
+    """Whether images can be computed apart from a conversation."""
+    try:
+        size = model.config.vision_config.image_size
+        model.model.compute_image_states(torch.zeros(1, 3, size, size, device=DEVICE, dtype=DTYPE))
+    except ValueError:
+        return False
+    return True
+
+
 class Models:
     """
-    The same decoder with causal attention and with MMCA, and a conversation of the given layout.
+    The same decoder with causal attention and with others, and a conversation of the given layout.
 
     Args:
         layout (`tuple` of 3 `int`): Images, tokens per image, text tokens.
         num_layers (`int`): Layers of the decoder.
         shape (`dict`): Its sizes.
+        others (`list` of `str`, *optional*): Attention types, keys of `ATTENTION_TYPES`; by default MMCA.
     """
 
-    def __init__(self, layout, num_layers, shape):
+    def __init__(self, layout, num_layers, shape, others=("mmca",)):
         self.layout, self.name = layout, f"{num_layers} layer{'s' * (num_layers > 1)}, {shape['hidden_size']} wide"
-        self.models = {kind: build(layout, kind, num_layers, shape) for kind in ("causal", "mmca")}
+        kinds = {kind: ATTENTION_TYPES[kind].options for kind in ("causal", *others)}
+        self.models = {kind: build(layout, options, num_layers, shape) for kind, options in kinds.items()}
         size = self.models["mmca"].config.vision_config.image_size
         generator = torch.Generator(DEVICE).manual_seed(0)
         self.images = torch.randn(layout[0], 3, size, size, device=DEVICE, dtype=DTYPE, generator=generator)
         self.ids = modalities(layout)
         self.inputs = {"input_ids": self.ids * 999 + (1 - self.ids) * 7, "pixel_values": self.images}
 
-    def compare(self, what: str, step: Callable, repeats: int, **steps: Callable) -> list[dict]:
-        """Times `step(model)` of both models; `mmca=` replaces the step of the second."""
-        variants = {"causal": lambda: step(self.models["causal"])}
-        variants["mmca"] = lambda: steps.get("mmca", step)(self.models["mmca"])
+    def compare(self, what: str, step: Callable, repeats: int, causal: Callable | None = None) -> list[dict]:
+        """Times `step(model)` of all models; `causal` replaces the step of the first."""
+        variants = {kind: partial(step, model) for kind, model in self.models.items()}
+        variants["causal"] = partial(causal or step, self.models["causal"])
         return compare(f"{what} ({self.name})", self.layout, variants, repeats)
 
     @torch.no_grad()
@@ -297,8 +309,11 @@ class Models:
             states = memory.get_states(model.model, self.images)
             return model(self.inputs["input_ids"], image_states=states, use_cache=True, logits_to_keep=1)
 
-        rows = self.compare("prefill, cached images", self.prefill, repeats, mmca=prefill_known)
-        assert memory.misses == self.layout[0] and memory.hits > 0
+        dependent = [kind for kind in self.models if kind != "causal" and not keeps_images(self.models[kind])]
+        left_out = {kind: self.models.pop(kind) for kind in dependent}
+        rows = self.compare("prefill, cached images", prefill_known, repeats, causal=self.prefill)
+        self.models |= left_out
+        assert memory.misses == self.layout[0] * len(rows) and memory.hits > 0
         return rows
 
     def benchmark_decoding(self, repeats):
@@ -345,15 +360,16 @@ def plan_jobs(arguments) -> list[Callable[[], list[dict]]]:
     if not arguments.full:
         return jobs
 
-    def run(layout, num_layers, shape, *names):
-        models = Models(layout, num_layers, shape)
+    def run(layout, num_layers, shape, *names, others=("mmca",)):
+        models = Models(layout, num_layers, shape, others)
         return [row for name in names for row in getattr(models, name)(repeats)]
 
     shapes = {"7b": MODEL_7B, "8b": MODEL_8B}[arguments.shape]
     jobs.append(partial(run, (8, 256, 512), 1, shapes, "benchmark_layer"))
     whole = (8, shapes) if USES_GPU else (8, SMALL)
     everything = ("benchmark_new", "benchmark_known", "benchmark_decoding", "benchmark_training")
-    jobs.append(partial(run, (8, 256, 200), *whole, *everything))
+    others = [kind for kind in ATTENTION_TYPES if kind != "causal"]
+    jobs.append(partial(run, (8, 256, 200), *whole, *everything, others=others))
     jobs += [partial(run, (count, 256, 200), *whole, "benchmark_known") for count in (2, 4, 16)]
     return jobs
 

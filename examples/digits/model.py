@@ -42,9 +42,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(
-    attention_type: str = "mmca", projector_type: str = "linear"
+    projector_type: str = "linear", **attention: str
 ) -> tuple[VisualChatForConditionalGeneration, VisualChatProcessor]:
-    """A CLIP vision tower of two layers and a Llama of three with random weights, and their processor."""
+    """
+    A CLIP vision tower of two layers and a Llama of three with random weights, and their processor; the attention by
+    fields of [`VisualChatConfig`].
+    """
     tokenizer = build_tokenizer()
     config = VisualChatConfig(
         vision_config=CLIPVisionConfig(
@@ -70,8 +73,8 @@ def build_model(
             bos_token_id=None,
         ),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        attention_type=attention_type,
         projector_type=projector_type,
+        **attention,
     )
     size = {"height": 8, "width": 8}
     image_processor = CLIPImageProcessor(

@@ -24,7 +24,7 @@ def train_digits(arguments, training_arguments: TrainingArguments, checkpoint: s
         training_arguments (`TrainingArguments`): By default those of digits.yaml.
         checkpoint (`str`, *optional*): The checkpoint to resume from.
     """
-    model, processor = build_model(arguments.attention_type or "mmca", arguments.projector_type or "linear")
+    model, processor = build_model(arguments.projector_type or "linear", **arguments.attention)
     train_scans, test_scans = load_scans()
     conversations_per_step = (
         training_arguments.train_batch_size
