@@ -12,7 +12,7 @@ import json
 import re
 import tempfile
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,12 +20,19 @@ from pathlib import Path
 import torch
 from checkpoint_files import DTYPE_NAMES, PartWeights, PlannedWeight, read_state_dict, write_weights
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.dynamic_module_utils import custom_object_save
 
 from configuration_visualchat import VisualChatConfig
 from modeling_visualchat import VisualChatForConditionalGeneration
-from modeling_visualchat.projector_visualchat import vision_feature_size
+from modeling_visualchat.projector_visualchat import num_heads
 from processing_visualchat import VisualChatProcessor
 from processing_visualchat.chat_template_visualchat import SYSTEM_INSTRUCTION
 
@@ -50,7 +57,7 @@ Differences from the original that no conversion removes:
 
 # The instruction format of the original: every round begins a sequence, and the images come before the question.
 CHAT_TEMPLATE = """\
-{%- set state = namespace(images=0, start="SYSTEM_INSTRUCTION\\n\\n") -%}
+{%- set state = namespace(images=0, start=SYSTEM_INSTRUCTION ~ "\\n\\n") -%}
 {%- for message in messages -%}
     {%- set content = message["content"] -%}
     {%- if content is string -%}
@@ -85,22 +92,70 @@ class Projection:
     """A projector of the original."""
 
     projector_type: str  # ours
+    width_key: str  # of a weight that only it has, with as many columns as the tower's output is wide
     names: dict[str, tuple[str, ...]]  # of each parameter, the keys below `projection.` that are concatenated to it
-    width_key: str  # of a weight whose columns are as many as the tower's output is wide
+    # Further fields of the configuration; a `ValueError` for a projector that cannot be carried over exactly.
+    fields: Callable[[dict[str, Tensor], PreTrainedConfig], dict] = lambda old, vision_config: {}
 
 
-def weights_and_biases(**modules: str) -> dict[str, tuple[str, ...]]:
-    return {
-        f"{name.replace('__', '.')}.{kind}": tuple(f"{old}.{kind}" for old in olds.split())
-        for name, olds in modules.items()
-        for kind in ("weight", "bias")
+def weights_and_biases(modules: dict[str, str]) -> dict[str, tuple[str, ...]]:
+    return {f"{name}.{kind}": (f"{old}.{kind}",) for name, old in modules.items() for kind in ("weight", "bias")}
+
+
+def vit_fields(old: dict[str, Tensor], vision_config: PreTrainedConfig) -> dict:
+    """The encoder layer of the original has the shape of the tower's layers, ours has one shape for every tower."""
+    width = vision_config.hidden_size
+    ours = {
+        "num_attention_heads": num_heads(width, 64),
+        "intermediate_size": 4 * width,
+        "layer_norm_eps": 1e-5,
     }
+    for name, value in ours.items():
+        if getattr(vision_config, name) != value:
+            raise ValueError(
+                f"The 'vit' projector of OLD cannot be carried over exactly: its layer has {name}="
+                f"{getattr(vision_config, name)} of the vision tower, the 'vit' projector here {value} for a width of "
+                f"{width}."
+            )
+    return {"projector_hidden_act": vision_config.hidden_act}
 
 
-# By the key that tells a projector.
-PROJECTIONS = {
-    "projection.0.weight": Projection("linear", weights_and_biases(linear="0", norm="1"), "projection.0.weight"),
-}
+def perceiver_fields(old: dict[str, Tensor], vision_config: PreTrainedConfig) -> dict:
+    """It leaves out the class token."""
+    return {"image_seq_length": len(old["projection.query"]), "vision_feature_select_strategy": "default"}
+
+
+PROJECTIONS = (
+    Projection("linear", "projection.0.weight", weights_and_biases({"linear": "0", "norm": "1"})),
+    Projection(
+        "vit",
+        "projection.vis_layer.layer_norm1.weight",
+        {
+            f"encoder.attention.in_proj_{kind}": tuple(f"vis_layer.self_attn.{part}_proj.{kind}" for part in "qkv")
+            for kind in ("weight", "bias")
+        }
+        | weights_and_biases(
+            {
+                "encoder.attention_norm": "vis_layer.layer_norm1",
+                "encoder.attention.out_proj": "vis_layer.self_attn.out_proj",
+                "encoder.mlp_norm": "vis_layer.layer_norm2",
+                "encoder.mlp.0": "vis_layer.mlp.fc1",
+                "encoder.mlp.2": "vis_layer.mlp.fc2",
+                "projection.linear": "projection.0",
+                "projection.norm": "projection.1",
+            }
+        ),
+        vit_fields,
+    ),
+    Projection(
+        "perceiver",
+        "projection.kv_proj.weight",
+        {f"resampler.{name}": (name,) for name in ("query", "pos_embed", "attn.in_proj_weight", "attn.in_proj_bias")}
+        | weights_and_biases({f"resampler.{name}": name for name in ("kv_proj", "attn.out_proj", "ln_q", "ln_kv")})
+        | weights_and_biases({"norm": "projection.0", "linear": "projection.1"}),
+        perceiver_fields,
+    ),
+)
 
 
 @dataclass
@@ -132,12 +187,14 @@ def load_tokenizer(text: str) -> PreTrainedTokenizerBase:
 
 
 def find_projection(old: dict[str, Tensor]) -> Projection:
-    for key, projection in PROJECTIONS.items():
-        if key in old:
+    """The projector of OLD; a `ValueError` if it is none of the table."""
+    for projection in PROJECTIONS:
+        if projection.width_key in old:
             return projection
     found = [key for key in old if key.startswith("projection.")] or list(old)
     raise ValueError(
-        f"OLD has no projector that can be converted, which one of {', '.join(PROJECTIONS)} would tell; it has "
+        "OLD has no projector of the original, which one of "
+        f"{', '.join(projection.width_key for projection in PROJECTIONS)} would tell; it has "
         f"{', '.join(found[:NUM_SHOWN])}."
     )
 
@@ -152,6 +209,13 @@ def build_config(old: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, arg
     if vision_config.model_type not in VISION_PREFIXES:
         raise ValueError(
             f"--vision is a {vision_config.model_type!r} model; OLD can have one of {', '.join(VISION_PREFIXES)}."
+        )
+    # Some towers have an output of another width than their layers; `hidden_size` is that of the output.
+    width, old_width = vision_config.hidden_size, old[projection.width_key].shape[-1]
+    if width != old_width:
+        raise ValueError(
+            f"The features of --vision have a width of {width}, and the projector of OLD reads {old_width} "
+            f"({projection.width_key}); name the vision tower that OLD was trained from."
         )
     num_embeddings = len(old["lang_embed.weight"])
     if num_embeddings != len(tokenizer):
@@ -170,13 +234,8 @@ def build_config(old: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, arg
         projector_type=projection.projector_type,
         attention_type=arguments.attention_type,
         **({"image_attention": arguments.image_attention} if has_mmca else {}),
+        **projection.fields(old, vision_config),
     )
-    width, old_width = vision_feature_size(config), old[projection.width_key].shape[-1]
-    if width != old_width:
-        raise ValueError(
-            f"The features of --vision have a width of {width}, and the projector of OLD reads {old_width} "
-            f"({projection.width_key}); name the vision tower that OLD was trained from."
-        )
     dtype = arguments.dtype or str(old["lang_embed.weight"].dtype).removeprefix("torch.")
     for part in (config, config.vision_config, config.text_config):
         part.dtype = dtype
@@ -272,7 +331,9 @@ def plan(
         else:
             faults.append(f"{lacking[0]} is missing" + (f", also in {part.name}" if base else ""))
             continue
-        found = (sum(len(source) for source in sources[name]), *sources[name][0].shape[1:])
+        found = tuple(sources[name][0].shape)
+        if len(keys) > 1:
+            found = (sum(len(source) for source in sources[name]), *found[1:])
         if found != shape:
             faults.append(f"{' + '.join(keys)} has shape {found}, expected {shape}")
         pair_keys = [f"{keys[0].removesuffix('weight')}lora_{side}_weight" for side in ("right", "left")]
@@ -280,15 +341,16 @@ def plan(
         if right is None and left is None:
             continue
         report.merged |= {key: name for key in pair_keys if key in old}
-        if right is None or left is None or (left.shape[1], right.shape[0]) != shape or len(left) != right.shape[1]:
-            shapes_found = " and ".join("none" if half is None else str(tuple(half.shape)) for half in (right, left))
+        shapes_found = [() if half is None else tuple(half.shape) for half in (right, left)]
+        rank = shapes_found[1][:1]
+        if shapes_found != [(shape[-1], *rank), (*rank, shape[0])]:
             wanted = f"({shape[-1]}, rank) and (rank, {shape[0]})"
-            faults.append(f"{' and '.join(pair_keys)} have shapes {shapes_found}, expected {wanted}")
+            faults.append(f"{pair_keys[0]} and its left weight have shapes {shapes_found}, expected {wanted}")
             continue
         pairs[name] = LoraPair(right, left)
         if arguments.lora is None and not lacking and found == shape:
             to_compare.append((pairs[name], old[keys[0]], base()))
-    for key in old.keys() - report.taken.keys() - report.merged.keys():
+    for key in [key for key in old if key not in report.taken and key not in report.merged]:
         reason = next((reason for pattern, reason in LEFT_OUT.items() if re.fullmatch(pattern, key)), None)
         if reason is None:
             faults.append(f"{key} of shape {tuple(old[key].shape)} is not known")
@@ -325,7 +387,7 @@ def convert(arguments: Namespace) -> Report:
         AutoImageProcessor.from_pretrained(arguments.vision),
         tokenizer,
         config.image_seq_length,
-        chat_template=CHAT_TEMPLATE.replace("SYSTEM_INSTRUCTION", arguments.system_instruction),
+        chat_template=CHAT_TEMPLATE.replace("SYSTEM_INSTRUCTION", json.dumps(arguments.system_instruction.strip())),
     )
     try:
         generation_config = GenerationConfig.from_pretrained(arguments.text)

@@ -19,15 +19,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
     AttentionInterface,
+    AutoModel,
     CLIPImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-from modeling_visualchat import VisualChatForConditionalGeneration
+from configuration_visualchat import VisualChatQwenVisionConfig
+from modeling_visualchat import VisualChatForConditionalGeneration, VisualChatQwenVisionModel
 from processing_visualchat import VisualChatProcessor
 
 
@@ -37,6 +41,7 @@ sys.path.append(str(SCRIPT.parent))
 import convert_deepspeed_visualchat as script  # noqa: E402
 
 
+WIDTH = SHAPE["hidden_size"]
 NUM_TOKENS = 259  # of the tokenizer; the original adds three
 IMAGE_TOKEN_ID = 260
 RANK = 4
@@ -58,27 +63,56 @@ def randomize(module: nn.Module) -> nn.Module:
     return module.eval()
 
 
+class ViT(nn.Module):
+    """A layer as in the tower over all tokens, then linear and LayerNorm."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.vis_layer = CLIPEncoderLayer(config)
+        self.projection = nn.Sequential(nn.Linear(24, WIDTH), nn.LayerNorm(WIDTH, eps=1e-12))
+
+    def forward(self, features):
+        return self.projection(self.vis_layer(features, None))
+
+
+class Perceiver(nn.Module):
+    """Queries that read the patches, of the width of the language model; here on a grid of 2 by 2, there 16 by 16."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.pos_embed = nn.Parameter(torch.zeros(4, WIDTH)), nn.Parameter(torch.zeros(4, WIDTH))
+        self.kv_proj = nn.Linear(24, WIDTH)
+        self.attn = nn.MultiheadAttention(WIDTH, 1)
+        self.ln_q, self.ln_kv = nn.LayerNorm(WIDTH, eps=1e-12), nn.LayerNorm(WIDTH, eps=1e-12)
+        self.projection = nn.Sequential(nn.LayerNorm(WIDTH, eps=1e-12), nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, features):
+        values = self.ln_kv(self.kv_proj(features[:, 1:])).transpose(0, 1)
+        queries = (self.ln_q(self.query) + self.pos_embed)[:, None].repeat(1, len(features), 1)
+        output = self.attn(queries, values + self.pos_embed[:, None], values)[0]
+        return self.projection(output.transpose(0, 1))
+
+
 class Original:
     """The original on the modules of transformers: two towers, a projector, and the trained table of embeddings."""
 
-    def __init__(self, vision: CLIPVisionModel, text: LlamaForCausalLM, projection: nn.Module):
+    def __init__(self, vision: PreTrainedModel, text: LlamaForCausalLM, projection: nn.Module):
         self.vision, self.text, self.projection = vision, text, projection
         self.text.resize_token_embeddings(NUM_TOKENS + 3, mean_resizing=False)
-        self.lang_embed = randomize(nn.Embedding(NUM_TOKENS + 3, SHAPE["hidden_size"]))
+        self.lang_embed = randomize(nn.Embedding(NUM_TOKENS + 3, WIDTH))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
+        is_clip = isinstance(self.vision, CLIPVisionModel)
         prefixes = {
-            "vis_encoder.vision_model.": self.vision,
+            "vis_encoder.vision_model." if is_clip else "vis_encoder.": self.vision,
             "lang_decoder.": self.text,
             "lang_embed.": self.lang_embed,
             "projection.": self.projection,
         }
-        state_dict = {
-            prefix + name: weight.clone()
-            for prefix, module in prefixes.items()
-            for name, weight in module.state_dict().items()
-        }
-        return state_dict | {"vis_encoder.vision_model.embeddings.position_ids": torch.arange(5)[None]}
+        state_dict = {"vis_encoder.vision_model.embeddings.position_ids": torch.arange(5)[None]} if is_clip else {}
+        for prefix, module in prefixes.items():
+            state_dict |= {prefix + name: weight.clone() for name, weight in module.state_dict().items()}
+        return state_dict
 
     @torch.no_grad()
     def logits(self, ids: torch.Tensor, pixel_values: torch.Tensor, attention: str) -> torch.Tensor:
@@ -115,33 +149,41 @@ def make_attention(is_image: torch.Tensor):
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    """The folders of a tiny CLIP and a tiny Llama with their processors."""
+    """The folders of a tiny CLIP, a tiny tower of Qwen-VL and a tiny Llama, with their processors."""
     folder = tmp_path_factory.mktemp("parts")
     torch.manual_seed(0)
-    vision = randomize(
-        CLIPVisionModel(
-            CLIPVisionConfig(
-                hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=8,
-                patch_size=4,
-            )
-        )
+    clip = CLIPVisionConfig(
+        hidden_size=24, intermediate_size=96, num_hidden_layers=2, num_attention_heads=1, image_size=8, patch_size=4
+    )
+    qwen = VisualChatQwenVisionConfig(
+        hidden_size=24, embed_dim=16, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2, image_size=8,
+        patch_size=2, position_grid_size=4, query_grid_size=2, resampler_head_dim=8,
     )  # fmt: skip
-    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
-    text = randomize(LlamaForCausalLM(LlamaConfig(**SHAPE | special)))
-    vision.save_pretrained(folder / "clip")
     size = {"height": 8, "width": 8}
-    CLIPImageProcessor(size=size, crop_size=size).save_pretrained(folder / "clip")
-    text.save_pretrained(folder / "llama")
+    for name, tower in (("clip", CLIPVisionModel(clip)), ("qwen", VisualChatQwenVisionModel(qwen))):
+        randomize(tower).save_pretrained(folder / name)
+        CLIPImageProcessor(size=size, crop_size=size).save_pretrained(folder / name)
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+    randomize(LlamaForCausalLM(LlamaConfig(**SHAPE | special))).save_pretrained(folder / "llama")
     make_tokenizer().save_pretrained(folder / "llama")
     return folder
 
 
+def make_original(parts, projector="baseline", vision="clip") -> Original:
+    torch.manual_seed(1)
+    tower = AutoModel.from_pretrained(parts / vision)
+    projections = {
+        "baseline": lambda: nn.Sequential(nn.Linear(24, WIDTH), nn.LayerNorm(WIDTH, eps=1e-12)),
+        "vit": lambda: ViT(tower.config),
+        "perceiver": Perceiver,
+    }
+    text = LlamaForCausalLM.from_pretrained(parts / "llama")
+    return Original(tower, text, randomize(projections[projector]()))
+
+
 @pytest.fixture
 def original(parts):
-    torch.manual_seed(1)
-    projection = nn.Sequential(nn.Linear(24, SHAPE["hidden_size"]), nn.LayerNorm(SHAPE["hidden_size"], eps=1e-12))
-    vision, text = CLIPVisionModel.from_pretrained(parts / "clip"), LlamaForCausalLM.from_pretrained(parts / "llama")
-    return Original(vision, text, randomize(projection))
+    return make_original(parts)
 
 
 def add_lora(original: Original) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -161,26 +203,25 @@ def add_lora(original: Original) -> tuple[dict[str, torch.Tensor], dict[str, tor
     return pairs, before
 
 
-def run(monkeypatch, parts, old, new, *flags):
-    arguments = [old, new, "--vision", parts / "clip", "--text", parts / "llama", *flags]
+def run(monkeypatch, parts, old, new, *flags, vision="clip"):
+    arguments = [old, new, "--vision", parts / vision, "--text", parts / "llama", *flags]
     monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
     script.main()
     return json.loads((new / "conversion_report.json").read_text())
 
 
-def example() -> tuple[torch.Tensor, torch.Tensor]:
-    """Text, an image, text, two images, text; as ids and pixels."""
-    generator = torch.Generator().manual_seed(3)
-    text = torch.randint(3, NUM_TOKENS, (1, 12), generator=generator)
-    image = torch.full((1, 5), IMAGE_TOKEN_ID)
-    return torch.cat([text[:, :3], image, text[:, 3:7], image, image, text[:, 7:]], dim=1), pixels(0, 1, 2)
-
-
 def assert_same_logits(folder, original, attention="original"):
+    """Of text, an image, text, two images, and text."""
     model = VisualChatForConditionalGeneration.from_pretrained(folder).eval()
+    text = torch.randint(3, NUM_TOKENS, (1, 12), generator=torch.Generator().manual_seed(3))
+    image = torch.full((1, model.config.image_seq_length), IMAGE_TOKEN_ID)
+    ids, pixel_values = (
+        torch.cat([text[:, :3], image, text[:, 3:7], image, image, text[:, 7:]], dim=1),
+        pixels(0, 1, 2),
+    )
     with torch.no_grad():
-        logits = model(*example()).logits
-    torch.testing.assert_close(logits, original.logits(*example(), attention), atol=1e-5, rtol=0)
+        logits = model(ids, pixel_values).logits
+    torch.testing.assert_close(logits, original.logits(ids, pixel_values, attention), atol=1e-5, rtol=0)
 
 
 def test_the_script_converts_and_tells_what_became_of_every_key(parts, original, tmp_path):
@@ -189,7 +230,7 @@ def test_the_script_converts_and_tells_what_became_of_every_key(parts, original,
     torch.save(old, tmp_path / "old" / "pytorch_model.bin")
     command = [sys.executable, SCRIPT, tmp_path / "old", tmp_path / "new", "--vision", parts / "clip"]
     completed = subprocess.run(
-        [*command, "--text", parts / "llama", "--max_shard_gb", "2e-5", "--system_instruction", "Be kind."],
+        [*command, "--text", parts / "llama", "--max_shard_gb", "2e-5", "--system_instruction", "Be \"kind\"."],
         capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120,
     )  # fmt: skip
     assert completed.returncode == 0, completed.stderr[-2000:]
@@ -197,7 +238,6 @@ def test_the_script_converts_and_tells_what_became_of_every_key(parts, original,
     assert_same_logits(tmp_path / "new", original)
     assert sorted(os.listdir(tmp_path)) == ["new", "old"]
     assert len(list((tmp_path / "new").glob("model-*.safetensors"))) > 3
-    assert (tmp_path / "new" / "modeling_visualchat.py").is_file()
 
     report = json.loads((tmp_path / "new" / "conversion_report.json").read_text())
     told = [key for group in ("taken", "merged", "left_out") for key in report[group]]
@@ -211,6 +251,9 @@ def test_the_script_converts_and_tells_what_became_of_every_key(parts, original,
     model = VisualChatForConditionalGeneration.from_pretrained(tmp_path / "new")
     assert (model.config.image_attention, model.config.image_token_id) == ("self_and_text", IMAGE_TOKEN_ID)
     assert model.generation_config.eos_token_id == 2
+    model.save_pretrained(tmp_path / "again")  # writes the same configuration and the same code
+    for path in [path for path in (tmp_path / "again").iterdir() if path.suffix in (".py", ".json")]:
+        assert path.read_bytes() == (tmp_path / "new" / path.name).read_bytes(), path.name
     picture = {"type": "image", "image": draw_picture(0)}
     messages = [
         {"role": "user", "content": [picture, {"type": "text", "text": "What?"}]},
@@ -218,7 +261,7 @@ def test_the_script_converts_and_tells_what_became_of_every_key(parts, original,
         {"role": "user", "content": [picture, picture, {"type": "text", "text": "And?"}]},
     ]
     assert processor.apply_chat_template(messages, add_generation_prompt=True) == (
-        "<s>Be kind.\n\n### Image 1:\n<image>\n\n### Question:\nWhat?\n\n### Answer:\nA cat.</s>"
+        '<s>Be "kind".\n\n### Image 1:\n<image>\n\n### Question:\nWhat?\n\n### Answer:\nA cat.</s>'
         "<s>### Image 2:\n<image>\n### Image 3:\n<image>\n\n### Question:\nAnd?\n\n### Answer:\n"
     )
     inputs = processor.apply_chat_template(messages[:2], return_labels=True, tokenize=True, return_dict=True)
@@ -236,6 +279,29 @@ def test_lora_pairs_are_merged_once(parts, original, tmp_path, monkeypatch, form
     assert sorted(report["merged"]) == (sorted(pairs) if form == "apart" else [])
     assert (report["left_out"].keys() >= pairs.keys()) == (form == "fused")
     assert sorted(key for group in ("taken", "merged", "left_out") for key in report[group]) == sorted(weights | pairs)
+
+
+@pytest.mark.parametrize(
+    "projector, vision",
+    [("vit", "clip"), ("perceiver", "clip"), ("baseline", "qwen")],
+    ids=["vit", "perceiver", "qwen"],
+)
+def test_every_projector_and_tower_is_carried_over(parts, tmp_path, monkeypatch, projector, vision):
+    original = make_original(parts, projector, vision)
+    old = original.state_dict()
+    torch.save(old, tmp_path / "old.bin")
+    report = run(monkeypatch, parts, tmp_path / "old.bin", tmp_path / "new", vision=vision)
+    assert_same_logits(tmp_path / "new", original)
+    assert sorted([*report["taken"], *report["left_out"]]) == sorted(old)
+
+
+def test_a_vit_projector_of_another_shape_is_refused(parts, tmp_path, monkeypatch, capsys):
+    torch.save(make_original(parts, "vit").state_dict(), tmp_path / "old.bin")
+    shutil.copytree(parts, tmp_path / "parts")
+    config = CLIPVisionConfig.from_pretrained(parts / "clip", num_attention_heads=2)
+    config.save_pretrained(tmp_path / "parts" / "clip")
+    message = "'vit' projector of OLD cannot be carried over exactly.*num_attention_heads=2"
+    assert_refused(monkeypatch, tmp_path / "parts", tmp_path, capsys, tmp_path / "old.bin", message)
 
 
 def test_a_checkpoint_without_mmca_keeps_the_attention_of_its_decoder(parts, original, tmp_path, monkeypatch):
@@ -336,7 +402,7 @@ NARROW_PAIR = HALF_A_PAIR | {"lang_decoder.model.layers.0.mlp.up_proj.lora_right
     [
         (lambda old: old | {"extra": Malicious()}, "holds more than tensors, and could run code"),
         (lambda old: {"module": old}, r"holds the keys \['module'\], wanted is a dictionary of tensors"),
-        (lambda old: {"model.embed_tokens.weight": torch.zeros(2, 2)}, "no projector that can be converted"),
+        (lambda old: {"model.embed_tokens.weight": torch.zeros(2, 2)}, "no projector of the original"),
         (lambda old: without(old, "lang_embed.weight"), "OLD has no lang_embed.weight"),
         (lambda old: old | {"lang_embed.weight": torch.zeros(259, 32)}, "259 rows, and the tokenizer.* 262 tokens"),
         (lambda old: old | {"projection.0.weight": torch.zeros(32, 48)}, "width of 24, and the projector.* reads 48"),
@@ -344,8 +410,8 @@ NARROW_PAIR = HALF_A_PAIR | {"lang_decoder.model.layers.0.mlp.up_proj.lora_right
         (lambda old: old | {"pos_embedding.weight": torch.zeros(3, 2)}, r"pos_embedding.weight of shape \(3, 2\)"),
         (lambda old: without(old, "projection.1.bias"), "projection.1.bias is missing"),
         (lambda old: without(old, "lang_decoder.lm_head.weight"), r"lm_head.* shape \(259, 32\), expected \(262"),
-        (lambda old: old | HALF_A_PAIR, "up_proj.lora_left_weight have shapes none and"),
-        (lambda old: old | NARROW_PAIR, r"shapes \(31, 4\) and \(4, 48\), expected \(32, rank\) and \(rank, 48\)"),
+        (lambda old: old | HALF_A_PAIR, r"up_proj.lora_right_weight and .* \[\(\), \(4, 48\)\]"),
+        (lambda old: old | NARROW_PAIR, r"\(31, 4\), \(4, 48\)\], expected \(32, rank\) and \(rank, 48\)"),
     ],
     ids=[
         "code", "nested", "another model", "no embeddings", "vocabulary", "tower width", "shape", "unknown key",
