@@ -47,7 +47,7 @@ LEFT_OUT = {  # patterns of keys, with the reason
 }
 FUSED = "a LoRA pair that its weight already contains"
 NUM_SHOWN = 5  # faults in an error
-BLOCK_SIZE = 2**22  # elements of a weight that are merged at a time
+BLOCK_SIZE = 2**18  # elements of a weight that are merged at a time
 
 NOTES = """\
 Differences from the original that no conversion removes:
