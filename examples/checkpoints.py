@@ -1,10 +1,23 @@
-"""Writes a VisualChat checkpoint, for the scripts that make one from other checkpoints."""
+"""What the scripts share that make a VisualChat checkpoint from other checkpoints."""
 
 import tempfile
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from modeling_visualchat import VisualChatForConditionalGeneration
+from modeling_visualchat import ATTENTION_OPTIONS, VisualChatForConditionalGeneration
 from processing_visualchat import VisualChatProcessor
+
+
+def add_attention_options(parser: ArgumentParser, **defaults: str) -> None:
+    """Adds a flag for each field of [`VisualChatConfig`] that chooses the attention."""
+    for option, values in ATTENTION_OPTIONS.items():
+        default = defaults.get(option, values[0])
+        parser.add_argument(f"--{option}", default=default, choices=values, help=f"by default {default}")
+
+
+def attention_options(arguments: Namespace) -> dict[str, str]:
+    """The values of these flags."""
+    return {option: getattr(arguments, option) for option in ATTENTION_OPTIONS}
 
 
 def write(model: VisualChatForConditionalGeneration, processor: VisualChatProcessor, output: Path) -> None:

@@ -11,14 +11,16 @@ attention, with which the model has to be trained further (see examples/README.m
 import copy
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
-from checkpoints import write
+from checkpoints import add_attention_options, attention_options, write
 from PIL import Image
 from transformers import AutoConfig, AutoProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from configuration_visualchat import VisualChatConfig
-from modeling_visualchat import ATTENTION_TYPES, VisualChatForConditionalGeneration
+from modeling_visualchat import VisualChatForConditionalGeneration
+from modeling_visualchat.attention_types_visualchat import get_attention_type
 from processing_visualchat import VisualChatProcessor
 
 
@@ -148,16 +150,21 @@ def convert_processor(
 
 
 @torch.no_grad()
-def convert(checkpoint: str, attention_type: str = "causal", keep_template: bool = True) -> tuple:
+def convert(checkpoint: str, attention: dict[str, str], keep_template: bool = True) -> tuple:
     """
     The VisualChat model and processor of a LLaVA checkpoint, after one conversation for which both have to give the
     same logits with causal attention.
+
+    Args:
+        checkpoint (`str`): Name or folder.
+        attention (`dict`): The attention to switch to, by the fields of [`VisualChatConfig`].
+        keep_template (`bool`, *optional*, defaults to `True`): Whether to keep the chat template.
 
     Raises:
         `ValueError`: the reason why the checkpoint cannot be converted.
     """
     llava_config = read_config(checkpoint)
-    ATTENTION_TYPES[attention_type].check_decoder(llava_config.text_config)
+    get_attention_type(SimpleNamespace(**attention)).check_decoder(llava_config.text_config)
     llava_processor, shape = read_processor(checkpoint, llava_config)
     if keep_template and llava_processor.chat_template is None:
         raise ValueError("it has no chat template; use that of VisualChat with --chat_template visualchat")
@@ -175,7 +182,7 @@ def convert(checkpoint: str, attention_type: str = "causal", keep_template: bool
     difference = float((model(**inputs).logits - expected).abs().max() / expected.abs().max())
     if not difference <= 1e-5:
         raise ValueError(f"its logits change by {difference:.1e} of the largest, and at most 1e-5 is wanted")
-    model.config.attention_type = attention_type
+    model.config.update(attention)
     return model, processor
 
 
@@ -183,7 +190,7 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="name or folder of a checkpoint of LlavaForConditionalGeneration")
     parser.add_argument("output", type=Path, help="folder to write the VisualChat checkpoint to")
-    parser.add_argument("--attention_type", default="causal", choices=["causal", "mmca"], help="attention type")
+    add_attention_options(parser, attention_type="causal")
     parser.add_argument(
         "--chat_template",
         default="llava",
@@ -195,7 +202,7 @@ def main() -> None:
         parser.error(f"the output {arguments.output} exists; choose another")
     try:
         keep_template = arguments.chat_template == "llava"
-        model, processor = convert(arguments.checkpoint, arguments.attention_type, keep_template)
+        model, processor = convert(arguments.checkpoint, attention_options(arguments), keep_template)
     except ValueError as error:
         parser.error(f"{arguments.checkpoint} cannot be converted: {error}")
     write(model, processor, arguments.output)

@@ -10,10 +10,10 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import torch
-from checkpoints import write
+from checkpoints import add_attention_options, attention_options, write
 from PIL import Image
 
-from modeling_visualchat import ATTENTION_OPTIONS, PROJECTORS, VisualChatForConditionalGeneration
+from modeling_visualchat import PROJECTORS, VisualChatForConditionalGeneration
 from processing_visualchat import VisualChatProcessor
 
 
@@ -30,8 +30,7 @@ def main() -> None:
     parser.add_argument("--text", required=True, help="name or folder of a language model, or a .gguf file")
     parser.add_argument("--output", required=True, type=Path, help="folder to write the checkpoint to")
     parser.add_argument("--projector_type", default="linear", choices=list(PROJECTORS), help="type of the projector")
-    for option, values in ATTENTION_OPTIONS.items():
-        parser.add_argument(f"--{option}", default=values[0], choices=values, help="see VisualChatConfig")
+    add_attention_options(parser)
     parser.add_argument("--vision_feature_layer", type=int, default=-1, help="hidden state of the encoder to use")
     parser.add_argument("--image_seq_length", type=int, help="tokens per image, by default what the encoder outputs")
     parser.add_argument("--seed", type=int, default=0, help="seed of the new projector's weights")
@@ -44,7 +43,7 @@ def main() -> None:
         arguments.vision,
         arguments.text,
         projector_type=arguments.projector_type,
-        **{option: getattr(arguments, option) for option in ATTENTION_OPTIONS},
+        **attention_options(arguments),
         vision_feature_layer=arguments.vision_feature_layer,
         **({} if arguments.image_seq_length is None else {"image_seq_length": arguments.image_seq_length}),
     )
