@@ -1,17 +1,16 @@
 """The digits model and its processor, both created from scratch."""
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
+from study.scans import WORDS, load_scans
+from study.tiny_model import build_model
 
-from configuration_visualchat import VisualChatConfig
 from modeling_visualchat import VisualChatForConditionalGeneration
 from processing_visualchat import VisualChatProcessor
 
-from .conversations import WORDS, DigitConversations, load_scans
+from .conversations import DigitConversations
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer, trained on the text of the conversations."""
+def build_digits_model(**config_kwargs) -> tuple[VisualChatForConditionalGeneration, VisualChatProcessor]:
+    """A vision tower of two layers and a Llama of three, with a tokenizer of the conversations."""
     scans, _ = load_scans()
     conversations = DigitConversations(scans, 500)
     texts = [
@@ -22,63 +21,4 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         for block in user["content"][-1:]
     ]
     texts += [" ".join(WORDS), "You are a powerful vision-language assistant."]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=512,
-        special_tokens=["<pad>", "<eos>", "<image>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        extra_special_tokens=["<image>"],
-        model_max_length=1024,
-    )
-
-
-def build_model(
-    projector_type: str = "linear", **attention: str
-) -> tuple[VisualChatForConditionalGeneration, VisualChatProcessor]:
-    """
-    A CLIP vision tower of two layers and a Llama of three with random weights, and their processor; the attention by
-    fields of [`VisualChatConfig`].
-    """
-    tokenizer = build_tokenizer()
-    config = VisualChatConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            image_size=8,
-            patch_size=4,
-        ),
-        text_config=LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=1024,
-            initializer_range=0.06,  # the default of 0.02 is for wider models
-            tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=None,
-        ),
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        projector_type=projector_type,
-        **attention,
-    )
-    size = {"height": 8, "width": 8}
-    image_processor = CLIPImageProcessor(
-        size=size, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3, do_center_crop=False
-    )
-    processor = VisualChatProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length)
-    return VisualChatForConditionalGeneration._from_config(config), processor
+    return build_model(texts, 3, **config_kwargs)

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
+from study.scans import load_scans
 from training_processes import end_processes
 from transformers import Trainer, TrainingArguments
 
 from processing_visualchat import DataCollatorForVisualChat
 
-from .conversations import DigitConversations, load_scans
-from .model import build_model
+from .conversations import DigitConversations
+from .model import build_digits_model
 from .report import report
 
 
@@ -24,7 +25,7 @@ def train_digits(arguments, training_arguments: TrainingArguments, checkpoint: s
         training_arguments (`TrainingArguments`): By default those of digits.yaml.
         checkpoint (`str`, *optional*): The checkpoint to resume from.
     """
-    model, processor = build_model(arguments.projector_type or "linear", **arguments.attention)
+    model, processor = build_digits_model(projector_type=arguments.projector_type or "linear", **arguments.attention)
     train_scans, test_scans = load_scans()
     conversations_per_step = (
         training_arguments.train_batch_size

@@ -1,0 +1,266 @@
+"""
+Trains and evaluates every arm of the study on the same conversations; one line of a CSV for each finished run.
+
+    python examples/study/run.py --tune            # tuning.csv: each arm with each learning rate
+    python examples/study/run.py                   # results.csv: each arm and seed with its best learning rate
+    python examples/study/run.py --quick           # one seed, a few steps, into a folder of its own: does it work?
+    python examples/study/tables.py                # tables and figures of results.csv
+
+Started again, it goes on where it stopped; a run that was interrupted starts anew. A run takes one thread: start it
+twice with other `--seeds` to use two. What is compared and what decides is in README.md, written before the first run.
+"""
+
+import csv
+import os
+import platform
+import resource
+import statistics
+import tempfile
+import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import torch
+from scans import WORDS
+from tasks import TASKS, StudyConversations
+from tiny_model import build_model
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.utils import logging
+
+from modeling_visualchat import ImageMemory, VisualChatForConditionalGeneration
+from processing_visualchat import DataCollatorForVisualChat
+
+
+FOLDER = Path(__file__).parent
+ARMS: dict[str, dict] = {
+    "causal": {"attention_type": "causal"},
+    "cross": {"attention_type": "cross", "cross_layer_interval": 2},
+    "mmca, sum": {},
+    "mmca, joint": {"merge": "joint"},
+    "mmca, sum, within images": {"image_attention": "image"},
+    "text only": {"attention_type": "causal"},
+}
+LEARNING_RATES = (1e-3, 2e-3, 4e-3)
+TUNING_SEED = 1000
+NUM_LAYERS = 4
+BATCH_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a run is, and how much is asked."""
+
+    steps: int = 600  # of 64 conversations
+    points: int = 10  # of the learning curve, evenly spaced; the last one is the end
+    num_curve: int = 200  # conversations of a task at each point
+    num_final: int = 1000  # and at the end
+    split: str = "test"
+
+
+FULL = Plan()
+TUNING = Plan(steps=300, points=1, num_final=200, split="tuning")
+QUICK = Plan(steps=4, points=2, num_curve=4, num_final=8)
+
+
+class Run(TrainerCallback):
+    """One arm with one seed: trains it, and evaluates it on the way."""
+
+    def __init__(self, arm: str, seed: int, learning_rate: float, plan: Plan):
+        self.arm, self.seed, self.learning_rate, self.plan = arm, seed, learning_rate, plan
+        self.has_images = arm != "text only"
+        set_seed(seed)
+        self.model, self.processor = build_model(study_texts(), NUM_LAYERS, **ARMS[arm])
+        self.curves: dict[str, list[float]] = {task: [] for task in TASKS}
+        self.seconds = 0.0  # CPU time of training alone
+        self.started = 0.0
+
+    def train(self) -> dict[str, object]:
+        """Trains the arm, and returns the line of the CSV."""
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = TrainingArguments(
+                output_dir=folder,
+                max_steps=self.plan.steps,
+                per_device_train_batch_size=BATCH_SIZE,
+                learning_rate=self.learning_rate,
+                lr_scheduler_type="cosine",
+                warmup_steps=self.plan.steps // 20,
+                weight_decay=0.01,
+                adam_beta2=0.95,
+                max_grad_norm=1.0,
+                logging_steps=max(1, self.plan.steps // 20),
+                save_strategy="no",
+                report_to="none",
+                seed=self.seed,
+                use_cpu=True,
+                remove_unused_columns=False,
+                train_sampling_strategy="sequential",
+                disable_tqdm=not os.isatty(2),
+            )
+            size = self.plan.steps * BATCH_SIZE
+            trainer = Trainer(
+                model=self.model,
+                args=arguments,
+                train_dataset=StudyConversations(
+                    "train", size, self.seed, has_images=self.has_images, batch_size=BATCH_SIZE
+                ),
+                data_collator=DataCollatorForVisualChat(self.processor),
+                callbacks=[self],
+            )
+            self.started = time.process_time()
+            loss = trainer.train().training_loss
+        final = {task: self.ask(task, self.plan.num_final) for task in TASKS}
+        known, unknown = self.second_question()
+        return {
+            "arm": self.arm,
+            "seed": self.seed,
+            "learning_rate": self.learning_rate,
+            "samples": size,
+            "parameters": self.model.num_parameters(),
+            "cpu_seconds": round(self.seconds, 1),
+            "peak_mebibytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+            "second_question_over_first": round(known / unknown, 3),
+            "training_loss": round(loss, 4),
+            "date": date.today().isoformat(),
+            "machine": platform.machine(),
+            "torch": torch.__version__,
+            "points": ";".join(str(size * point // self.plan.points) for point in range(1, self.plan.points + 1)),
+            **final,
+            **{f"{task}, curve": ";".join(map(str, curve)) for task, curve in self.curves.items()},
+        }
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """A point of the learning curve."""
+        if state.global_step * self.plan.points % self.plan.steps >= self.plan.points:
+            return
+        self.seconds += time.process_time() - self.started
+        for task, curve in self.curves.items():
+            curve.append(self.ask(task, self.plan.num_curve))
+        self.started = time.process_time()
+
+    @torch.no_grad()
+    def ask(self, task: str, number: int) -> float:
+        """
+        The share of exact matches of greedy answers, from one forward pass: an answer is generated greedily if and
+        only if each of its tokens, its end included, is the most likely one after those before it.
+        """
+        conversations = StudyConversations(self.plan.split, number, 1, task, self.has_images)
+        collator, right = DataCollatorForVisualChat(self.processor), 0
+        self.model.eval()
+        for start in range(0, number, BATCH_SIZE):
+            batch = collator([conversations[index] for index in range(start, min(start + BATCH_SIZE, number))])
+            labels = batch.pop("labels")[:, 1:]
+            best = self.model(**batch, use_cache=False).logits[:, :-1].argmax(dim=-1)
+            right += int(((best == labels) | (labels == -100)).all(dim=1).sum())
+        self.model.train()
+        return right / number
+
+    def second_question(self, repeats: int = 7) -> tuple[float, float]:
+        """CPU seconds of an answer about eight images: of images asked about before elsewhere, and of new ones."""
+        self.model.eval()
+        memory = ImageMemory() if keeps_images(self.model) else None
+        content = StudyConversations("test", 1, 1, "single")[0]["messages"][0]["content"][:1] * 8
+        inputs = self.processor.apply_chat_template(
+            [{"role": "user", "content": [*content, {"type": "text", "text": "what digit is it?"}]}],
+            add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+        )  # fmt: skip
+        generator = torch.Generator().manual_seed(0)
+        times: dict[bool, list[float]] = {False: [], True: []}
+        for _ in range(repeats):
+            inputs["pixel_values"] = torch.randn(inputs["pixel_values"].shape, generator=generator)
+            for is_known in (False, True):
+                start = time.process_time()
+                self.model.generate(**inputs, image_memory=memory, max_new_tokens=1)
+                times[is_known].append(time.process_time() - start)
+        return statistics.median(times[True]), statistics.median(times[False])
+
+
+def keeps_images(model: VisualChatForConditionalGeneration) -> bool:
+    """Whether images can be computed apart from a conversation."""
+    try:
+        model.model.compute_image_states(torch.zeros(1, 3, 8, 8))
+    except ValueError:
+        return False
+    return True
+
+
+def study_texts() -> list[str]:
+    """What the tokenizer is trained on: the texts of conversations, the same for every arm and seed."""
+    conversations = StudyConversations("train", 500, 0)
+    texts = [" ".join(WORDS), "You are a powerful vision-language assistant."]
+    for index in range(len(conversations)):
+        for _, question, answer in conversations.draw(index)[0].rounds:
+            texts.append(f"### Image {1 + index % 9}: \n### Question: {question}\n### Answer: {answer}")
+    return texts
+
+
+class Results:
+    """A CSV with a line for each finished run."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @property
+    def rows(self) -> list[dict[str, str]]:
+        """The lines so far."""
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    def add(self, row: dict[str, object]) -> None:
+        """Adds a line, at once on the disk."""
+        is_new = not self.path.exists()
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(row))
+            if is_new:
+                writer.writeheader()
+            writer.writerow(row)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def best_learning_rate(arm: str, tuning: list[dict[str, str]]) -> float:
+    """That of the highest mean accuracy over all tasks."""
+    tried = [row for row in tuning if row["arm"] == arm]
+    if not tried:
+        raise SystemExit(f"run.py: error: tuning.csv has no learning rate of {arm!r}; run --tune first.")
+    return float(max(tried, key=lambda row: sum(float(row[task]) for task in TASKS))["learning_rate"])
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), help="arms to run")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)), help="seeds to run")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the CSV files")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--tune", action="store_true", help="find the learning rate of each arm")
+    kind.add_argument("--quick", action="store_true", help="one seed and a few steps, to quick.csv")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    tuning = Results(FOLDER / "tuning.csv")
+    if arguments.tune:
+        results, plan = tuning, TUNING
+        wanted = [(arm, TUNING_SEED, rate) for arm in arguments.arms for rate in LEARNING_RATES]
+    elif arguments.quick:
+        results, plan = Results(arguments.output / "quick.csv"), QUICK
+        wanted = [(arm, 0, LEARNING_RATES[1]) for arm in arguments.arms]
+    else:
+        results, plan = Results(arguments.output / "results.csv"), FULL
+        wanted = [
+            (arm, seed, best_learning_rate(arm, tuning.rows)) for seed in arguments.seeds for arm in arguments.arms
+        ]
+    for arm, seed, learning_rate in wanted:
+        done = {(row["arm"], int(row["seed"]), float(row["learning_rate"])) for row in results.rows}
+        if (arm, seed, learning_rate) in done:
+            continue
+        row = Run(arm, seed, learning_rate, plan).train()
+        results.add(row)
+        print(f"{arm}, seed {seed}, {learning_rate:g}: " + ", ".join(f"{task} {row[task]:.3f}" for task in TASKS))
+
+
+if __name__ == "__main__":
+    main()
