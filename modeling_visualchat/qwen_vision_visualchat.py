@@ -101,7 +101,6 @@ class VisualChatQwenVisionModel(PreTrainedModel):
     _no_split_modules = ["QwenVisionLayer", "Resampler"]
     _supports_flash_attn = True
     _supports_sdpa = True
-    _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": QwenVisionLayer, "attentions": QwenVisionAttention}

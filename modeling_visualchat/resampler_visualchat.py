@@ -1,5 +1,7 @@
 """A resampler: learned queries on a grid that read the patches of an image, and positions on grids."""
 
+import math
+
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -21,7 +23,7 @@ def sine_cosine_positions(grid_size: int, width: int) -> torch.Tensor:
 
 def interpolate_positions(positions: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """Positions of a square grid (length, width) for a grid of rows and columns: bicubic, computed in float32."""
-    size = round(len(positions) ** 0.5)
+    size = math.isqrt(len(positions))
     if grid == (size, size):
         return positions
     square = positions.float().unflatten(0, (1, size, size)).permute(0, 3, 1, 2)
@@ -57,7 +59,8 @@ class Resampler(nn.Module):
     def init_weights(self) -> None:
         """Sets what is no weight of a layer, as far as it was not loaded."""
         init.trunc_normal_(self.query, std=0.02)
-        init.copy_(self.pos_embed, sine_cosine_positions(round(len(self.query) ** 0.5), self.query.shape[1]))
+        length, width = self.pos_embed.shape  # not those of the queries, which ZeRO-3 shards
+        init.copy_(self.pos_embed, sine_cosine_positions(math.isqrt(length), width))
 
     def forward(self, patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """
