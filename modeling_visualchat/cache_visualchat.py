@@ -59,9 +59,11 @@ class ConversationCache(DynamicCache):
         self.model_key: str | None = None
 
     def __iter__(self):
-        cache = DynamicCache()
-        self.interleave(cache)
-        yield from cache
+        if self.is_interleaved:
+            yield from super().__iter__()
+        else:
+            self.interleave(whole := DynamicCache())
+            yield from whole
 
     def update(self, key_states, value_states, layer_idx: int, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends keys and values of text, or of any token once the blocks are interleaved."""
@@ -216,8 +218,6 @@ class ConversationCache(DynamicCache):
         """
         if self.is_interleaved:
             _cut(self, self.get_seq_length())
-            for index, layer in enumerate(self.layers if cache is not None else ()):
-                cache.update(layer.keys, layer.values, index)
             return
         _cut(self.text_cache, self.num_text_slots)
         _cut(self.image_cache, self.num_image_slots)

@@ -339,7 +339,7 @@ def test_new_tokens_that_do_not_follow_on_a_plain_cache_are_refused():
     covering = {"attention_mask": torch.ones_like(longer), "mm_token_type_ids": (longer == IMAGE_TOKEN_ID).long()}
     with torch.no_grad():
         model(longer[:, IMAGE_SEQ_LENGTH:-3], past_key_values=cache)
-    with pytest.raises(ValueError, match="holds 9 tokens and 3 new ones were passed; .* all 17"):
+    with pytest.raises(ValueError, match="holds 9 tokens and 3 new ones were passed"):
         model.generate(longer[:, -3:], past_key_values=cache, **covering, **GREEDY)
 
 
