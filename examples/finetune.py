@@ -61,7 +61,9 @@ class FinetuneArguments:
     check_images: bool = HfArg(default=True, help="Open every image of the data before training.")
     max_length: int | None = HfArg(default=None, help="Maximum number of tokens of a conversation.")
     overlong: str = HfArg(
-        default="error", help="How over-length conversations are handled.", metadata={"choices": list(OVERLONG)}
+        default="error",
+        help="How over-length conversations are handled; error refuses them, before training or in the stream.",
+        metadata={"choices": list(OVERLONG)},
     )
     packing: bool = HfArg(default=False, help="Pack conversations into rows of max_length tokens.")
     max_broken: int = HfArg(default=100, help="Distinct broken images that each process may skip.")

@@ -23,6 +23,7 @@ from processing_visualchat import (
 from processing_visualchat.data.custom import find_splits
 from processing_visualchat.data.files import suffix_of
 from processing_visualchat.data.lengths import list_overlong
+from processing_visualchat.data.tables import counted
 
 
 SAMPLING_BY_LENGTH = ("group_by_length", "batch_rebalance")  # of TrainingArguments.train_sampling_strategy
@@ -31,7 +32,7 @@ SAMPLING_BY_LENGTH = ("group_by_length", "batch_rebalance")  # of TrainingArgume
 def load_data(arguments, training_arguments: TrainingArguments, collator) -> tuple:
     """The training data, packed or measured if the arguments ask for it, and the evaluation data or `None`."""
     if arguments.mixture is not None:
-        train_dataset, eval_dataset = load_mixture_file(arguments, training_arguments)
+        train_dataset, eval_dataset = load_mixture_file(arguments, training_arguments, collator.processor)
     else:
         train_dataset, eval_dataset = load_file(arguments.train_file, arguments, collator.processor, ["train"]), None
         if arguments.eval_file is not None:
@@ -40,15 +41,15 @@ def load_data(arguments, training_arguments: TrainingArguments, collator) -> tup
     return train_dataset, limit_evaluation(eval_dataset, arguments, collator)
 
 
-def load_mixture_file(arguments, training_arguments: TrainingArguments) -> tuple:
+def load_mixture_file(arguments, training_arguments: TrainingArguments, processor) -> tuple:
     """Both sides of a mixture; a stream repeats without end, so that a resumed run finds its place."""
     config = read_mixture_config(arguments.mixture)
     if not config.streaming:
-        return report_mixture(load_mixture(config, arguments.data_root, arguments.check_images))
+        return report_mixture(load_mixture(config, arguments.data_root, arguments.check_images, processor))
     if training_arguments.max_steps <= 0:
         raise FinetuneError("a stream has no known length; set the number of steps with --max_steps")
     training_arguments.accelerator_config.dispatch_batches = False  # batches differ in shape
-    train_dataset, eval_dataset = stream_mixture(config, arguments.data_root)
+    train_dataset, eval_dataset = stream_mixture(config, arguments.data_root, processor=processor)
     return train_dataset.repeat(None), eval_dataset
 
 
@@ -63,13 +64,11 @@ def load_file(name: str, arguments, processor, splits: list[str]):
     path = Path(name)
     images = arguments.image_root and os.path.abspath(arguments.image_root)
     if suffix_of(name) == ".jsonl" or not path.exists():
-        return load_conversations(
-            path, processor, check_images=arguments.check_images, check_length=False, image_root=images
-        )
+        return load_conversations(path, processor, arguments.check_images, images)
     path = Path(os.path.abspath(path))  # keeps links, whose targets may have other names
     source = DatasetSpec(str(path), path.name, split=choose_split(path, splits), images=images)
     config = MixtureConfig((source,), eval_share=0.0, max_images=sys.maxsize)
-    return report_mixture(load_mixture(config, path.parent, arguments.check_images))[0]
+    return report_mixture(load_mixture(config, path.parent, arguments.check_images, processor))[0]
 
 
 def choose_split(path: Path, wanted: list[str]) -> str:
@@ -97,7 +96,9 @@ def pack_or_measure(dataset, arguments, training_arguments: TrainingArguments, c
     if not arguments.packing:
         return dataset
     packs = pack_conversations(dataset, collator.limit, seed=seed)
-    print_once(f"{len(dataset)} conversations in {len(packs)} packs of up to {collator.limit} tokens")
+    print_once(
+        f"{counted(len(dataset), 'conversation')} in {counted(len(packs), 'pack')} of up to {collator.limit} tokens"
+    )
     return packs
 
 

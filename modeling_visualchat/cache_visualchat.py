@@ -1,8 +1,9 @@
 """
 The cache of a conversation, with text and images in separate blocks.
 
-The layers of a [`ConversationCache`] hold the keys and values of text only, and `image_cache` holds those of images:
-a new token reads each block as it is: no mask, and no copy of the images in every step.
+A [`ConversationCache`] holds the keys and values of text in its `text_cache` and those of images in its `image_cache`:
+a new token reads each block as it is: no mask, and no copy of the images in every step. It has no layers of its own
+that could be taken for the whole conversation; iterating over it yields keys and values in the conversation's order.
 """
 
 import itertools
@@ -31,7 +32,10 @@ class ConversationCache(DynamicCache):
     The next call passes all tokens so far, with all images or the new ones only, and computes what is new. Tokens and
     images that differ from those in the cache are an error; [`ChatSession`] edits conversations.
 
+    A plain cache of the same conversation, which other code may continue, is `DynamicCache(iter(cache))`.
+
     Attributes:
+        text_cache (`DynamicCache`): Of each layer the keys, rotated, and the values of all text, (B, K, T, D).
         image_cache (`DynamicCache`): Of each layer the keys, rotated, and the values of all images, (B, K, I, D).
         token_types (`torch.Tensor` of shape `(B, S)`): `PADDING`, `TEXT` or `IMAGE`, for each position; on the CPU.
         slots (`torch.Tensor` of shape `(B, S)`): The slot of each position in the block of its type; on the CPU.
@@ -48,11 +52,23 @@ class ConversationCache(DynamicCache):
         self._forget()
 
     def _forget(self) -> None:
-        self.image_cache = DynamicCache()
+        self.text_cache, self.image_cache = DynamicCache(), DynamicCache()
         self.token_types = self.slots = self.token_ids = self.position_ids = torch.zeros(0, 0, dtype=torch.long)
         self.images: list[list[tuple[int, str]]] = []
         self.longest, self.is_interleaved = 0, False
         self.model_key: str | None = None
+
+    def __iter__(self):
+        if self.is_interleaved:
+            yield from super().__iter__()
+        else:
+            self.interleave(whole := DynamicCache())
+            yield from whole
+
+    def update(self, key_states, value_states, layer_idx: int, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends keys and values of text, or of any token once the blocks are interleaved."""
+        update = super().update if self.is_interleaved else self.text_cache.update
+        return update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The number of positions, of text, images and padding."""
@@ -79,7 +95,7 @@ class ConversationCache(DynamicCache):
         if length == 0:
             self.token_types = self.slots = torch.zeros(batch_size, 0, dtype=torch.long)
         self.token_types, self.slots = self.token_types[:, :length], self.slots[:, :length]
-        _cut(self, self.num_text_slots)
+        _cut(self.text_cache, self.num_text_slots)
         _cut(self.image_cache, self.num_image_slots)
 
     def add_images(self, plan: TwoStreamPlan, num_layers: int) -> None:
@@ -192,7 +208,7 @@ class ConversationCache(DynamicCache):
             _cut(self, length)
             return
         self.token_types, self.slots = self.token_types[:, :length], self.slots[:, :length]
-        _cut(self, self.num_text_slots)
+        _cut(self.text_cache, self.num_text_slots)
         _cut(self.image_cache, self.num_image_slots)
 
     def interleave(self, cache: DynamicCache | None = None) -> None:
@@ -203,12 +219,12 @@ class ConversationCache(DynamicCache):
         if self.is_interleaved:
             _cut(self, self.get_seq_length())
             return
-        _cut(self, self.num_text_slots)
+        _cut(self.text_cache, self.num_text_slots)
         _cut(self.image_cache, self.num_image_slots)
         num_images = self.num_image_slots
         is_padding = self.token_types == PADDING
         order = (self.slots + (self.token_types == TEXT) * num_images) * ~is_padding
-        blocks = [block.layers for block in (self.image_cache, self) if block.layers]
+        blocks = [block.layers for block in (self.image_cache, self.text_cache) if block.layers]
         states = []
         for layers in zip(*blocks):
             states.append(
@@ -218,8 +234,7 @@ class ConversationCache(DynamicCache):
                 ]
             )
         if cache is None:
-            self.layers.clear()
-            self.image_cache, self.is_interleaved = DynamicCache(), True
+            self.text_cache, self.image_cache, self.is_interleaved = DynamicCache(), DynamicCache(), True
             self.token_types = self.slots = self.token_types[:, :0]
         for index, (keys, values) in enumerate(states):
             (self if cache is None else cache).update(keys, values, index)
@@ -228,14 +243,15 @@ class ConversationCache(DynamicCache):
         """Takes the rows of the beams that continue."""
         super().reorder_cache(beam_idx)
         self._select_rows(beam_idx.cpu())
-        if self.image_cache.layers:
-            self.image_cache.reorder_cache(beam_idx)
+        self.text_cache.reorder_cache(beam_idx)
+        self.image_cache.reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row."""
         num_rows = self.num_rows
         super().batch_repeat_interleave(repeats)
         self._select_rows(torch.arange(num_rows).repeat_interleave(repeats))
+        self.text_cache.batch_repeat_interleave(repeats)
         self.image_cache.batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
@@ -243,6 +259,7 @@ class ConversationCache(DynamicCache):
         rows = torch.arange(self.num_rows)[indices.cpu()]
         super().batch_select_indices(indices)
         self._select_rows(rows)
+        self.text_cache.batch_select_indices(indices)
         self.image_cache.batch_select_indices(indices)
 
     def reset(self) -> None:

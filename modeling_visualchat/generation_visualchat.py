@@ -219,12 +219,17 @@ class VisualChatGenerationMixin(GenerationMixin):
         """The modality of all tokens so far, from the ids or, where only new ones are passed, as it was given."""
         attention_mask, given = kwargs.get("attention_mask"), kwargs.get("mm_token_type_ids")
         num_tokens = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
-        if input_ids.shape[1] >= num_tokens or num_cached == 0:
+        if input_ids.shape[1] >= num_tokens:
             return (input_ids == self.config.image_token_id).long()
         if given is None or given.shape[1] != num_tokens:
             raise ValueError(
                 f"Only new tokens were passed, after {num_cached} in the cache: mm_token_type_ids has to cover all "
                 f"{num_tokens}, as attention_mask does, or pass all the tokens so far."
+            )
+        if num_cached + input_ids.shape[1] != num_tokens:
+            raise ValueError(
+                f"The cache holds {num_cached} tokens and {input_ids.shape[1]} new ones were passed; attention_mask "
+                f"and mm_token_type_ids cover all {num_tokens}. Pass the cache that holds the others, or all tokens."
             )
         return given
 

@@ -13,6 +13,23 @@ import torch
 from torch import nn
 
 
+def confine(key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """
+    Keys and values in which a position that is not finite is zero, and which queries attend to one (B, 1, Q, 1), whose
+    output is NaN: a weight of zero would carry it to all others, to another conversation of a packed row too. Only
+    where queries are all positions, as in packed rows; in a step of decoding a copy of the cache would cost as much as
+    attention.
+    """
+    if mask.shape[2] != mask.shape[3]:
+        return key, value, None
+    sums = key.sum(dim=(1, 3), dtype=torch.float32) + value.sum(dim=(1, 3), dtype=torch.float32)
+    faulty = ~sums.isfinite()  # (B, S)
+    if not torch.compiler.is_compiling() and faulty.device.type == "cpu" and not faulty.any():
+        return key, value, None
+    key, value = (states.masked_fill(faulty[:, None, :, None], 0.0) for states in (key, value))
+    return key, value, (mask & faulty[:, None, None]).any(dim=-1).any(dim=1)[:, None, :, None]
+
+
 def sdpa_kernel(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -22,6 +39,7 @@ def sdpa_kernel(
     dropout: float = 0.0,
 ) -> tuple[torch.Tensor, None]:
     """By PyTorch's fused kernel, a call for each channel: (B, H, Q, D) and no weights."""
+    key, value, is_faulty = confine(key, value, mask)
     output: Any = 0
     for channel in mask.split(1, dim=1):
         has_key = channel.any(dim=-1, keepdim=True)
@@ -35,7 +53,7 @@ def sdpa_kernel(
             enable_gqa=query.shape[1] != key.shape[1],
         )
         output = output + softmax.masked_fill(~has_key, 0.0)
-    return output, None
+    return output if is_faulty is None else output.masked_fill(is_faulty, float("nan")), None
 
 
 def eager_kernel(
@@ -47,6 +65,7 @@ def eager_kernel(
     dropout: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Spelled out: (B, H, Q, D) and the summed weights (B, H, Q, S)."""
+    key, value, is_faulty = confine(key, value, mask)
     queries_per_key = query.shape[1] // key.shape[1]
     key, value = (states.repeat_interleave(queries_per_key, dim=1) for states in (key, value))
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -56,7 +75,8 @@ def eager_kernel(
         weights = scores.masked_fill(~(channel | ~has_key), float("-inf")).softmax(dim=-1, dtype=torch.float32)
         total = total + weights.masked_fill(~has_key, 0.0).to(query.dtype)
     total = nn.functional.dropout(total, p=dropout, training=dropout > 0.0)
-    return total @ value, total
+    output = total @ value
+    return output if is_faulty is None else output.masked_fill(is_faulty, float("nan")), total
 
 
 KERNELS = {"sdpa": sdpa_kernel, "eager": eager_kernel}

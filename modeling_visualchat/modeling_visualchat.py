@@ -294,6 +294,8 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        if self.config.output_attentions:  # the decoder reads its own configuration
+            kwargs.setdefault("output_attentions", True)
         options = (vision_feature_layer, vision_feature_select_strategy)
         image_states = self.resolve_images(pixel_values, mm_encoder_outputs, image_states, *options)
         blank_features = self._blank_features(past_key_values) if image_states is None else None

@@ -193,7 +193,7 @@ class VisualChatProcessor(ProcessorMixin):
         return texts[0], spans[0] if spans else ()
 
     @property
-    def _control_tokens(self) -> tuple[str, ...]:
+    def control_tokens(self) -> tuple[str, ...]:
         """The tokens that would begin, end or pad a conversation, or show an image, if a text held them."""
         named = (self.tokenizer.bos_token, self.tokenizer.eos_token, self.tokenizer.pad_token)
         return (self.image_token, *(token for token in named if token))
@@ -206,7 +206,7 @@ class VisualChatProcessor(ProcessorMixin):
 
     def _validate(self, messages, name: str, kwargs: dict) -> None:
         # Marked as plain text, a special token in a user's words does no harm.
-        forbidden = () if kwargs.get("sanitize_control_tokens") else self._control_tokens
+        forbidden = () if kwargs.get("sanitize_control_tokens") else self.control_tokens
         validate_conversation(messages, forbidden, name)
         if kwargs.get("tokenize") and not (kwargs.get("processor_kwargs") or {}).get("images"):
             for index, message in enumerate(messages):

@@ -11,7 +11,7 @@ from PIL import Image
 from test_finetune import EXAMPLES
 from transformers import GenerationConfig
 
-from modeling_visualchat import ChatSession, ImageMemory
+from modeling_visualchat import ChatSession, ImageMemory, weights_key_visualchat
 
 
 @pytest.fixture
@@ -212,3 +212,23 @@ def test_an_offloaded_model_can_chat(pictures):
     session = model.start_chat(make_processor(), max_new_tokens=4)
     assert session.ask("What?", pictures[:1]) == expected
     session.ask("So?")
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_the_checksum_of_the_weights_is_taken_once_a_round(monkeypatch, is_frozen):
+    """By session, cache and image memory together; of a frozen model once for all rounds."""
+    taken: list[int] = []
+    column_sums = weights_key_visualchat.column_sums
+    monkeypatch.setattr(
+        weights_key_visualchat, "column_sums", lambda tensor: taken.append(tensor.numel()) or column_sums(tensor)
+    )
+    model = make_model()
+    if is_frozen:
+        model.freeze()
+    session = model.start_chat(make_processor(), ImageMemory(), max_new_tokens=2)
+    num_weights = len([*model.model.parameters(), *model.model.buffers()])
+    for number in (1, 2):
+        session.ask("What is it?", [draw_picture(number)])
+        assert len(taken) == num_weights * (1 if is_frozen else number)
+    session.replace_image(1, draw_picture(3))
+    assert len(taken) == num_weights * (1 if is_frozen else 3)

@@ -65,7 +65,7 @@ def test_strictness_and_what_cannot_be_read_are_exit_statuses(root, tmp_path):
     )
     clean = run_doctor("clean.jsonl", "--strict", cwd=tmp_path)
     assert clean.returncode == 0, clean.stderr[-2000:]
-    assert "1 conversations to train on" in clean.stdout
+    assert "1 conversation to train on" in clean.stdout
     (tmp_path / "llava").mkdir()  # a folder may have the name of a published source
     (tmp_path / "clean.jsonl").rename(tmp_path / "llava" / "data.jsonl")
     assert run_doctor("llava", cwd=tmp_path).returncode == 0
@@ -121,7 +121,7 @@ def test_over_length_conversations_are_a_problem(tmp_path):
     assert verdict < page.index("8 train conversations have more than") < page.index("<table>")
     assert len(set(re.findall(r"own.jsonl, line \d+ \(\d+ tokens\)", page))) == 8
     strict = run_doctor(*flags, "--strict", cwd=tmp_path)
-    assert strict.returncode == 1 and "1 problems found, and --strict allows none" in strict.stderr
+    assert strict.returncode == 1 and "1 problem found, and --strict allows none" in strict.stderr
 
 
 def test_the_page_begins_with_a_verdict_and_names_what_is_wrong(tmp_path):
@@ -145,7 +145,7 @@ def test_the_page_begins_with_a_verdict_and_names_what_is_wrong(tmp_path):
     assert {sample.source for sample in diagnosis.samples} == set("abcdefgh")
     findings = "\n".join(diagnosis.findings())
     assert f"{totals[1]:,} tokens, {totals[2]:,} of them trained on" in findings
-    assert "Steps per epoch of one process: 2 padded batches of 8, or 1 packs of 4,096 tokens." in findings
+    assert "Steps per epoch of one process: 2 padded batches of 8, or 1 pack of 4,096 tokens." in findings
     assert diagnosis.list_broken() == {"empty.png": "an empty image file", "gone.png": "an image is not there"}
     page = write_report(diagnosis, tmp_path / "out").read_text()
     order = [
@@ -168,8 +168,8 @@ def test_repeated_conversations_and_copies_of_files_are_told(tmp_path):
     (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, records)))
     diagnosis = examine(tmp_path / "own.jsonl")
     assert diagnosis.repeats == [["own.jsonl, line 1", "own.jsonl, line 2"]] and not diagnosis.problems
-    assert "1 conversations repeat others: own.jsonl, line 1 = own.jsonl, line 2." in diagnosis.findings()
-    assert "1 image names are duplicates of others, by their pixels: a.png = b.bmp." in diagnosis.findings()
+    assert "1 conversation repeats another: own.jsonl, line 1 = own.jsonl, line 2." in diagnosis.findings()
+    assert "1 image name is a duplicate of others, by their pixels: a.png = b.bmp." in diagnosis.findings()
     (tmp_path / "own.json").write_text(json.dumps(records[2:]))
     (copy,) = examine(tmp_path).problems
     assert "own.jsonl repeats" in copy and "8 conversations are in both" in copy

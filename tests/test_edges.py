@@ -471,3 +471,41 @@ def test_a_cache_continues_by_forward_with_embeddings(cache):
 
 def test_configurations_of_the_tests_stay_as_they_are():
     assert make_config().text_config.model_type == "llama"
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("place", [2, 9], ids=["text", "image"])
+def test_a_value_that_is_not_finite_stays_in_its_packed_conversation(kernel, place):
+    """And there where nothing attends to it; transformers' own packed masks carry it to the whole row."""
+    model = make_model()
+    model.set_attn_implementation(kernel)
+    model.set_route("masked")
+    ids = torch.cat([tokens(4, "I", 3), tokens(2, "I", 3, seed=1)], dim=1)
+    embeds = model.get_input_embeddings()(ids).detach()
+    start, types = 12, (ids == IMAGE_TOKEN_ID).long()
+    positions = torch.cat([torch.arange(start), torch.arange(ids.shape[1] - start)])[None]
+    inputs = {"position_ids": positions, "mm_token_type_ids": types, "use_cache": False}
+    expected = model(inputs_embeds=embeds, **inputs).logits
+    place += start if place == 2 else 0
+    faulty = embeds.clone()
+    faulty[0, place] = float("inf")
+    actual = model(inputs_embeds=faulty, **inputs).logits
+    is_reached = positions[0] >= positions[0, place]
+    is_reached &= (torch.arange(len(is_reached)) >= start) == (place >= start)
+    is_reached &= ~types[0].bool() | (torch.arange(len(is_reached)) == place)
+    torch.testing.assert_close(actual[0, ~is_reached], expected[0, ~is_reached])
+    assert not actual[0, is_reached].isfinite().any()
+
+
+def test_attentions_are_recorded_where_the_configuration_of_a_built_model_asks():
+    """Of the whole model: `text_config` refuses them for any implementation that is not called `eager`."""
+    model, (ids, images) = make_model(), (tokens(2, "I", 3), pixels(0))
+    with pytest.raises(ValueError, match="Please set it to 'eager'"):
+        model.config.output_attentions = True
+    model.set_attn_implementation("eager")
+    expected = model(ids, images, output_attentions=True).attentions
+    assert model(ids, images).attentions is None
+    model.config.output_attentions = True
+    for actual in (model(ids, images).attentions, model.model(ids, images).attentions):
+        assert torch.equal(torch.stack(actual), torch.stack(expected))
+    assert model(ids, images, output_attentions=False).attentions is None

@@ -57,6 +57,26 @@ NEEDS = {
         "first_k_dense_replace": 1,
         "moe_intermediate_size": 16,
     },
+    # Its encoders of images and audio are not used; in their usual size they took most of the time of this file.
+    "phi4_multimodal": {
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "crop_size": 28,
+        },
+        "audio_config": {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_blocks": 2,
+            "num_attention_heads": 2,
+            "ext_pw_out_channel": 32,
+            "depthwise_separable_out_channel": 32,
+            "nemo_conv_channels": 32,
+        },
+    },
     "lfm2_moe": {"layer_types": ["full_attention"] * 2, "num_dense_layers": 2},
     "lfm2": {"layer_types": ["full_attention"] * 2},
     "cohere_compass_text": {

@@ -292,37 +292,55 @@ def test_crops_on_either_side_of_the_limit_are_right_or_refused(limited):
 # 19: what is made of a returned cache.
 
 
-def rebuilt(cache):
+def rebuilt_by_update(cache):
     new = DynamicCache()
     for index, layer in enumerate(cache.layers):
         new.update(layer.keys, layer.values, index)
     return new
 
 
-def rebuilt_from_pairs(cache):
-    return DynamicCache([(layer.keys, layer.values) for layer in cache.layers])
+REBUILT = {
+    "update": rebuilt_by_update,
+    "pairs": lambda cache: DynamicCache([(layer.keys, layer.values) for layer in cache.layers]),
+    "iteration": lambda cache: DynamicCache([(states[0], states[1]) for states in cache]),
+    "iterator": lambda cache: DynamicCache(iter(cache)),
+}
 
 
-def rebuilt_by_iteration(cache):
-    return DynamicCache([(states[0], states[1]) for states in cache])
-
-
-@pytest.mark.parametrize("rebuild", [rebuilt, rebuilt_from_pairs, rebuilt_by_iteration])
-@pytest.mark.parametrize("source", ["forward"])
-def test_a_plain_cache_made_of_the_layers_of_a_returned_one_is_right_or_refused(rebuild, source):
-    model, ids = make_model(), tokens(3, "I", 4)
+@pytest.mark.parametrize("parts", [(3, "I", 4), ("I", 9), (8, "I", 1)], ids=["middle", "first", "last"])
+@pytest.mark.parametrize("is_interleaved", [False, True], ids=["", "interleaved"])
+@pytest.mark.parametrize("rebuild", REBUILT)
+def test_a_plain_cache_made_of_a_returned_one_is_right_or_refused(rebuild, is_interleaved, parts):
+    model, cache = make_model(), ConversationCache()
     with torch.no_grad():
-        if source == "generate":
-            output = model.generate(ids, pixel_values=pixels(0), return_dict_in_generate=True, **GREEDY)
-            longer = torch.cat([output.sequences, tokens(3, seed=4)], dim=1)
-        else:
-            output = model(ids, pixels(0), use_cache=True)
-            longer = torch.cat([ids, tokens(3, seed=4)], dim=1)
-    expected = logits(model, longer, pixel_values=pixels(0))
-    right_or_refused(
-        lambda: logits(model, longer, pixel_values=pixels(0), past_key_values=rebuild(output.past_key_values)),
-        expected,
-    )
+        ids = model.generate(tokens(*parts), pixel_values=pixels(0), past_key_values=cache, **GREEDY)
+    new = tokens(3, seed=4)
+    longer = torch.cat([ids, new], dim=1)
+    # A mask, as transformers would take a generated padding token for padding.
+    mask = {"attention_mask": torch.ones_like(longer)}
+    expected = logits(model, longer, pixel_values=pixels(0), **mask)
+    if is_interleaved:
+        cache.interleave()
+
+    def found(ids=longer, **kwargs):
+        made = REBUILT[rebuild](cache)
+        return right_or_refused(lambda: logits(model, ids, past_key_values=made, **mask, **kwargs), expected)
+
+    # What is iterated over is the whole conversation; the layers of separate blocks hold nothing.
+    without_images = "right" if is_interleaved or rebuild.startswith("itera") else "refused"
+    assert found(pixel_values=pixels(0)) == "right" and found() == without_images
+    types = (longer == IMAGE_TOKEN_ID).long()
+    assert found(longer[:, cache.get_seq_length() :], mm_token_type_ids=types) == without_images
+
+
+def test_new_tokens_that_do_not_follow_on_a_plain_cache_are_refused():
+    """A cache of text only, as it would be without the images."""
+    model, cache, longer = make_model(), DynamicCache(), tokens("I", 12)
+    covering = {"attention_mask": torch.ones_like(longer), "mm_token_type_ids": (longer == IMAGE_TOKEN_ID).long()}
+    with torch.no_grad():
+        model(longer[:, IMAGE_SEQ_LENGTH:-3], past_key_values=cache)
+    with pytest.raises(ValueError, match="holds 9 tokens and 3 new ones were passed"):
+        model.generate(longer[:, -3:], past_key_values=cache, **covering, **GREEDY)
 
 
 def test_a_dynamic_cache_that_is_asked_for_is_a_plain_one():

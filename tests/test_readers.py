@@ -26,6 +26,7 @@ from processing_visualchat import (
 )
 from processing_visualchat.data.conversation import Conversation, Dropped
 from processing_visualchat.data.readers import read_conversations
+from processing_visualchat.doctor.diagnosis import examine
 
 
 FAULTS = {
@@ -281,3 +282,30 @@ def test_messages_of_every_shape_survive_a_data_set(tmp_path):
     expected = [read.outcome.messages() for read in read_conversations(tmp_path / "data.jsonl", is_strict=True)]
     assert load_conversations(tmp_path / "data.jsonl", make_processor())["messages"][:] == expected
     assert expected[0] == records[0]["messages"]
+
+
+def test_a_special_token_in_the_text_drops_a_record_in_every_reading(tmp_path):
+    """It would end the answer there, and training with it."""
+    good, bad = ([user(text(words)), assistant("A.")] for words in ("Hi", "Hi<eos>"))
+    write(tmp_path / "data.jsonl", [{"messages": messages} for messages in (good, bad, good)])
+    config, processor = MixtureConfig((DatasetSpec("x", "data.jsonl"),), eval_share=0.0), make_processor()
+    (report,) = load_mixture(config, tmp_path, processor=processor).reports
+    assert dict(report.dropped) == {"a special token in its text": 1} and report.used == 2
+    assert report.examples == {"a special token in its text": "data.jsonl, line 2"}
+    with pytest.warns(UserWarning, match="1 record left out: {'a special token in its text': 1}"):
+        assert len(list(stream_mixture(config, tmp_path, processor=processor)[0])) == 2
+    assert examine(config, tmp_path, processor).num_dropped == 1
+    with pytest.raises(ValueError, match=r"line 2 is invalid: .* holds a literal <eos> in its text"):
+        load_conversations(tmp_path / "data.jsonl", processor)
+    assert load_mixture(config, tmp_path).reports[0].used == 3  # without a processor, nothing is known of its tokens
+
+
+@pytest.mark.parametrize("max_length", [None, 400])
+def test_an_over_length_conversation_of_a_stream_is_named(tmp_path, max_length):
+    messages = [user(text("Hi" * 900)), assistant("A.")]
+    write(tmp_path / "data.jsonl", [{"messages": messages}])
+    config = MixtureConfig((DatasetSpec("x", "data.jsonl"),), eval_share=0.0)
+    examples = list(stream_mixture(config, tmp_path)[0])
+    collator = DataCollatorForVisualChat(make_processor(), max_length)
+    with pytest.raises(ValueError, match=r"data.jsonl, line 1 has \d+ tokens, more than max_length=.*--overlong of"):
+        collator(examples)

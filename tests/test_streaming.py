@@ -31,7 +31,7 @@ from processing_visualchat.data.files import digest_of
 from processing_visualchat.data.mixture import group
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*records left out")
+pytestmark = pytest.mark.filterwarnings("ignore:.*records? left out")
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def pictures(stream):
 @pytest.mark.parametrize("weight", [1.0, 3.0])
 def test_everything_comes_once_per_pass_and_in_the_same_order_again(root, weight):
     config = MixtureConfig(sources(concatenate=2, weight=weight), eval_share=0.0, shuffle_buffer=10)
-    with pytest.warns(UserWarning, match="lines: 1 records left out: {'a line that is not JSON': 1}"):
+    with pytest.warns(UserWarning, match="lines: 1 record left out: {'a line that is not JSON': 1}"):
         train, evaluation = stream_mixture(config, root)
         assert evaluation is None
         first = [example["where"] for example in train]

@@ -85,28 +85,37 @@ class DataCollatorForVisualChat:
             packing, `position_ids` (1, S), and `pixel_values` (images, channels, height, width) if any conversation
             has an image.
         """
-        conversations = []
+        conversations, places = [], []
         for example in (part for entry in examples for part in entry.get("pack", [entry])):
             messages = self._shorten(messages_of(example))
             if messages is not None and (opened := self._open_images(messages)) is not None:
                 conversations.append(opened)
+                places.append(" + ".join(example.get("where") or ["A conversation"]))
         if not conversations:
             return self._empty_batch()
         padding = {"padding": True, "padding_side": "right"}
-        batch: BatchFeature = self.processor.apply_chat_template(
-            conversations, return_labels=True, return_tensors="pt", processor_kwargs=padding
-        )
+        try:
+            batch: BatchFeature = self.processor.apply_chat_template(
+                conversations, return_labels=True, return_tensors="pt", processor_kwargs=padding
+            )
+        except ValueError:  # the processor, which knows no records, refuses what the model cannot read
+            self._refuse_overlong(places, [count_tokens(messages, self.processor) for messages in conversations])
+            raise
         lengths = batch["attention_mask"].sum(dim=1).tolist()
         has_answers = (batch["labels"] != IGNORE_INDEX).any(dim=1).tolist()
-        for messages, length, has_answer in zip(conversations, lengths, has_answers):
+        self._refuse_overlong(places, lengths)
+        for place, messages, has_answer in zip(places, conversations, has_answers):
+            if not has_answer:
+                raise ValueError(f"{place} has no answer to learn from: {messages!r:.200}…")
+        return _pack(batch) if self.packing else batch
+
+    def _refuse_overlong(self, places: list[str], lengths: list[int]) -> None:
+        for place, length in zip(places, lengths):
             if length > self.limit:
                 raise ValueError(
-                    f"A conversation has {length} tokens, more than max_length={self.max_length}: "
-                    f"{messages!r:.200}… Leave out rounds or images, raise max_length, or set overlong."
+                    f"{place} has {length} tokens, more than max_length={self.limit}. Set overlong (--overlong of "
+                    "finetune.py) to drop_first_rounds, drop_last_rounds or skip, or raise max_length."
                 )
-            if not has_answer:
-                raise ValueError(f"A conversation has no answer to learn from: {messages!r:.200}…")
-        return _pack(batch) if self.packing else batch
 
     def _shorten(self, messages: list[dict]) -> list[dict] | None:
         """A conversation within the limit, with fewer rounds if need be; `None` if it has to be skipped."""

@@ -7,7 +7,7 @@ folder are told by the names of its files, with the keywords of `datasets`.
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from glob import has_magic
 from pathlib import Path, PurePosixPath
@@ -54,7 +54,9 @@ class CustomSource:
     columns: dict[str, str] = field(default_factory=dict)
 
 
-def load_custom_source(source: CustomSource, data_root: str | Path) -> tuple[Dataset, IngestionReport]:
+def load_custom_source(
+    source: CustomSource, data_root: str | Path, control_tokens: Sequence[str] = ()
+) -> tuple[Dataset, IngestionReport]:
     """
     Reads a custom dataset, with paths relative to the data root; returns what [`load_source`] returns.
 
@@ -68,16 +70,22 @@ def load_custom_source(source: CustomSource, data_root: str | Path) -> tuple[Dat
     # What is downloaded is links to the folder beside it.
     links = "" if source.hub is None else str(base.parent.parent)
     options: dict[str, Any] = {"files": [*map(str, files)], "root": str(root), "images": images}
-    options |= {"links": links, "columns": source.columns}
+    options |= {"links": links, "columns": source.columns, "control_tokens": [*control_tokens]}
     return ingest(source.name, _read, root, files, options)
 
 
 def _read(
-    files: list[str], root: str, images: str | None, links: str, columns: dict[str, str]
+    files: list[str],
+    root: str,
+    images: str | None,
+    links: str,
+    columns: dict[str, str],
+    control_tokens: Sequence[str],
 ) -> Iterator[IngestedRecord]:
     for file in map(Path, files):
         name = str(file.relative_to(root)) if file.is_relative_to(root) else str(file)
-        for record in read_conversations(file, images, name, columns=columns, links=links):
+        options: dict[str, Any] = {"columns": columns, "links": links, "control_tokens": control_tokens}
+        for record in read_conversations(file, images, name, **options):
             yield replace(record, outcome=_examine_inline(record.outcome))
 
 

@@ -16,6 +16,7 @@ from ..conversation_visualchat import validate_conversation
 from .conversation import OUTSIDE, Conversation, Dropped
 from .files import cache_rows
 from .images import MISSING_IMAGE, ImageReference
+from .tables import counted
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class IngestionReport:
     _dropped_later: list[tuple[str, list[str], str]] = field(default_factory=list, repr=False)
 
     def __str__(self) -> str:
-        lines = [f"{self.name}: {self.read} records read, {self.used} used in {self.conversations} conversations"]
+        read, made = counted(self.read, "record"), counted(self.conversations, "conversation")
+        lines = [f"{self.name}: {read} read, {self.used:,} used in {made}"]
         lines += [
             f"  {count:>8} {action}: {reason} (as in {example})" for action, count, reason, example in self.reasons()
         ]
@@ -191,13 +193,16 @@ def _generate_rows(generate: Callable[..., Iterator[IngestedRecord]], options: d
         yield row
 
 
-def check_record(record: IngestedRecord, root: str | Path = "") -> IngestedRecord:
-    """The record itself if its conversation is valid and all images exist, else the reason to drop it."""
-    fault = None if isinstance(record.outcome, Dropped) else _find_fault(record.outcome, root)
+def check_record(record: IngestedRecord, root: str | Path = "", control_tokens: Sequence[str] = ()) -> IngestedRecord:
+    """
+    The record itself if its conversation is valid, its text without special tokens and its images exist, else the
+    reason to drop it.
+    """
+    fault = None if isinstance(record.outcome, Dropped) else _find_fault(record.outcome, root, control_tokens)
     return replace(record, outcome=fault or record.outcome)
 
 
-def _find_fault(conversation: Conversation, root: str | Path) -> Dropped | None:
+def _find_fault(conversation: Conversation, root: str | Path, control_tokens: Sequence[str]) -> Dropped | None:
     try:
         messages = conversation.messages()
         validate_conversation(messages)
@@ -206,6 +211,10 @@ def _find_fault(conversation: Conversation, root: str | Path) -> Dropped | None:
         return Dropped("text that is not Unicode")
     except ValueError as error:
         return Dropped("a round without text, or with a literal <image>", f"is invalid: {error}")
+    try:
+        validate_conversation(messages, control_tokens)
+    except ValueError as error:
+        return Dropped("a special token in its text", f"is invalid: {error}")
     for image in (image.under(root) for image in conversation.images):
         if fault := image.find_fault():
             name = image.key or os.path.basename(image.path)

@@ -38,6 +38,7 @@ from typing import Any, TypeGuard, TypeVar
 import yaml
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
+from ..processing_visualchat import VisualChatProcessor
 from .conversation import join_messages
 from .custom import CustomSource, load_custom_source
 from .files import digest_of
@@ -93,9 +94,11 @@ class DatasetSpec(CustomSource):
             if not is_valid:
                 raise ValueError(f"{name} of {self.name} is {getattr(self, name)!r}; use {wanted}.")
 
-    def load(self, data_root: Path) -> tuple[Dataset, IngestionReport]:
+    def load(self, data_root: Path, control_tokens: Sequence[str] = ()) -> tuple[Dataset, IngestionReport]:
         """All its conversations, and the report of its records."""
-        return load_source(self.name, data_root) if self.is_published else load_custom_source(self, data_root)
+        if self.is_published:
+            return load_source(self.name, data_root, control_tokens)
+        return load_custom_source(self, data_root, control_tokens)
 
 
 @dataclass(frozen=True)
@@ -211,7 +214,10 @@ def read_mixture_config(path: str | Path) -> MixtureConfig:
 
 
 def load_mixture(
-    config: MixtureConfig | str | Path, data_root: str | Path | None = None, check_images: bool = True
+    config: MixtureConfig | str | Path,
+    data_root: str | Path | None = None,
+    check_images: bool = True,
+    processor: VisualChatProcessor | None = None,
 ) -> Mixture:
     """
     Loads a mixture.
@@ -221,6 +227,8 @@ def load_mixture(
         data_root (`str` or `Path`, *optional*): The folder that contains the datasets; by default as configured.
         check_images (`bool`, *optional*, defaults to `True`): Decodes every image once, when the mixture is loaded for
             the first time, and drops conversations with broken ones.
+        processor (`VisualChatProcessor`, *optional*): The processor of the model; records with one of its special
+            tokens in their text are dropped, which otherwise end training.
 
     Raises:
         `ValueError`: an invalid configuration, or a dataset without a conversation left.
@@ -229,7 +237,8 @@ def load_mixture(
     if not isinstance(config, MixtureConfig):
         config = read_mixture_config(config)
     root = config.find_root(data_root)
-    loaded = [spec.load(root) for spec in config.sources]
+    tokens = () if processor is None else processor.control_tokens
+    loaded = [spec.load(root, tokens) for spec in config.sources]
     reports = [report for _, report in loaded]
     rows = concatenate_datasets([dataset for dataset, _ in loaded])
     source_of = [spec.name for spec, (dataset, _) in zip(config.sources, loaded) for _ in range(len(dataset))]

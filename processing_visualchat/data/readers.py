@@ -8,7 +8,7 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,6 @@ from .conversation import OUTSIDE, Conversation, Dropped
 from .files import describe_json_error, open_file, parse_json, read_table, suffix_of
 from .images import MISSING_IMAGE, ImageReference, may_hold, replace_encoded
 from .ingestion import IngestedRecord, check_record
-from .lengths import count_tokens
 from .schemas import IMAGE_KEY, as_list, convert_record, is_known
 
 
@@ -38,11 +37,13 @@ def read_conversations(
     embed: bool = False,
     columns: Mapping[str, str] | None = None,
     links: str = "",
+    control_tokens: Sequence[str] = (),
 ) -> Iterator[IngestedRecord]:
     """
     Reads the conversations of a file, an absolute path or `hf://…`; image paths, relative to `image_root`, by default
     the folder of the file, become absolute, and none leads out of it, see [`ImageReference.resolve`]. Images inside of
-    tables become images of an archive, or inline with `embed`. `columns` are other names, see [`convert_record`].
+    tables become images of an archive, or inline with `embed`. `columns` are other names, see [`convert_record`]. No
+    text may hold one of `control_tokens`.
 
     A faulty record is yielded with its reason. `is_strict` raises a `ValueError` or `FileNotFoundError` instead, also
     for what would be repaired. A broken file always raises.
@@ -61,7 +62,7 @@ def read_conversations(
             outcome = record if isinstance(record, Dropped) else convert_record(record, columns)
             if isinstance(outcome, Conversation):
                 outcome = _resolve_images(outcome, root, file, links)
-            read = check_record(IngestedRecord(where, 1, outcome))
+            read = check_record(IngestedRecord(where, 1, outcome), control_tokens=control_tokens)
             if is_strict:
                 _raise_faults(read)
             yield read
@@ -162,9 +163,7 @@ RECORDS: dict[str, Reader] = {".jsonl": _read_lines, ".json": _read_list, ".tar"
 def load_conversations(
     path: str | Path,
     processor: VisualChatProcessor,
-    max_length: int | None = None,
     check_images: bool = True,
-    check_length: bool = True,
     image_root: str | Path | None = None,
 ) -> Dataset:
     r"""
@@ -173,10 +172,8 @@ def load_conversations(
     Args:
         path (`str` or `Path`): A file of a schema in `schemas.py`: .jsonl, .json, .parquet, .arrow or the .tar of a
             WebDataset, also compressed.
-        processor (`VisualChatProcessor`): The processor of the model, for the lengths.
-        max_length (`int`, *optional*): Maximum tokens of a conversation; by default the model's.
+        processor (`VisualChatProcessor`): The processor of the model, whose special tokens no text may hold.
         check_images (`bool`, *optional*, defaults to `True`): Opens every image once, except URLs.
-        check_length (`bool`, *optional*, defaults to `True`): Refuses over-length conversations.
         image_root (`str` or `Path`, *optional*): The folder that image paths are relative to and do not leave; by
             default that of the file.
 
@@ -185,19 +182,18 @@ def load_conversations(
 
     Raises:
         `FileNotFoundError`: the file, or an image that it names, does not exist.
-        `ValueError`: a faulty record, a broken image or an over-length conversation, by name; or no conversation.
+        `ValueError`: a faulty record or a broken image, by name; or no conversation.
     """
     path = Path(os.path.abspath(path))
     if not path.is_file():
         raise FileNotFoundError(f"No data file at {path}.")
-    limit = min(max_length or processor.tokenizer.model_max_length, processor.tokenizer.model_max_length)
     conversations: list[list[dict]] = []
     places: list[list[str]] = []
     opened: set[ImageReference] = set()
-    records = read_conversations(path, os.path.abspath(image_root or path.parent), is_strict=True)
+    root, tokens = os.path.abspath(image_root or path.parent), processor.control_tokens
+    records = read_conversations(path, root, is_strict=True, control_tokens=tokens)
     for record in tqdm(records, desc=f"Checking {path.name}", unit="conversation"):
         conversation: Any = record.outcome
-        messages = conversation.messages()
         for image in conversation.images if check_images else ():
             if image.kind != "url" and image not in opened:
                 try:
@@ -205,16 +201,7 @@ def load_conversations(
                 except (ValueError, OSError) as error:
                     raise ValueError(f"{record.where}: {error}") from error
                 opened.add(image)
-        try:
-            num_tokens = count_tokens(messages, processor)
-        except ValueError as error:
-            raise ValueError(f"{record.where}: {error}") from error
-        if check_length and num_tokens > limit:
-            raise ValueError(
-                f"{record.where} has {num_tokens} tokens, {processor.image_seq_length} for an image; at most {limit} "
-                "are read. Leave out rounds or images: a cut could go through an image."
-            )
-        conversations.append(messages)
+        conversations.append(conversation.messages())
         places.append([record.where])
     if not conversations:
         raise ValueError(f"{path} holds no conversation; write one on every line.")

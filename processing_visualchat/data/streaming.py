@@ -22,11 +22,13 @@ from pathlib import Path
 import fsspec
 from datasets import Features, IterableDataset, Json, List, Value, interleave_datasets
 
+from ..processing_visualchat import VisualChatProcessor
 from .conversation import Conversation, Dropped, join_messages
 from .custom import find_files, find_images, group_by_split
 from .files import digest_of, suffix_of
 from .mixture import DatasetSpec, MixtureConfig, group, read_mixture_config
 from .readers import read_conversations
+from .tables import counted
 
 
 FEATURES = Features({"messages": Json(), "where": List(Value("string"))})
@@ -35,7 +37,10 @@ EACH_ONCE = "all_exhausted_without_replacement"
 
 
 def stream_mixture(
-    config: MixtureConfig | str | Path, data_root: str | Path | None = None, num_evaluation: int = 256
+    config: MixtureConfig | str | Path,
+    data_root: str | Path | None = None,
+    num_evaluation: int = 256,
+    processor: VisualChatProcessor | None = None,
 ) -> tuple[IterableDataset, IterableDataset | None]:
     """
     Streams a mixture.
@@ -44,6 +49,7 @@ def stream_mixture(
         config, data_root: As for [`load_mixture`]; a number of `samples` are the first ones, and sources take turns at
             random, by `weight`.
         num_evaluation (`int`, *optional*, defaults to 256): Maximum examples for evaluation.
+        processor (`VisualChatProcessor`, *optional*): As for [`load_mixture`].
 
     Returns:
         Two `datasets.IterableDataset` of examples with `messages` and `where`, for training and for evaluation; `None`
@@ -57,13 +63,14 @@ def stream_mixture(
     """
     if not isinstance(config, MixtureConfig):
         config = read_mixture_config(config)
+    tokens = () if processor is None else processor.control_tokens
     located = [_locate(spec, data_root or config.data_root) for spec in config.sources]
 
     def stream(side: str) -> IterableDataset:
         streams = []
         for spec, (files, images) in zip(config.sources, located):
             # Bound to its files, which ranks and workers would otherwise divide among themselves.
-            generate = SourceStream(spec, config, files, images, side).generate
+            generate = SourceStream(spec, config, files, images, side, tokens).generate
             streams.append(IterableDataset.from_generator(generate, features=FEATURES))
         if side == "evaluation":
             return interleave_datasets(streams, stopping_strategy=EACH_ONCE).take(num_evaluation)
@@ -126,6 +133,7 @@ class SourceStream:
     files: list[str]
     images: str | None  # the image folder
     side: str
+    control_tokens: tuple[str, ...]  # no text may hold one
 
     def generate(self) -> Iterator[dict]:
         """The groups, in the order of the files, once per pass."""
@@ -144,10 +152,13 @@ class SourceStream:
         def drop(reason: str) -> None:
             dropped[reason] += 1
             if str(dropped.total()).strip("0") == "1":  # 1, 10, 100, …
-                warnings.warn(f"{self.spec.name}: {dropped.total()} records left out: {dict(dropped)}", stacklevel=2)
+                warnings.warn(
+                    f"{self.spec.name}: {counted(dropped.total(), 'record')} left out: {dict(dropped)}", stacklevel=2
+                )
 
         def read() -> Iterator[tuple[str, Conversation]]:
-            read = partial(read_conversations, image_root=self.images, embed=True, columns=self.spec.columns)
+            options: dict = {"columns": self.spec.columns, "control_tokens": self.control_tokens}
+            read = partial(read_conversations, image_root=self.images, embed=True, **options)
             records = map(read, self.files)
             for record in itertools.chain.from_iterable(records):
                 if isinstance(record.outcome, Dropped):

@@ -11,6 +11,11 @@ def format_cell(cell: str | int | float) -> str:
     return cell if isinstance(cell, str) else f"{cell:,}"
 
 
+def counted(number: int, singular: str, plural: str | None = None) -> str:
+    """A number with its noun, or more of its sentence, in the singular or the plural."""
+    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
+
+
 def format_table(rows: Sequence[Row]) -> str:
     """Aligned columns, numbers on the right."""
     columns = []

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 
 from transformers import AutoProcessor
 
+from ..data.tables import counted
 from .diagnosis import examine
 from .report import write_report
 
@@ -73,8 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"doctor: error: the page cannot be written: {error}", file=sys.stderr)
         return 2
     if options.strict and (diagnosis.num_dropped or diagnosis.problems):
-        counts = f"{diagnosis.num_dropped:,} records are dropped, {len(diagnosis.problems)} problems found"
-        print(f"doctor: {counts}, and --strict allows none", file=sys.stderr)
+        dropped = counted(diagnosis.num_dropped, "record is dropped", "records are dropped")
+        found = counted(len(diagnosis.problems), "problem")
+        print(f"doctor: {dropped}, {found} found, and --strict allows none", file=sys.stderr)
         return 1
     return 1 if diagnosis.errors else 0
 

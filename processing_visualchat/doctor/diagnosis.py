@@ -18,7 +18,7 @@ from ..data.lengths import list_overlong, measure_lengths
 from ..data.mixture import DatasetSpec, Mixture, MixtureConfig, load_mixture, read_mixture_config
 from ..data.packing import BatchingStatistics, batching_table, compare_batching
 from ..data.readers import RECORDS
-from ..data.tables import Row, format_table
+from ..data.tables import Row, counted, format_table
 from ..processing_visualchat import VisualChatProcessor
 from .samples import Sample, draw_samples, make_estimating_processor
 
@@ -62,7 +62,8 @@ class Diagnosis:
             if number:
                 named = "; ".join(names) + ("; …" if number > len(names) else "")
                 overlong.append(
-                    f"{number:,} {side} conversations have more than {self.max_length:,} tokens ({named}). "
+                    f"{counted(number, f'{side} conversation has', f'{side} conversations have')} more than "
+                    f"{self.max_length:,} tokens ({named}). "
                     "Set --overlong of finetune.py, which refuses them by default."
                 )
         return [*self.errors, *overlong, *self.list_copies()]
@@ -85,7 +86,8 @@ class Diagnosis:
         for places in self.repeats:
             pairs.update(combinations(sorted({split_place(where)[0] for where in places}), 2))
         return [
-            f"{copy} repeats {file}: {count:,} conversations are in both, and trained on twice."
+            f"{copy} repeats {file}: {counted(count, 'conversation is', 'conversations are')} in both, and trained on "
+            "twice."
             for (file, copy), count in pairs.items()
             if 2 * count > min(sizes[file], sizes[copy])
         ]
@@ -142,21 +144,25 @@ class Diagnosis:
         contents = self.mixture.contents.values()
         num_images = len({content.digest for content in contents})
         lengths, trained = (self.lengths(name, "train") for name in ("length", "num_trained"))
-        counted = " Tokens are words and marks, 256 for an image (no --model)." if self.is_estimated else ""
+        note = " Tokens are words and marks, 256 for an image (no --model)." if self.is_estimated else ""
         content = "pixels" if self.is_checked else "bytes, as they were not opened (--skip_images)"
         spare, repeated = (sum(map(len, same)) - len(same) for same in (self.duplicates, self.repeats))
         padded, *_, packed = (found.batches for found in self.batching.values()) if self.batching else (0, 0)
         return [
-            f"{len(lengths):,} conversations to train on, {lengths.sum():,} tokens, "
-            f"{trained.sum():,} of them trained on.{counted}",
-            f"Steps per epoch of one process: {padded:,} padded batches of {self.batch_size}, or {packed:,} packs of "
+            f"{counted(len(lengths), 'conversation')} to train on, {counted(lengths.sum(), 'token')}, "
+            f"{trained.sum():,} of them trained on.{note}",
+            f"Steps per epoch of one process: {counted(padded, 'padded batch', 'padded batches')} of "
+            f"{self.batch_size}, or {counted(packed, 'pack')} of "
             f"{self.max_length:,} tokens.",
-            f"{len(contents):,} image names, {num_images:,} different images; "
+            f"{counted(len(contents), 'image name')}, {counted(num_images, 'different image')}; "
             f"{len(self.list_broken()):,} cannot be used.",
-            f"{spare:,} image names are duplicates of others, by their {content}" + _name_some(self.duplicates),
-            f"{repeated:,} conversations repeat others" + _name_some(self.repeats),
-            f"{len(self.leaked):,} images are on both sides of the split" + _name_some(self.leaked),
-            f"{self.num_dropped:,} records are dropped"
+            counted(spare, "image name is a duplicate", "image names are duplicates")
+            + f" of others, by their {content}{_name_some(self.duplicates)}",
+            counted(repeated, "conversation repeats another", "conversations repeat others")
+            + _name_some(self.repeats),
+            counted(len(self.leaked), "image is", "images are")
+            + f" on both sides of the split{_name_some(self.leaked)}",
+            counted(self.num_dropped, "record is dropped", "records are dropped")
             + (", each with its reason in dropped.jsonl." if self.num_dropped else "."),
         ]
 
@@ -186,12 +192,12 @@ def examine(
     if not isinstance(config, MixtureConfig):
         config, data_root = _read_config(Path(config), data_root)
     root = config.find_root(data_root)
-    mixture, failures = _load_readable(config, root, check_images)
+    is_estimated = processor is None
+    processor = processor or make_estimating_processor()
+    mixture, failures = _load_readable(config, root, check_images, processor)
     for report in mixture.reports:
         if report.read != report.used + report.num_dropped:
             raise RuntimeError(f"Not every record of {report.name} is accounted for: {report}")
-    is_estimated = processor is None
-    processor = processor or make_estimating_processor()
     max_length = min(max_length, processor.tokenizer.model_max_length)
     sides = {"train": mixture.train, "evaluation": mixture.evaluation}
     for side, dataset in sides.items():
@@ -215,7 +221,9 @@ def examine(
     )
 
 
-def _load_readable(config: MixtureConfig, root: Path, check_images: bool) -> tuple[Mixture, dict[str, str]]:
+def _load_readable(
+    config: MixtureConfig, root: Path, check_images: bool, processor: VisualChatProcessor
+) -> tuple[Mixture, dict[str, str]]:
     """The mixture of the readable datasets, and why others are not: one run finds everything that is missing."""
     failures: dict[str, str] = {}
 
@@ -231,12 +239,12 @@ def _load_readable(config: MixtureConfig, root: Path, check_images: bool) -> tup
             raise ValueError("No source can be read.\n" + "\n".join(failures.values()))
         return replace(config, sources=readable)
 
-    readable = keep(lambda spec: spec.load(root))
+    readable = keep(lambda spec: spec.load(root, processor.control_tokens))
     try:
-        return load_mixture(readable, root, check_images), failures
+        return load_mixture(readable, root, check_images, processor), failures
     except ValueError:  # a dataset in which no conversation has usable images
-        readable = keep(lambda spec: load_mixture(replace(config, sources=(spec,)), root, check_images))
-        return load_mixture(readable, root, check_images), failures
+        readable = keep(lambda spec: load_mixture(replace(config, sources=(spec,)), root, check_images, processor))
+        return load_mixture(readable, root, check_images, processor), failures
 
 
 def compare_images(mixture: Mixture) -> tuple[list[list[str]], list[list[str]]]:

@@ -13,7 +13,7 @@ import numpy as np
 from ..data.images import ImageReference
 from ..data.packing import batching_table
 from ..data.published import SOURCES
-from ..data.tables import Row, format_cell
+from ..data.tables import Row, counted, format_cell
 from .diagnosis import NUM_NAMED, QUANTITIES, Diagnosis
 from .samples import Sample
 
@@ -129,7 +129,7 @@ def _sample(sample: Sample) -> str:
         inner = parts[0] + "".join(_thumbnail(next(images)) + part for part in parts[1:])
         shown.append(f"<mark>{inner}</mark>" if has_loss else inner)
     where = html.escape("; ".join([sample.source, *sample.where]))
-    counts = f"{sample.num_tokens:,} tokens, the loss is on {sample.num_learned:,}"
+    counts = f"{counted(sample.num_tokens, 'token')}, the loss is on {sample.num_learned:,}"
     return f'<div class="sample"><span class="where">{where} ({counts})</span>\n{"".join(shown)}</div>'
 
 

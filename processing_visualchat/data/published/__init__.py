@@ -9,7 +9,7 @@ or dropped for a reason. Images stay in place, nothing is written beside the raw
 """
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -42,13 +42,16 @@ def get_source(name: str) -> PublishedSource:
     return SOURCES[name]
 
 
-def load_source(name: str, data_root: str | Path) -> tuple[Dataset, IngestionReport]:
+def load_source(
+    name: str, data_root: str | Path, control_tokens: Sequence[str] = ()
+) -> tuple[Dataset, IngestionReport]:
     """
     Reads a published dataset.
 
     Args:
         name (`str`): One of [`SOURCES`].
         data_root (`str` or `Path`): The folder that contains the datasets.
+        control_tokens (`Sequence[str]`, *optional*): Special tokens; a record with one in its text is dropped.
 
     Returns:
         A `datasets.Dataset` with the columns `messages` (image paths absolute), `images` (references as text, relative
@@ -76,12 +79,13 @@ def load_source(name: str, data_root: str | Path) -> tuple[Dataset, IngestionRep
             f"See {source.homepage}."
         )
     archives = [images, images.with_suffix(".parquet")] if is_archive else []
-    return ingest(name, read_source, root, [*files, *archives], {"name": name, "root": str(root)})
+    options = {"name": name, "root": str(root), "control_tokens": [*control_tokens]}
+    return ingest(name, read_source, root, [*files, *archives], options)
 
 
-def read_source(name: str, root: str) -> Iterator[IngestedRecord]:
+def read_source(name: str, root: str, control_tokens: Sequence[str] = ()) -> Iterator[IngestedRecord]:
     """The outcome of every record, file after file; image paths are relative to the data root, which is absolute."""
     source = SOURCES[name]
     files = {file: Path(root, file) for file in source.annotations}
     contents = {file: parse_json(path.read_bytes(), str(path)) for file, path in files.items()}
-    return source.read(contents, source.images, partial(check_record, root=root))
+    return source.read(contents, source.images, partial(check_record, root=root, control_tokens=control_tokens))

@@ -63,7 +63,7 @@ def _read(files: dict[str, Any], images: str, check: Check) -> Iterator[Ingested
             if isinstance(drawn, Dropped):
                 record = replace(record, outcome=drawn)
             else:
-                num_records = record.num_records + len(drawn.keys() - used)
+                num_records = record.num_records + sum(where not in used for where in drawn)
                 blended = blend(pair, drawn.values())
                 record = check(IngestedRecord(record.where, num_records, blended, (*record.members, *drawn)))
                 used |= drawn.keys()
