@@ -1,0 +1,198 @@
+"""
+Makes the tables and figures of the study from its CSV alone.
+
+    python examples/study/tables.py                     # prints tables, writes results.md and results.png
+    python examples/study/tables.py --input quick.csv --output DIR
+"""
+
+import csv
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib import pyplot
+from scipy import stats
+from tasks import TASKS
+
+
+FOLDER = Path(__file__).parent
+BASELINE, FLOOR = "causal", "text only"
+CONFIDENCE = 0.95
+SHARES = (0.5, 0.9)  # of the best arm's final accuracy, at which data efficiency is read
+
+Rows = list[dict[str, str]]
+
+
+def read_rows(path: Path) -> Rows:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def arms_of(rows: Rows) -> list[str]:
+    """In the order of their first line."""
+    return list(dict.fromkeys(row["arm"] for row in rows))
+
+
+def by_seed(rows: Rows, arm: str, value: Callable[[dict], float]) -> dict[int, float]:
+    return {int(row["seed"]): value(row) for row in rows if row["arm"] == arm}
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """The mean, and half the width of its 95% interval by Student's t; not a number for fewer than two values."""
+    if len(values) < 2:
+        return float(np.mean(values)), float("nan")
+    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
+    return float(np.mean(values)), float(quantile * np.std(values, ddof=1) / len(values) ** 0.5)
+
+
+def difference(rows: Rows, arm: str, value: Callable[[dict], float], baseline: str = BASELINE) -> tuple[float, float]:
+    """Mean difference to the baseline over the seeds of both, and half the width of its interval."""
+    ours, theirs = by_seed(rows, arm, value), by_seed(rows, baseline, value)
+    return interval([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
+
+
+def mean_over_tasks(row: dict) -> float:
+    return sum(float(row[task]) for task in TASKS) / len(TASKS)
+
+
+MEASURES: dict[str, Callable[[dict], float]] = {
+    "all tasks": mean_over_tasks,
+    **{task: lambda row, task=task: float(row[task]) for task in TASKS},
+}
+
+
+def curve(row: dict, task: str) -> tuple[list[int], list[float]]:
+    """Conversations seen, and the accuracy after them; chance is not subtracted."""
+    return [int(point) for point in row["points"].split(";")], [float(x) for x in row[f"{task}, curve"].split(";")]
+
+
+def conversations_to(row: dict, task: str, accuracy: float) -> float:
+    """Conversations seen when a curve first reaches an accuracy, interpolated; infinite if it does not."""
+    points, values = curve(row, task)
+    for index, value in enumerate(values):
+        if value >= accuracy:
+            if index == 0:
+                return points[0]
+            share = (accuracy - values[index - 1]) / (value - values[index - 1])
+            return points[index - 1] + share * (points[index] - points[index - 1])
+    return float("inf")
+
+
+def accuracy_table(rows: Rows) -> list[list[str]]:
+    table = [["task", *arms_of(rows)]]
+    for name, value in MEASURES.items():
+        cells = []
+        for arm in arms_of(rows):
+            mean, half = interval(list(by_seed(rows, arm, value).values()))
+            cells.append(f"{mean:.1%} ± {half:.1%}")
+        table.append([name, *cells])
+    return table
+
+
+def difference_table(rows: Rows) -> list[list[str]]:
+    """Against causal attention; in bold where the interval excludes zero."""
+    arms = [arm for arm in arms_of(rows) if arm not in (BASELINE, FLOOR)]
+    table = [["task", *arms]]
+    for name, value in MEASURES.items():
+        cells = []
+        for arm in arms:
+            mean, half = difference(rows, arm, value)
+            text = f"{100 * mean:+.1f} ± {100 * half:.1f}"
+            cells.append(f"**{text}**" if abs(mean) > half else text)
+        table.append([name, *cells])
+    return table
+
+
+def efficiency_table(rows: Rows) -> list[list[str]]:
+    """Conversations, in thousands, to a share of the best arm's final accuracy: median over seeds."""
+    arms = [arm for arm in arms_of(rows) if arm != FLOOR]
+    table = [["task, accuracy", *arms]]
+    for task in TASKS:
+        best = max(interval(list(by_seed(rows, arm, MEASURES[task]).values()))[0] for arm in arms)
+        for share in SHARES:
+            cells = []
+            for arm in arms:
+                counts = [conversations_to(row, task, share * best) for row in rows if row["arm"] == arm]
+                median = float(np.median(counts))
+                cells.append("not reached" if np.isinf(median) else f"{median / 1000:.1f}")
+            table.append([f"{task}, {share * best:.0%}", *cells])
+    return table
+
+
+def cost_table(rows: Rows) -> list[list[str]]:
+    columns = {
+        "learning rate": lambda row: f"{float(row['learning_rate']):g}",
+        "parameters": lambda row: f"{int(row['parameters']):,}",
+        "CPU s of training": lambda row: f"{float(row['cpu_seconds']):.0f}",
+        "peak MiB": lambda row: f"{int(row['peak_mebibytes']):,}",
+        "known images over new ones, time": lambda row: f"{float(row['second_question_over_first']):.2f}",
+    }
+    table = [["arm", "seeds", *columns]]
+    for arm in arms_of(rows):
+        of_arm = sorted((row for row in rows if row["arm"] == arm), key=lambda row: float(row["cpu_seconds"]))
+        middle = of_arm[len(of_arm) // 2]
+        table.append([arm, str(len(of_arm)), *(column(middle) for column in columns.values())])
+    return table
+
+
+def format_table(table: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in table]
+    return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
+
+
+def format_report(rows: Rows) -> str:
+    sections = {
+        "Accuracy": (accuracy_table, "Exact match on test scans after the last step: mean over seeds ± 95% interval."),
+        "Difference to causal attention": (
+            difference_table,
+            "Percentage points, paired over seeds ± 95% interval; in bold where the interval excludes zero.",
+        ),
+        "Data efficiency": (
+            efficiency_table,
+            "Thousands of conversations to half and nine tenths of the best arm's final accuracy, median over seeds.",
+        ),
+        "Cost": (cost_table, "The seed of median CPU time of each arm; one thread."),
+    }
+    parts = [f"## {name}\n\n{caption}\n\n{format_table(make(rows))}" for name, (make, caption) in sections.items()]
+    return "\n\n".join(["# Results of the study", *parts]) + "\n"
+
+
+def draw(rows: Rows, path: Path) -> None:
+    """Learning curves of each task, a line and a band of one standard deviation for each arm."""
+    matplotlib.use("Agg")
+    figure, axes = pyplot.subplots(2, (len(TASKS) + 1) // 2, figsize=(16, 6), sharex=True, sharey=True)
+    for axis, task in zip(axes.flat, TASKS):
+        for arm in arms_of(rows):
+            curves = [curve(row, task) for row in rows if row["arm"] == arm]
+            values = np.array([accuracies for _, accuracies in curves])
+            points, mean = np.array(curves[0][0]) / 1000, values.mean(axis=0)
+            axis.plot(points, mean, label=arm, linestyle=":" if arm == FLOOR else "-")
+            axis.fill_between(points, mean - values.std(axis=0), mean + values.std(axis=0), alpha=0.15)
+        axis.set_title(task)
+    figure.supxlabel("thousands of conversations seen")
+    figure.supylabel("exact match on test scans")
+    axes.flat[0].legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--input", type=Path, default=FOLDER / "results.csv", help="CSV of finished runs")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder of results.md and results.png")
+    arguments = parser.parse_args()
+    if not arguments.input.exists():
+        parser.error(f"there is no {arguments.input}; run.py writes it")
+    rows = read_rows(arguments.input)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    report = format_report(rows)
+    (arguments.output / "results.md").write_text(report)
+    draw(rows, arguments.output / "results.png")
+    print(report)
+
+
+if __name__ == "__main__":
+    main()
