@@ -91,10 +91,20 @@ def placeholder_token_id(text: str | PreTrainedModel) -> int:
 
 
 def vision_sequence_length(vision: str | PreTrainedModel, vision_config: PreTrainedConfig) -> int:
-    """How many tokens an encoder yields for an image as its image processor prepares it, found without weights."""
+    """
+    How many tokens an encoder yields for an image as its image processor prepares it, found without weights. A
+    `ValueError` refuses an encoder whose features are not as wide as its configuration says, as projectors read them.
+    """
     shape = image_shape(vision_config) if isinstance(vision, PreTrainedModel) else processed_image_shape(vision)
     with torch.device("meta"):
-        return build_vision_tower(vision_config)(torch.zeros(1, *shape)).last_hidden_state.shape[1]
+        features = build_vision_tower(vision_config)(torch.zeros(1, *shape)).last_hidden_state
+    width = getattr(vision_config, "hidden_size", None)
+    if features.ndim != 3 or features.shape[2] != width:
+        raise ValueError(
+            f"The vision tower ({vision_config.model_type!r}) yields features of shape {tuple(features.shape)} for an "
+            f"image; wanted is (1, tokens, {width}), the hidden_size of its configuration, which projectors read."
+        )
+    return features.shape[1]
 
 
 def processed_image_shape(vision: str) -> tuple[int, int, int]:

@@ -23,6 +23,7 @@ from transformers import (
     CLIPImageProcessor,
     CLIPModel,
     CLIPVisionConfig,
+    ConvNextConfig,
     Dinov2Config,
     FalconConfig,
     Gemma2Config,
@@ -300,6 +301,9 @@ def test_parts_that_do_not_join_are_refused():
         join(vision, AutoModelForCausalLM.from_config(make_config().text_config))
     with pytest.raises(ValueError, match=r"VisualChatForConditionalGeneration is itself multi-modal; .* type 'llama'"):
         join(vision, make_model(), image_token_id=2)
+    maps = AutoModel.from_config(ConvNextConfig(image_size=32, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1]))
+    with pytest.raises(ValueError, match=r"'convnext'\) yields features of shape \(1, 8, 1, 1\)"):
+        join(maps, AutoModelForCausalLM.from_config(make_config().text_config), image_token_id=2)
 
 
 @pytest.mark.parametrize("how", ["decoder", "configuration", "registered name"])
