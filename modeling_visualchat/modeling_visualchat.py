@@ -1,17 +1,18 @@
 """VisualChat: a vision tower, a projector and a causal language model, joined by multi-modal causal attention."""
 
+from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModel, Cache, PreTrainedModel
-from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple, logging, torch_compilable_check
 from transformers.utils.output_capturing import select_hidden_states
 
-from .attention_types_visualchat import get_attention_type, kernel_of
+from .attention_types_visualchat import ATTENTION_TYPES, get_attention_type, kernel_of
 from .cache_visualchat import is_conversation_cache
 from .chat_session_visualchat import ChatSession
 from .configuration_visualchat import VisualChatConfig
@@ -27,22 +28,26 @@ from .parts_visualchat import (
     placeholder_token_id,
     vision_sequence_length,
 )
-from .projector_visualchat import PerceiverProjector, projector_class
+from .plan_visualchat import find_packed
+from .projector_visualchat import projector_class
 from .route_visualchat import ROUTES, DecoderInputs, is_finished_mask, masked_route_reason, num_past
-from .two_streams_visualchat import TwoStreamMixin, find_packed
+from .two_streams_visualchat import TwoStreamMixin
 from .vision_cache_visualchat import VisionFeatureCache
 from .weights_key_visualchat import freeze, has_dropout, is_quantized
 
 
 logger = logging.get_logger(__name__)
 
+# The parts that attention types add, by name.
+ADDED_PARTS = [each.added_layers.part for each in ATTENTION_TYPES.values() if each.added_layers is not None]
 # The trainable parts of `VisualChatForConditionalGeneration`, by name.
-TRAINABLE_PARTS = {
+TRAINABLE_PARTS: dict[str, Callable[[Any], nn.Module]] = {
     "vision_tower": lambda model: model.model.vision_tower,
     "multi_modal_projector": lambda model: model.model.multi_modal_projector,
     "language_model": lambda model: model.model.language_model,
     "input_embeddings": lambda model: model.get_input_embeddings(),
     "lm_head": lambda model: model.lm_head,
+    **{part: attrgetter(f"model.{part}") for part in ADDED_PARTS},
 }
 
 
@@ -64,8 +69,9 @@ class VisualChatPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if isinstance(module, PerceiverProjector):
-            init.normal_(module.queries, std=0.02)
+        # Of modules of our own, whose parameters are not those of a layer that transformers knows.
+        if (init_own_parameters := getattr(module, "init_own_parameters", None)) is not None:
+            init_own_parameters()
 
     def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False):
         """
@@ -148,12 +154,15 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
 
     def __init__(self, config: VisualChatConfig):
         super().__init__(config)
-        get_attention_type(config).check_decoder(config.text_config)
+        attention_type = get_attention_type(config)
+        attention_type.check_decoder(config.text_config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = projector_class(config.projector_type)(config)
         # Before the decoder is built, so that no way of loading leaves it with a plain kernel.
         self._choose_attention(config.text_config)
         self.language_model = AutoModel.from_config(config.text_config)
+        if attention_type.added_layers is not None:
+            self.add_module(attention_type.added_layers.part, attention_type.added_layers.build(config))
         self.post_init()
 
     def _choose_attention(self, text_config) -> None:
@@ -309,7 +318,7 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
             # a decoder would not tell their sequences apart.
             kwargs["use_cache"] = kwargs.get("use_cache", False) and self.training
         self._choose_attention(self.language_model.config)
-        if self._needs_masks(attention_mask):
+        if get_attention_type(self.config).needs_token_types and not is_finished_mask(attention_mask):
             mm_token_type_ids = self._complete_mm_token_type_ids(
                 mm_token_type_ids, is_image, past_key_values, embeds.shape[1]
             )
@@ -359,9 +368,21 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
         return image_states
 
     def _run_decoder(self, inputs: DecoderInputs) -> BaseModelOutputWithPast:
-        """Runs the decoder on one of the two routes, and records the tokens in a [`ConversationCache`]."""
-        run = self._forward_two_streams if self._takes_two_streams(inputs) else self._forward_masked
-        outputs = run(inputs)
+        """
+        Runs the decoder on one of the two routes, or as its attention type does, and records the tokens in a
+        [`ConversationCache`].
+        """
+        added_layers = get_attention_type(self.config).added_layers
+        if added_layers is None:
+            run = self._forward_two_streams if self._takes_two_streams(inputs) else self._forward_masked
+            outputs = run(inputs)
+        elif self.route == "auto":
+            outputs = added_layers.run(self, inputs)
+        else:
+            raise ValueError(
+                f"The route {self.route!r} was asked for, and attention_type={self.config.attention_type!r} has one "
+                'of its own; set_route("auto") takes it.'
+            )
         if is_conversation_cache(outputs.past_key_values):
             has_mask = isinstance(inputs.attention_mask, torch.Tensor) and inputs.attention_mask.ndim == 2
             attention_mask = inputs.attention_mask if has_mask else None
@@ -441,10 +462,11 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
         return self.training or (is_sharded and num_past(past_key_values) == 0)
 
     def _trains_image_path_only(self) -> bool:
-        """Whether only the vision tower or the projector is trained."""
+        """Whether only parts that nothing but an image reaches are trained."""
         if any(parameter.requires_grad for parameter in self.language_model.parameters()):
             return False
-        parts = (self.vision_tower, self.multi_modal_projector)
+        added = [getattr(self, part) for part in ADDED_PARTS if hasattr(self, part)]
+        parts = (self.vision_tower, self.multi_modal_projector, *added)
         return any(parameter.requires_grad for part in parts for parameter in part.parameters())
 
     def _blank_features(self, past_key_values: Cache | None) -> torch.Tensor | None:
@@ -558,6 +580,11 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, VisualChatGe
             model = cls(config)
         projector = projector_class(config.projector_type)(config).to(dtype)
         projector.apply(model._init_weights)
+        added_layers = get_attention_type(config).added_layers
+        if added_layers is not None:
+            added = added_layers.build(config).to(dtype)
+            added.apply(model._init_weights)
+            model.model.add_module(added_layers.part, added)
         causal_lm.config = config.text_config
         causal_lm.base_model.set_attn_implementation(config.text_config._attn_implementation)
         model.model.vision_tower = vision_tower
@@ -577,15 +604,18 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, VisualChatGe
 
         Args:
             parts (`str`): Any of `"vision_tower"`, `"multi_modal_projector"`, `"language_model"` (its embeddings
-                included), `"input_embeddings"`, `"lm_head"`. By default the projector and the input embeddings, as in
-                arXiv 2309.14327. Tied embeddings are one table: to train the input is to train the output.
+                included), `"input_embeddings"`, `"lm_head"`, and with that attention type `"cross_attention"`. By
+                default the projector and the input embeddings, as in arXiv 2309.14327, and the cross-attention. Tied
+                embeddings are one table: to train the input is to train the output.
 
         Raises:
             `ValueError`: an unknown part.
         """
-        parts = parts or ("multi_modal_projector", "input_embeddings")
-        if unknown := sorted(set(parts) - TRAINABLE_PARTS.keys()):
-            raise ValueError(f"Unknown trainable part {', '.join(unknown)}; choose from {', '.join(TRAINABLE_PARTS)}.")
+        added = [part for part in ADDED_PARTS if hasattr(self.model, part)]
+        parts = parts or ("multi_modal_projector", "input_embeddings", *added)
+        there = [part for part in TRAINABLE_PARTS if part not in ADDED_PARTS or part in added]
+        if unknown := sorted(set(parts) - set(there)):
+            raise ValueError(f"Unknown trainable part {', '.join(unknown)}; choose from {', '.join(there)}.")
         self.requires_grad_(False)
         for part in parts:
             TRAINABLE_PARTS[part](self).requires_grad_(True)

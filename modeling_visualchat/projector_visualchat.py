@@ -10,6 +10,7 @@ from typing import cast
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from .configuration_visualchat import VisualChatConfig
@@ -109,6 +110,10 @@ class PerceiverProjector(nn.Module):
         self.context_norm = nn.LayerNorm(hidden_size)
         self.encoder = EncoderLayer(hidden_size, config.projector_hidden_act)
         self.projection = LinearProjector(config)
+
+    def init_own_parameters(self) -> None:
+        """Draws the queries."""
+        init.normal_(self.queries, std=0.02)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         queries = self.queries.expand(features.shape[0], -1, -1)

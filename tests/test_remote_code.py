@@ -33,6 +33,7 @@ CODE = [
     "chat_template_visualchat.py",
     "configuration_visualchat.py",
     "conversation_visualchat.py",
+    "cross_attention_visualchat.py",
     "generation_visualchat.py",
     "hub_visualchat.py",
     "image_loading_visualchat.py",
@@ -69,7 +70,16 @@ def assert_same_files(first, second):
     assert not mismatch and not errors
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"tie_word_embeddings": True}, {"attention_type": "causal"}], ids=str)
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"attention_type": "causal"},
+        {"attention_type": "cross", "cross_layer_interval": 2},
+    ],
+    ids=str,
+)
 def test_save_load_save_load(tmp_path, kwargs):
     model = save(tmp_path / "first", **kwargs)
     ids, images = tokens(3, "I", 4), pixels(0)
