@@ -1,7 +1,5 @@
 """VisualChat: a vision tower, a projector and a causal language model, joined by multi-modal causal attention."""
 
-from collections.abc import Callable
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -12,7 +10,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple, logging, torch_compilable_check
 from transformers.utils.output_capturing import select_hidden_states
 
-from .attention_types_visualchat import ATTENTION_TYPES, get_attention_type, kernel_of
+from .attention_types_visualchat import get_attention_type, kernel_of
 from .cache_visualchat import is_conversation_cache
 from .chat_session_visualchat import ChatSession
 from .configuration_visualchat import VisualChatConfig
@@ -31,24 +29,13 @@ from .parts_visualchat import (
 from .plan_visualchat import find_packed
 from .projector_visualchat import projector_class
 from .route_visualchat import ROUTES, DecoderInputs, is_finished_mask, masked_route_reason, num_past
+from .trainable_parts_visualchat import train_only, trains_image_path_only
 from .two_streams_visualchat import TwoStreamMixin
 from .vision_cache_visualchat import VisionFeatureCache
 from .weights_key_visualchat import freeze, has_dropout, is_quantized
 
 
 logger = logging.get_logger(__name__)
-
-# The parts that attention types add, by name.
-ADDED_PARTS = [each.added_layers.part for each in ATTENTION_TYPES.values() if each.added_layers is not None]
-# The trainable parts of `VisualChatForConditionalGeneration`, by name.
-TRAINABLE_PARTS: dict[str, Callable[[Any], nn.Module]] = {
-    "vision_tower": lambda model: model.model.vision_tower,
-    "multi_modal_projector": lambda model: model.model.multi_modal_projector,
-    "language_model": lambda model: model.model.language_model,
-    "input_embeddings": lambda model: model.get_input_embeddings(),
-    "lm_head": lambda model: model.lm_head,
-    **{part: attrgetter(f"model.{part}") for part in ADDED_PARTS},
-}
 
 
 class VisualChatPreTrainedModel(PreTrainedModel):
@@ -453,21 +440,13 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
 
     def _needs_an_image(self, past_key_values: Cache | None) -> bool:
         """Whether the vision tower has to run although there are no images."""
-        if self.training and torch.is_grad_enabled() and self._trains_image_path_only():
+        if self.training and torch.is_grad_enabled() and trains_image_path_only(self):
             return True  # the loss has to depend on trainable parameters, as optimizers and samplers expect
         if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
             return False
         # Under ZeRO-3 also in evaluation; no rank has images beyond the first step of generation.
         is_sharded = hasattr(next(self.vision_tower.parameters()), "ds_id")
         return self.training or (is_sharded and num_past(past_key_values) == 0)
-
-    def _trains_image_path_only(self) -> bool:
-        """Whether only parts that nothing but an image reaches are trained."""
-        if any(parameter.requires_grad for parameter in self.language_model.parameters()):
-            return False
-        added = [getattr(self, part) for part in ADDED_PARTS if hasattr(self, part)]
-        parts = (self.vision_tower, self.multi_modal_projector, *added)
-        return any(parameter.requires_grad for part in parts for parameter in part.parameters())
 
     def _blank_features(self, past_key_values: Cache | None) -> torch.Tensor | None:
         """
@@ -611,14 +590,7 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, VisualChatGe
         Raises:
             `ValueError`: an unknown part.
         """
-        added = [part for part in ADDED_PARTS if hasattr(self.model, part)]
-        parts = parts or ("multi_modal_projector", "input_embeddings", *added)
-        there = [part for part in TRAINABLE_PARTS if part not in ADDED_PARTS or part in added]
-        if unknown := sorted(set(parts) - set(there)):
-            raise ValueError(f"Unknown trainable part {', '.join(unknown)}; choose from {', '.join(there)}.")
-        self.requires_grad_(False)
-        for part in parts:
-            TRAINABLE_PARTS[part](self).requires_grad_(True)
+        train_only(self, parts)
         return self
 
     def start_chat(self, processor, image_memory: ImageMemory | None = None, **generate_kwargs) -> ChatSession:

@@ -50,6 +50,7 @@ CODE = [
     "route_visualchat.py",
     "skip_queries_visualchat.py",
     "tensor_store_visualchat.py",
+    "trainable_parts_visualchat.py",
     "two_streams_visualchat.py",
     "vision_cache_visualchat.py",
     "weights_key_visualchat.py",
