@@ -4,7 +4,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from configuration_visualchat import VisualChatConfig
-from modeling_visualchat import VisualChatForConditionalGeneration
+from modeling_visualchat import ATTENTION_TYPES, VisualChatForConditionalGeneration
 from processing_visualchat import VisualChatProcessor
 
 from .conversations import WORDS, DigitConversations, load_scans
@@ -44,7 +44,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def build_model(
     attention_type: str = "mmca", projector_type: str = "linear"
 ) -> tuple[VisualChatForConditionalGeneration, VisualChatProcessor]:
-    """A CLIP vision tower of two layers and a Llama of three with random weights, and their processor."""
+    """
+    A CLIP vision tower of two layers and a Llama of three with random weights, and their processor; the attention type
+    is a key of `ATTENTION_TYPES`.
+    """
     tokenizer = build_tokenizer()
     config = VisualChatConfig(
         vision_config=CLIPVisionConfig(
@@ -70,7 +73,8 @@ def build_model(
             bos_token_id=None,
         ),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        attention_type=attention_type,
+        **ATTENTION_TYPES[attention_type].options,
+        cross_layer_interval=1,
         projector_type=projector_type,
     )
     size = {"height": 8, "width": 8}
