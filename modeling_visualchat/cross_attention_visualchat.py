@@ -172,7 +172,7 @@ def check_cross_decoder(config: PreTrainedConfig) -> None:
 class ImageReads:
     """What the decoder layers are handed in one forward pass: which of them follow a cross-attention layer."""
 
-    layers: dict[nn.Module, tuple[int, GatedCrossAttention]]  # by decoder layer, with their number
+    layers: dict[nn.Module, tuple[int, GatedCrossAttention]]  # by the decoder layer that follows, with their number
     plan: TwoStreamPlan
     image_keys_values: Callable[[int], tuple[torch.Tensor | None, torch.Tensor | None]]  # by cross-attention layer
     num_read: int = field(default=0, init=False)
@@ -194,8 +194,9 @@ def read_images_before_layer(layer: nn.Module, arguments: tuple, keywords: dict)
     return (reads.read(layer, arguments[0]), *arguments[1:]), keywords
 
 
-def _hook_layers(decoder: Any) -> list[nn.Module]:
-    """The layers of a decoder, each with [`read_images_before_layer`]."""
+def _hook_layers(model: Any) -> dict[nn.Module, tuple[int, GatedCrossAttention]]:
+    """The `layers` of [`ImageReads`]; all those of the decoder have [`read_images_before_layer`] after that."""
+    decoder = model.language_model
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise ValueError(f"{type(decoder).__name__} cannot carry cross-attention: it has no list of layers.")
@@ -203,7 +204,8 @@ def _hook_layers(decoder: Any) -> list[nn.Module]:
         names = [getattr(hook, "__name__", None) for hook in layer._forward_pre_hooks.values()]
         if read_images_before_layer.__name__ not in names:
             layer.register_forward_pre_hook(read_images_before_layer, with_kwargs=True)
-    return list(layers)
+    cross_attention = enumerate(model.cross_attention.items())
+    return {layers[int(place)]: (number, layer) for number, (place, layer) in cross_attention}
 
 
 def compute_cross_states(model: Any, states: ImageStates, like: torch.Tensor) -> ImageStates:
@@ -231,7 +233,8 @@ def run_with_cross_attention(model: Any, inputs: Any) -> BaseModelOutputWithPast
         sequence_ids = find_packed(embeds, inputs.attention_mask, inputs.position_ids)
     if cache is None and sequence_ids is None and kwargs.get("use_cache", text_config.use_cache):
         cache = ConversationCache()
-    _check(inputs, cache, kwargs)
+    _check(inputs, cache, text_config)
+    kwargs.pop("use_cache", None)
     plan, is_image, position_ids = plan_call(cache, inputs, sequence_ids)
     states = _image_states(model, inputs, is_image)
     unread = []
@@ -249,23 +252,21 @@ def run_with_cross_attention(model: Any, inputs: Any) -> BaseModelOutputWithPast
     if unread and not reads_images and torch.is_grad_enabled():
         embeds = embeds + 0.0 * sum(states.sum().to(embeds.device) for states in unread)
 
-    decoder_layers = _hook_layers(model.language_model)
-    layers = {
-        decoder_layers[int(place)]: (number, layer)
-        for number, (place, layer) in enumerate(model.cross_attention.items())
-    }
     # Parameters that are sharded are gathered by all ranks together, whether or not one has images.
     is_sharded = any(hasattr(parameter, "ds_id") for parameter in model.cross_attention.parameters())
-    if not (reads_images or unread or is_sharded):
-        layers = {}
+    layers = _hook_layers(model) if reads_images or unread or is_sharded else {}
     image_keys_values: Any = plan.image_keys_values if reads_images else lambda number: (None, None)
     reads = ImageReads(layers, plan, image_keys_values)
+    text_mask = _text_mask(text_config, plan, cache, embeds)
+    if cache is None and sequence_ids is None and inputs.position_ids is not None:
+        # Without a mask, the decoder would take gaps in the positions for packed conversations.
+        text_mask = torch.ones_like(plan.order)
     outputs = model.language_model(
         inputs_embeds=embeds,
-        attention_mask=_text_mask(text_config, plan, cache, embeds),
+        attention_mask=text_mask,
         position_ids=_text_positions(plan, position_ids),
         past_key_values=None if cache is None else cache.text_cache(),
-        image_reads=reads,
+        **({"image_reads": reads} if layers else {}),
         use_cache=cache is not None,
         **kwargs,
     )
@@ -283,9 +284,8 @@ def run_with_cross_attention(model: Any, inputs: Any) -> BaseModelOutputWithPast
     return outputs
 
 
-def _check(inputs: Any, cache: Any, kwargs: dict) -> None:
-    """Raises a `ValueError` for what cross-attention cannot do, and takes `use_cache` out of the arguments."""
-    kwargs.pop("use_cache", None)
+def _check(inputs: Any, cache: Any, text_config: Any) -> None:
+    """Raises a `ValueError` for what cross-attention cannot do."""
     if cache is not None and (not is_conversation_cache(cache) or cache.is_interleaved):
         raise ValueError(
             f"A {type(cache).__name__} has no place for the images of cross-attention, which are no tokens of the "
@@ -297,7 +297,7 @@ def _check(inputs: Any, cache: Any, kwargs: dict) -> None:
             "Cross-attention takes an attention_mask of shape (batch, past and current tokens), 1 to keep and 0 for "
             f"padding, and no finished masks; got {type(mask).__name__ if isinstance(mask, dict) else mask.shape}."
         )
-    if kwargs.get("output_attentions"):
+    if inputs.kwargs.get("output_attentions", getattr(text_config, "output_attentions", False)):
         raise ValueError(
             "output_attentions is not possible with cross-attention: images are no tokens of the decoder, so its "
             "attentions are not between the tokens of the conversation."

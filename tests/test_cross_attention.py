@@ -171,6 +171,24 @@ def test_decoding_with_a_cache_is_that_without(decoder):
         assert torch.equal(*results)
 
 
+def test_gaps_in_the_positions_of_a_masked_row_are_no_new_conversation():
+    model, ids = make_cross(), ROWS[0]
+    positions = torch.arange(ids.shape[1])[None]
+    with torch.no_grad():
+        mask = torch.ones_like(ids)
+        expected = model(ids, IMAGES[0], position_ids=positions).logits
+        moved = model(ids, IMAGES[0], position_ids=positions + 100).logits
+        torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-4)
+        far = positions + 1000 * (positions >= 20)
+        results = [
+            model(ids, IMAGES[0], position_ids=far, attention_mask=mask, use_cache=use_cache).logits
+            for use_cache in (False, True)
+        ]
+        torch.testing.assert_close(*results)
+        packed = model(ids, IMAGES[0], position_ids=far, use_cache=False).logits
+        assert (packed[:, 20:] - results[0][:, 20:]).abs().max() > 0.1
+
+
 def test_other_ways_of_decoding():
     model, assistant = make_cross(), make_cross(seed=1)
     ids, images = ROWS[0], IMAGES[0]
