@@ -60,8 +60,9 @@ class VisualChatConfig(PreTrainedConfig):
         vision_feature_select_strategy (`str`, *optional*, defaults to `"full"`):
             `"full"` keeps every token of the vision tower, `"default"` leaves out the first (class) token.
         attention_type (`str`, *optional*, defaults to `"mmca"`):
-            `"mmca"` (multi-modal causal attention, section 4.1 of arXiv 2309.14327) or `"causal"` (the decoder's own);
-            `ATTENTION_TYPES` holds them with `merge` and `image_attention`.
+            `"mmca"` (multi-modal causal attention, section 4.1 of arXiv 2309.14327), `"causal"` (the decoder's own) or
+            `"cross"` (the decoder's own over text, and gated cross-attention layers to the images; section 3.1.2 of
+            arXiv 2204.14198); `ATTENTION_TYPES` holds them with `merge` and `image_attention`.
         merge (`str`, *optional*, defaults to `"sum"`):
             How a text token merges text and images in `"mmca"`: the `"sum"` of two softmaxes, or `"joint"`, the two
             weighted by their shares of the joint normaliser (D-Attn, arXiv 2502.01906).
@@ -69,6 +70,9 @@ class VisualChatConfig(PreTrainedConfig):
             What an image token attends to in `"mmca"`: `"self"`, `"image"` (all tokens of its own image; MIMIC, arXiv
             2601.07812), or `"self_and_text"` (itself and earlier text, for checkpoints of the original
             implementation; an image then depends on the conversation).
+        cross_layer_interval (`int`, *optional*, defaults to 4):
+            For `"cross"`, a cross-attention layer stands before every layer of this number: 4 is before the 4th, the
+            8th, … layer of the decoder.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
             Whether input and output embeddings are one table; taken from `text_config` when that says so.
 
@@ -116,6 +120,7 @@ class VisualChatConfig(PreTrainedConfig):
     attention_type: str = "mmca"
     merge: str = "sum"
     image_attention: str = "self"
+    cross_layer_interval: int = 4
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
@@ -174,6 +179,11 @@ class VisualChatConfig(PreTrainedConfig):
             raise ValueError(f"image_seq_length must be at least 1, got {self.image_seq_length}.")
         if self.image_token_id < 0:
             raise ValueError(f"image_token_id must not be negative, got {self.image_token_id}.")
+
+    def validate_cross_layer_interval(self):
+        """Part of `@strict` validation: layers can be counted by it."""
+        if self.cross_layer_interval < 1:
+            raise ValueError(f"cross_layer_interval must be at least 1, got {self.cross_layer_interval}.")
 
     def validate_vision_feature_layer(self):
         """Part of `@strict` validation: every layer that is read exists."""

@@ -71,7 +71,7 @@ class FinetuneArguments:
         default=None,
         metadata={
             "help": "Modules to train: vision_tower, multi_modal_projector, language_model, input_embeddings, "
-            "lm_head; by default multi_modal_projector and input_embeddings."
+            "lm_head, cross_attention; by default multi_modal_projector, input_embeddings and any cross_attention."
         },
     )
     vision_features: str | None = HfArg(default=None, help="Folder to cache the frozen vision tower's features in.")

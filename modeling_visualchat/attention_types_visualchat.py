@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -21,13 +22,20 @@ from .attention_visualchat import (
     mmca_attention_reference,
     mmca_mask,
 )
-from .image_states_visualchat import own_image_attention, self_attention
+from .cross_attention_visualchat import (
+    build_cross_attention,
+    check_cross_decoder,
+    compute_cross_states,
+    cross_attention_reference,
+    run_with_cross_attention,
+)
+from .image_states_visualchat import ImageStates, own_image_attention, self_attention
 from .kernels_visualchat import KERNELS
 from .plan_visualchat import joint_text_attention, mmca_text_attention
 
 
 # Rows are queries, columns keys; equal marks are one softmax: 1 over text, 2 over images, s itself, i its own image,
-# . = no attention.
+# . = no attention. In cross-attention the softmaxes are those of a decoder layer and of a layer before it.
 MMCA_DRAWING = """\
 I | s . . . . .
 I | . s . . . .
@@ -76,6 +84,14 @@ T | 1 1 1 1 . .
 I | 1 1 1 1 1 .
 T | 1 1 1 1 1 1
 """
+CROSS_DRAWING = """\
+I | . . . . . .
+I | . . . . . .
+T | 2 2 1 . . .
+T | 2 2 1 1 . .
+I | . . . . . .
+T | 2 2 1 1 2 1
+"""
 
 
 @dataclass(frozen=True)
@@ -85,6 +101,17 @@ class TwoStreamForm:
     image_attention: Callable[..., torch.Tensor]  # of image tokens, as `self_attention` or `own_image_attention`
     text_attention: Callable[..., torch.Tensor]  # of text tokens, see `mmca_text_attention`
     kernel: str = "sdpa"  # the one that computes it
+
+
+@dataclass(frozen=True)
+class AddedLayers:
+    """The layers of an attention type that adds some to the model, and runs the decoder by itself."""
+
+    part: str  # the name of the module that holds them, in `VisualChatModel` and for `set_trainable`
+    build: Callable[[Any], nn.Module]  # from a `VisualChatConfig`
+    run: Callable[[Any, Any], Any]  # from a `VisualChatModel` and `DecoderInputs` to the decoder's outputs
+    # From the model, `ImageStates` with features and a tensor of the dtype and device to the states with keys, values.
+    compute_images: Callable[[Any, ImageStates, torch.Tensor], ImageStates]
 
 
 @dataclass(frozen=True)
@@ -100,20 +127,26 @@ class AttentionType:
     mask_interface: Callable | None = None  # evaluates mask functions, registered under the same names
     create_masks: Callable | None = None  # as `create_mmca_masks`; `None` if the decoder makes its own
     two_streams: TwoStreamForm | None = None  # the form without masks
+    added_layers: AddedLayers | None = None  # such a type has images in no other form
     reference: Callable | None = None  # the definition written out, as `mmca_attention_reference`
     # Raises a `ValueError` for a decoder that cannot carry the type.
     check_decoder: Callable[[PreTrainedConfig], None] = lambda config: None
-
-    @property
-    def options(self) -> dict[str, str]:
-        """The fields of [`VisualChatConfig`] that choose it."""
-        return {"attention_type": self.name, "merge": self.merge, "image_attention": self.image_attention}
 
     @property
     def key(self) -> str:
         """The name in `ATTENTION_TYPES`: `"mmca"`, or `"mmca_joint"` with what differs from the defaults."""
         variants = [self.merge] * (self.merge != "sum") + [self.image_attention] * (self.image_attention != "self")
         return "_".join([self.name, *variants])
+
+    @property
+    def needs_token_types(self) -> bool:
+        """Whether a forward pass has to know which of the past and current tokens are images."""
+        return self.create_masks is not None or self.added_layers is not None
+
+    @property
+    def options(self) -> dict[str, str]:
+        """The fields of [`VisualChatConfig`] that choose it."""
+        return {"attention_type": self.name, "merge": self.merge, "image_attention": self.image_attention}
 
     def implementation(self, kernel: str | None) -> str | None:
         """The `attn_implementation` of this type on a kernel, given by its own name or as another implementation."""
@@ -159,6 +192,15 @@ ATTENTION_TYPES = {
         _mmca("joint", "image", JOINT_IMAGE_DRAWING),
         _mmca("sum", "self_and_text", SELF_AND_TEXT_DRAWING),
         AttentionType(name="causal", drawing=CAUSAL_DRAWING),
+        AttentionType(
+            name="cross",
+            drawing=CROSS_DRAWING,
+            added_layers=AddedLayers(
+                "cross_attention", build_cross_attention, run_with_cross_attention, compute_cross_states
+            ),
+            reference=cross_attention_reference,
+            check_decoder=check_cross_decoder,
+        ),
     )
 }
 # The values of `VisualChatConfig.attention_type`, `merge` and `image_attention`.

@@ -361,37 +361,52 @@ def check_decoder(config: PreTrainedConfig) -> None:
     """Refuses a decoder in which MMCA would not be exact, by a `ValueError` with the reason, before it is built."""
     decoder_class = MODEL_MAPPING.get(type(config), None)
     layer_types = sorted(set(getattr(config, "layer_types", None) or ()))
-    other_layer_types = [name for name in layer_types if name not in ("full_attention", "sliding_attention")]
-    reason = None
-    if decoder_class is None:
-        reason = "transformers does not know its model class"
-    elif config.is_encoder_decoder:
-        reason = "it is an encoder-decoder"
-    elif not decoder_class._supports_attention_backend:
-        reason = "it does not take its attention from transformers' attention interface"
-    elif other_layer_types:
-        reason = f"its layers of type {', '.join(other_layer_types)} mix tokens by other means than softmax attention"
+    reason = common_refusal(config)
+    if reason is not None:
+        pass
     elif getattr(config, "rope_parameters", None) is None:
         reason = "its positions are not rotary, so an image would depend on where it stands"
     elif unset := [name for name in layer_types if config.rope_parameters.get(name, {}) is None]:
         reason = f"the rotary embedding of its layers of type {unset[0]} is not configured"
-    elif config.model_type == "modernbert-decoder":
-        reason = "its scores come from a prediction head before the output layer, which VisualChat has no place for"
     elif not decoder_class._supports_sdpa:
         reason = "its attention is more than a softmax over keys (sinks, or scores that are capped)"
-    elif getattr(config, "hidden_size_per_layer_input", None):
-        reason = "its layers read the token ids beside the embeddings, which an image does not have"
     elif hasattr(config, "keep_window_size"):
         reason = "its attention chooses keys by itself"
-    elif getattr(config, "use_bidirectional_attention", False):
-        reason = "its attention is bidirectional"
-    if reason is not None:
-        name = type(config).__name__.removesuffix("Config") if decoder_class is None else decoder_class.__name__
-        raise ValueError(
-            f"The decoder {name} (model type {config.model_type!r}) cannot carry multi-modal causal attention: "
-            f"{reason}. "
-            'Use a Llama-style decoder, or attention_type="causal".'
-        )
+    refuse_decoder(config, "multi-modal causal attention", reason)
+
+
+def common_refusal(config: PreTrainedConfig) -> str | None:
+    """Why a decoder can carry no attention type but its own, or `None`."""
+    decoder_class = MODEL_MAPPING.get(type(config), None)
+    layer_types = sorted(set(getattr(config, "layer_types", None) or ()))
+    other_layer_types = [name for name in layer_types if name not in ("full_attention", "sliding_attention")]
+    if decoder_class is None:
+        return "transformers does not know its model class"
+    if config.is_encoder_decoder:
+        return "it is an encoder-decoder"
+    if not decoder_class._supports_attention_backend:
+        return "it does not take its attention from transformers' attention interface"
+    if other_layer_types:
+        return f"its layers of type {', '.join(other_layer_types)} mix tokens by other means than softmax attention"
+    if config.model_type == "modernbert-decoder":
+        return "its scores come from a prediction head before the output layer, which VisualChat has no place for"
+    if getattr(config, "hidden_size_per_layer_input", None):
+        return "its layers read the token ids beside the embeddings, which an image does not have"
+    if getattr(config, "use_bidirectional_attention", False):
+        return "its attention is bidirectional"
+    return None
+
+
+def refuse_decoder(config: PreTrainedConfig, what: str, reason: str | None) -> None:
+    """Raises a `ValueError` that names the decoder, if there is a reason."""
+    if reason is None:
+        return
+    decoder_class = MODEL_MAPPING.get(type(config), None)
+    name = type(config).__name__.removesuffix("Config") if decoder_class is None else decoder_class.__name__
+    raise ValueError(
+        f"The decoder {name} (model type {config.model_type!r}) cannot carry {what}: {reason}. "
+        'Use a Llama-style decoder, or attention_type="causal".'
+    )
 
 
 def _check_shapes(query, key, value, mm_token_type_ids, attention_mask) -> None:

@@ -14,7 +14,8 @@ import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from .plan_visualchat import IMAGE, PADDING, TEXT, TwoStreamPlan, count_slots, take
+from .attention_visualchat import check_coverage
+from .plan_visualchat import IMAGE, PADDING, TEXT, TwoStreamPlan, count_slots, make_plan, take
 
 
 UNKNOWN_ID, PADDING_ID = -1, -2
@@ -273,6 +274,26 @@ class ConversationCache(DynamicCache):
             self.images = [self.images[row] for row in rows.tolist()]
         if not self.is_interleaved:
             self.token_types, self.slots = self.token_types[rows], self.slots[rows]
+
+
+def plan_call(
+    cache: ConversationCache | None, inputs: Any, sequence_ids: torch.Tensor | None
+) -> tuple[TwoStreamPlan, torch.Tensor, torch.Tensor]:
+    """Of a call, [`DecoderInputs`], on a cache: its plan, where its images are (B, Q), and its positions (B, Q)."""
+    shape, num_past = inputs.embeds.shape[:2], 0 if cache is None else cache.get_seq_length()
+    position_ids = inputs.position_ids
+    if position_ids is None:
+        position_ids = torch.arange(num_past, num_past + shape[1], device=inputs.embeds.device)[None]
+    assert inputs.mm_token_type_ids is not None
+    check_coverage(inputs.mm_token_type_ids, inputs.attention_mask)
+    mm_token_type_ids = inputs.mm_token_type_ids[:, num_past:]
+    attention_mask = None if inputs.attention_mask is None else inputs.attention_mask[:, num_past:]
+    past: tuple[Any, Any] = (None, None)
+    if cache is not None:
+        cache.prepare(shape[0])
+        past = (cache.slots, cache.token_types)
+    plan = make_plan(mm_token_type_ids, attention_mask, past[0], past[1], sequence_ids)
+    return plan, mm_token_type_ids.cpu().bool(), position_ids.expand(shape)
 
 
 def is_conversation_cache(cache: Any) -> TypeGuard[ConversationCache]:

@@ -61,6 +61,8 @@ class VisualChatGenerationMixin(GenerationMixin):
         num_cached = num_past(cache)
         is_drafting = kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens") is not None
         self._check_options(kwargs, image_memory, is_drafting)
+        if get_attention_type(self.config).added_layers is not None:
+            self._check_text(ids, embeds, kwargs)
         if is_drafting:
             kwargs.pop("mm_token_type_ids", None)  # derived from the ids; an assistant may be text-only
             return super().generate(inputs, **kwargs)
@@ -93,10 +95,25 @@ class VisualChatGenerationMixin(GenerationMixin):
                 f"{' and '.join(chosen)} cannot be chosen for one call with an image memory or a kept cache; set it "
                 "in the configuration."
             )
-        if kwargs.get("guidance_scale") not in (None, 1) and self._makes_masks():
+        if kwargs.get("guidance_scale") not in (None, 1) and get_attention_type(self.config).needs_token_types:
             raise ValueError(
                 "guidance_scale needs a second text without images, which transformers runs without telling which of "
                 'its tokens are images; leave it out, or use attention_type="causal".'
+            )
+
+    def _check_text(self, ids, embeds, kwargs: dict) -> None:
+        """Raises a `ValueError` unless each row ends with text, where images are no tokens of the decoder."""
+        is_image = kwargs.get("mm_token_type_ids") if embeds is not None else ids == self.config.image_token_id
+        if isinstance(is_image, torch.Tensor) and bool(is_image[:, -1].any()):
+            raise ValueError(
+                f"A prompt ends with an image. With attention_type={self.config.attention_type!r} the next token is "
+                "predicted by the last token of text, which has not read that image: let text follow it."
+            )
+        config = kwargs.get("generation_config") or self.generation_config
+        if (name := kwargs.get("cache_implementation") or config.cache_implementation) is not None:
+            raise ValueError(
+                f"cache_implementation={name!r} has no place for images that are no tokens of the decoder, as with "
+                f"attention_type={self.config.attention_type!r}; leave it out for a ConversationCache."
             )
 
     def _check_model(self, cache: ConversationCache) -> None:
@@ -197,6 +214,8 @@ class VisualChatGenerationMixin(GenerationMixin):
         is_usual = is_usual or generation_mode == GenerationMode.BEAM_SAMPLE
         wants_dynamic = generation_config.use_cache and generation_config.cache_implementation is None
         records = generation_config.output_attentions or generation_config.output_hidden_states
+        is_plain = is_usual and not records and generation_config.prefill_chunk_size is None
+        has_no_other = get_attention_type(self.config).added_layers is not None
         states: ImageStates | None = model_kwargs.get("image_states")
         if states is not None and generation_config.prefill_chunk_size is not None:
             # Chunks may cut through an image, which transformers does with features.
@@ -205,10 +224,8 @@ class VisualChatGenerationMixin(GenerationMixin):
             model_kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
         if (
             model_kwargs.get("past_key_values") is None
-            and is_usual
             and wants_dynamic
-            and not records
-            and generation_config.prefill_chunk_size is None
+            and (is_plain or has_no_other)
             and self.model.supports_conversation_cache()
         ):
             model_kwargs["past_key_values"] = ConversationCache()
@@ -273,12 +290,9 @@ class VisualChatGenerationMixin(GenerationMixin):
         rows = zip(itertools.accumulate(totals), totals, cached)
         return [image for end, total, old in rows for image in range(end - total + old, end)]
 
-    def _makes_masks(self) -> bool:
-        return get_attention_type(self.config).create_masks is not None
-
     def create_masks_for_generate(self, config, attention_mask, **kwargs):
         """Masks that need the modality of the past are made by `prepare_inputs_for_generation`."""
-        if self._makes_masks():
+        if get_attention_type(self.config).needs_token_types:
             return attention_mask
         return create_masks_for_generate(config=config, attention_mask=attention_mask, **kwargs)
 
@@ -308,8 +322,7 @@ class VisualChatGenerationMixin(GenerationMixin):
             is_possible = is_first_iteration or num_queries > 1
             if not is_possible or not bool((ids == self.config.image_token_id).any()):
                 model_inputs["mm_encoder_outputs"] = model_inputs["image_states"] = None
-        create_masks = get_attention_type(self.config).create_masks
-        if create_masks is None:
+        if not get_attention_type(self.config).needs_token_types:
             return model_inputs
 
         if input_ids.shape[1] == num_cached + num_queries:
@@ -321,6 +334,7 @@ class VisualChatGenerationMixin(GenerationMixin):
             mm_token_type_ids = mm_token_type_ids[:, : num_cached + num_queries]
         if isinstance(past_key_values, Cache) and past_key_values.is_compileable and mm_token_type_ids is not None:
             shape = torch.empty((mm_token_type_ids.shape[0], num_queries, 0), dtype=self.dtype, device=self.device)
+            create_masks: Any = get_attention_type(self.config).create_masks
             model_inputs["attention_mask"] = create_masks(
                 self.config,
                 shape,

@@ -70,19 +70,24 @@ class ImageMemory(TensorStore):
             return [_to_entry(states, number) for number in states.index]
 
         entries = self.get_entries(keys, model.get_input_embeddings().weight.device, compute)
-        features, outputs = (torch.stack([entry[name] for entry in entries]) for name in ("features", "outputs"))
+        features, outputs = (
+            torch.stack([entry[name] for entry in entries]) if name in entries[0] else None
+            for name in ("features", "outputs")
+        )
         layers = range(sum(name.startswith("keys.") for name in entries[0]))
         image_keys, values = (
             [torch.stack([entry[f"{name}.{layer}"] for entry in entries]) for layer in layers]
             for name in ("keys", "values")
         )
+        assert features is not None
         return ImageStates(features, index, image_keys, values, outputs, pixel_values=unique)
 
 
 def _to_entry(states: ImageStates, number: int) -> Entry:
     """One of the unique images, in tensors of its own."""
-    assert states.outputs is not None
-    entry = {"features": states.features[number].clone(), "outputs": states.outputs[number].clone()}
+    entry = {"features": states.features[number].clone()}
+    if states.outputs is not None:
+        entry["outputs"] = states.outputs[number].clone()
     for layer, (keys, values) in enumerate(zip(states.keys, states.values)):
         entry[f"keys.{layer}"] = keys[number].clone(memory_format=torch.contiguous_format)
         entry[f"values.{layer}"] = values[number].clone(memory_format=torch.contiguous_format)

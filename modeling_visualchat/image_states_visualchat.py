@@ -184,9 +184,9 @@ def place_images(
     plan: TwoStreamPlan,
     is_image: torch.Tensor,
     position_ids: torch.Tensor,
-    rotation: KeyRotation,
+    rotation: KeyRotation | None = None,
 ) -> PlacedImages:
-    """Images that the decoder has processed, at the image tokens (B, Q), padding included, of a plan."""
+    """Images with keys and values, at the image tokens (B, Q), padding included, of a plan."""
     numbers = (is_image.flatten().cumsum(0) - 1).view(is_image.shape).clamp(min=0)
     columns = [(row == IMAGE).nonzero()[:, 0] for row in plan.token_types]
     order = nn.utils.rnn.pad_sequence(columns, batch_first=True)
@@ -194,7 +194,7 @@ def place_images(
     num_tokens, shape = states.features.shape[:2].numel(), (order.shape[0], order.shape[1])
     is_plain = num_tokens == order.numel() and bool((order_of_tokens.flatten() == torch.arange(num_tokens)).all())
     index = None if is_plain else order_of_tokens.to(states.features.device)
-    if states.is_rotated:
+    if states.is_rotated or rotation is None:
         return PlacedImages(states, shape, index)
     tables = rotation.tables(take(position_ids, order.to(position_ids.device)), states.features)
     return PlacedImages(states, shape, index, rotation, tables)

@@ -8,7 +8,6 @@ from transformers import AutoModel, Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple, logging, torch_compilable_check
-from transformers.utils.output_capturing import select_hidden_states
 
 from .attention_types_visualchat import get_attention_type, kernel_of
 from .cache_visualchat import is_conversation_cache
@@ -16,8 +15,9 @@ from .chat_session_visualchat import ChatSession
 from .configuration_visualchat import VisualChatConfig
 from .generation_visualchat import VisualChatGenerationMixin
 from .hub_visualchat import push_repository
+from .image_features_visualchat import ImageFeaturesMixin
 from .image_memory_visualchat import ImageMemory
-from .image_states_visualchat import ImageStates, same_images
+from .image_states_visualchat import ImageStates
 from .outputs_visualchat import VisualChatCausalLMOutputWithPast, VisualChatModelOutputWithPast
 from .parts_visualchat import (
     build_vision_tower,
@@ -27,24 +27,15 @@ from .parts_visualchat import (
     placeholder_token_id,
     vision_sequence_length,
 )
+from .plan_visualchat import find_packed
 from .projector_visualchat import projector_class
-from .resampler_visualchat import Resampler
 from .route_visualchat import ROUTES, DecoderInputs, is_finished_mask, masked_route_reason, num_past
-from .two_streams_visualchat import TwoStreamMixin, find_packed
-from .vision_cache_visualchat import VisionFeatureCache
-from .weights_key_visualchat import freeze, has_dropout, is_quantized
+from .trainable_parts_visualchat import train_only, trains_image_path_only
+from .two_streams_visualchat import TwoStreamMixin
+from .weights_key_visualchat import freeze, is_quantized
 
 
 logger = logging.get_logger(__name__)
-
-# The trainable parts of `VisualChatForConditionalGeneration`, by name.
-TRAINABLE_PARTS = {
-    "vision_tower": lambda model: model.model.vision_tower,
-    "multi_modal_projector": lambda model: model.model.multi_modal_projector,
-    "language_model": lambda model: model.model.language_model,
-    "input_embeddings": lambda model: model.get_input_embeddings(),
-    "lm_head": lambda model: model.lm_head,
-}
 
 
 class VisualChatPreTrainedModel(PreTrainedModel):
@@ -65,8 +56,9 @@ class VisualChatPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if isinstance(module, Resampler):
-            module.init_weights()
+        # Of modules of our own, whose parameters are not those of a layer that transformers knows.
+        if (init_own_parameters := getattr(module, "init_own_parameters", None)) is not None:
+            init_own_parameters()
 
     def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False):
         """
@@ -135,7 +127,7 @@ class VisualChatPreTrainedModel(PreTrainedModel):
         return push_repository(self, processor, repo_id, card=card, **kwargs)
 
 
-class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
+class VisualChatModel(ImageFeaturesMixin, TwoStreamMixin, VisualChatPreTrainedModel):
     """
     The vision tower, the projector and the language model without its head.
 
@@ -144,82 +136,25 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
         route (`str`): See [`set_route`].
     """
 
-    vision_cache: VisionFeatureCache | None = None
     route: str = "auto"
 
     def __init__(self, config: VisualChatConfig):
         super().__init__(config)
-        get_attention_type(config).check_decoder(config.text_config)
+        attention_type = get_attention_type(config)
+        attention_type.check_decoder(config.text_config)
         self.vision_tower = build_vision_tower(config.vision_config)
         self.multi_modal_projector = projector_class(config.projector_type)(config)
         # Before the decoder is built, so that no way of loading leaves it with a plain kernel.
         self._choose_attention(config.text_config)
         self.language_model = AutoModel.from_config(config.text_config)
+        if attention_type.added_layers is not None:
+            self.add_module(attention_type.added_layers.part, attention_type.added_layers.build(config))
         self.post_init()
 
     def _choose_attention(self, text_config) -> None:
         """Keeps the attention type of the decoder, whichever kernel was asked for and in whichever way."""
         attention_type = get_attention_type(self.config)
         text_config._attn_implementation = attention_type.implementation(text_config._attn_implementation)
-
-    @can_return_tuple
-    def get_image_features(
-        self,
-        pixel_values: torch.Tensor,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        **kwargs,
-    ) -> BaseModelOutputWithPooling:
-        """
-        Encodes and projects images.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`): Preprocessed pixels.
-            vision_feature_layer (`int` or `list[int]`, *optional*): Overrides the configuration.
-            vision_feature_select_strategy (`str`, *optional*): Overrides the configuration.
-
-        Returns:
-            The output of the vision tower, its `pooler_output` a list with one tensor
-            `(image_seq_length, text hidden)` an image. With a `vision_cache`, only `pooler_output` is set.
-        """
-        layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
-        strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
-        layers = [layer] if isinstance(layer, int) else layer
-        cache = None if pixel_values.requires_grad or kwargs else self.vision_cache
-        if cache is not None and cache.supports(self.vision_tower):
-            features = cache.get_features(self, pixel_values, layers, strategy)
-            outputs = BaseModelOutputWithPooling(last_hidden_state=None)
-        else:
-            outputs, features = self.run_vision_tower(pixel_values, layers, strategy, **kwargs)
-        outputs.pooler_output = list(self.multi_modal_projector(features))
-        return outputs
-
-    def encode_images(self, pixel_values: torch.Tensor, **kwargs) -> ImageStates:
-        """The projected features of images, equal ones computed once; takes what [`get_image_features`] takes."""
-        differs = has_dropout(self.vision_tower) or pixel_values.requires_grad
-        index = list(range(len(pixel_values))) if differs else same_images(pixel_values)
-        first = [index.index(number) for number in range(max(index) + 1)]
-        unique = pixel_values if len(first) == len(pixel_values) else pixel_values[first]
-        features = torch.stack(self.get_image_features(unique, **kwargs).pooler_output)
-        return ImageStates(features, index, pixel_values=unique)
-
-    def run_vision_tower(self, pixel_values: torch.Tensor, layers: list[int], strategy: str, **kwargs) -> tuple:
-        """
-        Takes images (N, channels, height, width) through the vision tower, without a graph where it is frozen.
-
-        Returns:
-            Its output, and the features `(N, length, layers x vision hidden)` of the layers; a strategy `"default"`
-            leaves out the first token.
-        """
-        is_frozen = not any(parameter.requires_grad for parameter in self.vision_tower.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (pixel_values.requires_grad or not is_frozen)):
-            outputs = self._run_vision_tower(pixel_values, vision_feature_layer=layers, **kwargs)
-        features = torch.cat([outputs.hidden_states[index] for index in layers], dim=-1)
-        return outputs, features[:, 1:] if strategy == "default" else features
-
-    @select_hidden_states("vision_feature_layer")
-    def _run_vision_tower(self, pixel_values: torch.Tensor, vision_feature_layer: list[int], **kwargs):
-        return self.vision_tower(pixel_values.to(self.vision_tower.dtype), return_dict=True, **kwargs)
 
     def get_placeholder_mask(
         self,
@@ -312,7 +247,7 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
             # a decoder would not tell their sequences apart.
             kwargs["use_cache"] = kwargs.get("use_cache", False) and self.training
         self._choose_attention(self.language_model.config)
-        if self._needs_masks(attention_mask):
+        if get_attention_type(self.config).needs_token_types and not is_finished_mask(attention_mask):
             mm_token_type_ids = self._complete_mm_token_type_ids(
                 mm_token_type_ids, is_image, past_key_values, embeds.shape[1]
             )
@@ -338,33 +273,22 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
             image_hidden_states=image_features,
         )
 
-    def resolve_images(
-        self,
-        pixel_values=None,
-        mm_encoder_outputs=None,
-        image_states=None,
-        vision_feature_layer=None,
-        vision_feature_select_strategy=None,
-    ) -> ImageStates | None:
-        """The [`ImageStates`] of a call, from the one form in which images were passed; `None` without images."""
-        encoded = (mm_encoder_outputs or {}).get("image")
-        if sum(given is not None for given in (pixel_values, encoded, image_states)) > 1:
-            raise ValueError('Pass only one of pixel_values, mm_encoder_outputs["image"] and image_states.')
-        if pixel_values is not None and len(pixel_values) > 0:
-            return self.encode_images(
-                pixel_values,
-                vision_feature_layer=vision_feature_layer,
-                vision_feature_select_strategy=vision_feature_select_strategy,
-            )
-        if encoded is not None and len(encoded.pooler_output) > 0:
-            features = torch.stack(list(encoded.pooler_output))
-            return ImageStates(features, list(range(len(features))))
-        return image_states
-
     def _run_decoder(self, inputs: DecoderInputs) -> BaseModelOutputWithPast:
-        """Runs the decoder on one of the two routes, and records the tokens in a [`ConversationCache`]."""
-        run = self._forward_two_streams if self._takes_two_streams(inputs) else self._forward_masked
-        outputs = run(inputs)
+        """
+        Runs the decoder on one of the two routes, or as its attention type does, and records the tokens in a
+        [`ConversationCache`].
+        """
+        added_layers = get_attention_type(self.config).added_layers
+        if added_layers is None:
+            run = self._forward_two_streams if self._takes_two_streams(inputs) else self._forward_masked
+            outputs = run(inputs)
+        elif self.route == "auto":
+            outputs = added_layers.run(self, inputs)
+        else:
+            raise ValueError(
+                f"The route {self.route!r} was asked for, and attention_type={self.config.attention_type!r} has one "
+                'of its own; set_route("auto") takes it.'
+            )
         if is_conversation_cache(outputs.past_key_values):
             has_mask = isinstance(inputs.attention_mask, torch.Tensor) and inputs.attention_mask.ndim == 2
             attention_mask = inputs.attention_mask if has_mask else None
@@ -435,20 +359,13 @@ class VisualChatModel(TwoStreamMixin, VisualChatPreTrainedModel):
 
     def _needs_an_image(self, past_key_values: Cache | None) -> bool:
         """Whether the vision tower has to run although there are no images."""
-        if self.training and torch.is_grad_enabled() and self._trains_image_path_only():
+        if self.training and torch.is_grad_enabled() and trains_image_path_only(self):
             return True  # the loss has to depend on trainable parameters, as optimizers and samplers expect
         if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
             return False
         # Under ZeRO-3 also in evaluation; no rank has images beyond the first step of generation.
         is_sharded = hasattr(next(self.vision_tower.parameters()), "ds_id")
         return self.training or (is_sharded and num_past(past_key_values) == 0)
-
-    def _trains_image_path_only(self) -> bool:
-        """Whether only the vision tower or the projector is trained."""
-        if any(parameter.requires_grad for parameter in self.language_model.parameters()):
-            return False
-        parts = (self.vision_tower, self.multi_modal_projector)
-        return any(parameter.requires_grad for part in parts for parameter in part.parameters())
 
     def _blank_features(self, past_key_values: Cache | None) -> torch.Tensor | None:
         """
@@ -561,6 +478,11 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, VisualChatGe
             model = cls(config)
         projector = projector_class(config.projector_type)(config).to(dtype)
         projector.apply(model._init_weights)
+        added_layers = get_attention_type(config).added_layers
+        if added_layers is not None:
+            added = added_layers.build(config).to(dtype)
+            added.apply(model._init_weights)
+            model.model.add_module(added_layers.part, added)
         causal_lm.config = config.text_config
         causal_lm.base_model.set_attn_implementation(config.text_config._attn_implementation)
         model.model.vision_tower = vision_tower
@@ -580,18 +502,14 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, VisualChatGe
 
         Args:
             parts (`str`): Any of `"vision_tower"`, `"multi_modal_projector"`, `"language_model"` (its embeddings
-                included), `"input_embeddings"`, `"lm_head"`. By default the projector and the input embeddings, as in
-                arXiv 2309.14327. Tied embeddings are one table: to train the input is to train the output.
+                included), `"input_embeddings"`, `"lm_head"`, and with that attention type `"cross_attention"`. By
+                default the projector and the input embeddings, as in arXiv 2309.14327, and the cross-attention. Tied
+                embeddings are one table: to train the input is to train the output.
 
         Raises:
             `ValueError`: an unknown part.
         """
-        parts = parts or ("multi_modal_projector", "input_embeddings")
-        if unknown := sorted(set(parts) - TRAINABLE_PARTS.keys()):
-            raise ValueError(f"Unknown trainable part {', '.join(unknown)}; choose from {', '.join(TRAINABLE_PARTS)}.")
-        self.requires_grad_(False)
-        for part in parts:
-            TRAINABLE_PARTS[part](self).requires_grad_(True)
+        train_only(self, parts)
         return self
 
     def start_chat(self, processor, image_memory: ImageMemory | None = None, **generate_kwargs) -> ChatSession:

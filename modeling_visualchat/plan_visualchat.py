@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers.masking_utils import find_packed_sequence_indices
 
 from .kernels_visualchat import sdpa_kernel
 
@@ -174,6 +175,13 @@ def _text_mask(past_slots, past_token_types, num_past: int, num_text: int) -> to
     return torch.cat([is_past_text[:, None].expand(-1, num_text, -1), causal], dim=-1)[:, None]
 
 
+def find_packed(embeds, attention_mask, position_ids) -> torch.Tensor | None:
+    """Of packed rows, the sequence of each position (B, Q), detected from resets in `position_ids`."""
+    if position_ids is None or attention_mask is not None or torch.compiler.is_compiling():
+        return None
+    return find_packed_sequence_indices(position_ids.expand(embeds.shape[:2]))
+
+
 def count_slots(slots: torch.Tensor, token_types: torch.Tensor, token_type: int) -> int:
     """Number of slots in the block of a token type."""
     is_type = token_types == token_type
@@ -199,10 +207,22 @@ def mmca_text_attention(
     text = _causal_text_attention(query, key, value, plan, scaling, dropout).transpose(1, 2)
     if image_key is None or image_value is None:
         return text.contiguous()
+    return attend_to_images(query, image_key, image_value, plan, scaling, dropout).add_(text)
+
+
+def attend_to_images(
+    query: torch.Tensor,
+    image_key: torch.Tensor,
+    image_value: torch.Tensor,
+    plan: TwoStreamPlan,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """What the text of a plan (B, H, T, D) reads of the images (B, K, I, D) before it: (B, T, H, D)."""
     if plan.image_mask is not None:
-        image = sdpa_kernel(query, image_key, image_value, plan.image_mask, scaling, dropout)[0]
-        return (text + image.transpose(1, 2)).contiguous()
-    return prefix_cross_attention(query, image_key, image_value, plan.runs, scaling, dropout).add_(text)
+        output = sdpa_kernel(query, image_key, image_value, plan.image_mask, scaling, dropout)[0]
+        return output.transpose(1, 2).contiguous()
+    return prefix_cross_attention(query, image_key, image_value, plan.runs, scaling, dropout)
 
 
 def joint_text_attention(

@@ -127,7 +127,7 @@ class VisualChatQwenVisionModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         if isinstance(module, Resampler):
-            module.init_weights()
+            module.init_own_parameters()
         elif isinstance(module, VisualChatQwenVisionModel):
             init.normal_(module.positional_embedding, std=self.config.embed_dim**-0.5)
 

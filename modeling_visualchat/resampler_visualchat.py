@@ -56,7 +56,7 @@ class Resampler(nn.Module):
         self.ln_q = nn.LayerNorm(width, eps=eps)
         self.ln_kv = nn.LayerNorm(width, eps=eps)
 
-    def init_weights(self) -> None:
+    def init_own_parameters(self) -> None:
         """Sets what is no weight of a layer, as far as it was not loaded."""
         init.trunc_normal_(self.query, std=0.02)
         length, width = self.pos_embed.shape  # not those of the queries, which ZeRO-3 shards

@@ -10,15 +10,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .attention_types_visualchat import get_attention_type
-from .attention_visualchat import check_coverage, check_whole_images
-from .cache_visualchat import ConversationCache, is_conversation_cache
+from .attention_visualchat import check_whole_images
+from .cache_visualchat import ConversationCache, is_conversation_cache, plan_call
 from .image_states_visualchat import ImageStates, ImageStream, place_images, run_image_stream
 from .key_rotation_visualchat import DecoderProbe, probe_decoder, run_with_plan
-from .plan_visualchat import IMAGE, make_plan
+from .plan_visualchat import IMAGE
 from .route_visualchat import DecoderInputs, is_checkpointed, masked_route_reason
 
 
@@ -31,15 +30,15 @@ class TwoStreamMixin:
     encode_images: Any
     get_input_embeddings: Any
     _choose_attention: Any
-    _probe: tuple[Any, DecoderProbe] | None = None
+    _probe: tuple[tuple, DecoderProbe] | None = None
 
     @property
     def probe(self) -> DecoderProbe:
-        """What two streams can do with the decoder, tried once on a small replica."""
-        is_tried = self._probe is not None and self._probe[0] is self.language_model and self._probe[1].is_final
-        if self._probe is None or not is_tried:
+        """What two streams can do with the decoder and the attention type, tried once on a small replica."""
+        tried = (self.language_model, get_attention_type(self.config))
+        if self._probe is None or self._probe[0] != tried or not self._probe[1].is_final:
             self._choose_attention(self.language_model.config)
-            self._probe = (self.language_model, probe_decoder(self.language_model, self._make_stream))
+            self._probe = (tried, probe_decoder(self.language_model, self._make_stream))
         return self._probe[1]
 
     def _make_stream(self) -> ImageStream:
@@ -48,7 +47,8 @@ class TwoStreamMixin:
 
     def supports_conversation_cache(self) -> bool:
         """Whether a conversation of any length can be kept in a [`ConversationCache`] with separate blocks."""
-        return masked_route_reason(self, None) is None
+        has_layers = get_attention_type(self.config).added_layers is not None
+        return has_layers or masked_route_reason(self, None) is None
 
     def compute_image_states(self, pixel_values: torch.Tensor) -> ImageStates:
         """
@@ -60,6 +60,9 @@ class TwoStreamMixin:
             `ValueError`: a model that cannot compute images apart from a conversation.
         """
         attention_type = get_attention_type(self.config)
+        if attention_type.added_layers is not None:
+            states = self.encode_images(pixel_values)
+            return attention_type.added_layers.compute_images(self, states, self._like(states))
         self._choose_attention(self.language_model.config)
         implementation = self.config.text_config._attn_implementation
         form, reason = attention_type.two_streams, None
@@ -73,8 +76,12 @@ class TwoStreamMixin:
                 f"kernel, in a decoder whose keys can be rotated late; {reason}."
             )
         states = self.encode_images(pixel_values)
+        return self._run_image_stream(states, self._like(states))
+
+    def _like(self, states: ImageStates) -> torch.Tensor:
+        """A tensor of the dtype and on the device of the decoder's inputs."""
         embedding = self.get_input_embeddings().weight
-        return self._run_image_stream(states, states.features if embedding.is_meta else embedding)
+        return states.features if embedding.is_meta else embedding
 
     def _run_image_stream(
         self, states: ImageStates, like: torch.Tensor, positions: torch.Tensor | None = None
@@ -100,28 +107,13 @@ class TwoStreamMixin:
         if cache is not None and not is_conversation_cache(cache):
             cache = ConversationCache()
         kwargs["use_cache"] = cache is not None
-        num_past = 0 if cache is None else cache.get_seq_length()
-        position_ids = inputs.position_ids
-        if position_ids is None:
-            position_ids = torch.arange(num_past, num_past + embeds.shape[1], device=embeds.device)[None]
-        position_ids = position_ids.expand(embeds.shape[:2])
-        assert inputs.mm_token_type_ids is not None
-        check_coverage(inputs.mm_token_type_ids, inputs.attention_mask)
-        mm_token_type_ids = inputs.mm_token_type_ids[:, num_past:]
-        attention_mask = None if inputs.attention_mask is None else inputs.attention_mask[:, num_past:]
-
-        is_image = mm_token_type_ids.cpu().bool()
+        plan, is_image, position_ids = plan_call(cache, inputs, inputs.sequence_ids)
         states: Any = self._image_states(inputs, is_image, position_ids)
         if inputs.blank_features is not None:
             blank = self._run_image_stream(ImageStates(inputs.blank_features[None], [0]), embeds)
             computed: list[Any] = [*blank.keys, *blank.values, blank.outputs]
             embeds = embeds + 0.0 * sum(tensor.sum().to(embeds.device) for tensor in computed)
 
-        past = (None, None)
-        if cache is not None:
-            cache.prepare(embeds.shape[0])
-            past = (cache.slots, cache.token_types)
-        plan = make_plan(mm_token_type_ids, attention_mask, *past, sequence_ids=inputs.sequence_ids)
         form: Any = get_attention_type(self.config).two_streams
         plan = replace(plan, text_attention=form.text_attention)
         rotation: Any = self.probe.rotation
@@ -176,10 +168,3 @@ class TwoStreamMixin:
         # An image that occurs once is rotated where it is computed.
         states = ImageStates(states.expand(states.features), list(range(len(states.index))))
         return self._run_image_stream(states, inputs.embeds, positions)
-
-
-def find_packed(embeds, attention_mask, position_ids) -> torch.Tensor | None:
-    """Of packed rows, the sequence of each position (B, Q), detected from resets in `position_ids`."""
-    if position_ids is None or attention_mask is not None or torch.compiler.is_compiling():
-        return None
-    return find_packed_sequence_indices(position_ids.expand(embeds.shape[:2]))

@@ -23,7 +23,9 @@ from transformers.utils import output_capturing
 DIGEST_SIZE = 20  # bytes
 COLUMNS = 2039  # of the checksum
 MULTIPLIER = -7046029254386353131  # odd, of the golden ratio
-NEUTRAL_HOOK = "make_inputs_require_grads"  # of `enable_input_require_grads`; it changes no value
+# `enable_input_require_grads` changes no value; cross-attention reads images in front of decoder layers, and its
+# weights and code are in the key.
+NEUTRAL_HOOKS = ("make_inputs_require_grads", "read_images_before_layer")
 
 
 def weights_key(module: Any, description: bytes = b"") -> str:
@@ -163,7 +165,7 @@ def hooked_modules(model: nn.Module) -> list[str]:
     """The modules with hooks or a replaced forward, by name."""
 
     def is_hooked(module: nn.Module) -> bool:
-        hooks = [hook for hook in hooks_of(module) if getattr(hook, "__name__", None) != NEUTRAL_HOOK]
+        hooks = [hook for hook in hooks_of(module) if getattr(hook, "__name__", None) not in NEUTRAL_HOOKS]
         hooks += [*module_hooks._global_forward_pre_hooks.values(), *module_hooks._global_forward_hooks.values()]
         return bool(hooks) or ("forward" in vars(module) and not hasattr(module, "_hf_hook"))
 

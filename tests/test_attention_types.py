@@ -242,6 +242,15 @@ def test_images_have_to_be_whole(options):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
+@independent
+def test_a_model_is_switched_to_another_variant(options):
+    model, ids, images = make_model(), tokens(2, "I", 3, "I", 2), pixels(0, 0)
+    model(ids, images)
+    for name, value in options.items():
+        setattr(model.config, name, value)
+    torch.testing.assert_close(model(ids, images).logits, make_model(**options)(ids, images).logits)
+
+
 def test_unknown_values_are_refused_with_the_nearest():
     for options, message in (
         ({"merge": "joined"}, r"Unknown merge='joined' \(did you mean 'joint'\?\); choose one of sum, joint"),

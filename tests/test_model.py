@@ -374,7 +374,10 @@ def test_a_wrong_configuration_says_which_value_and_what_is_allowed(kwargs, mess
 
 def test_an_unknown_attention_type_or_projector_is_refused_with_the_names_there_are():
     for kwargs, message in (
-        ({"attention_type": "crossed"}, "Unknown attention_type='crossed'; choose one of mmca, causal"),
+        (
+            {"attention_type": "crossed"},
+            r"Unknown attention_type='crossed' \(did you mean 'cross'\?\); choose one of mmca, causal, cross",
+        ),
         ({"projector_type": "conv"}, "Unknown projector_type='conv'; choose one of linear, mlp, vit, perceiver"),
     ):
         config = make_config(**kwargs)

@@ -34,9 +34,11 @@ CODE = [
     "chat_template_visualchat.py",
     "configuration_visualchat.py",
     "conversation_visualchat.py",
+    "cross_attention_visualchat.py",
     "generation_visualchat.py",
     "hub_visualchat.py",
     "image_loading_visualchat.py",
+    "image_features_visualchat.py",
     "image_memory_visualchat.py",
     "image_states_visualchat.py",
     "kernels_visualchat.py",
@@ -53,6 +55,7 @@ CODE = [
     "route_visualchat.py",
     "skip_queries_visualchat.py",
     "tensor_store_visualchat.py",
+    "trainable_parts_visualchat.py",
     "two_streams_visualchat.py",
     "vision_cache_visualchat.py",
     "weights_key_visualchat.py",
@@ -75,6 +78,7 @@ def assert_same_files(first, second):
 
 KINDS = [
     {}, {"tie_word_embeddings": True}, {"attention_type": "causal"}, {"merge": "joint", "image_attention": "image"},
+    {"attention_type": "cross", "cross_layer_interval": 2},
 ]  # fmt: skip
 
 

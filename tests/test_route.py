@@ -16,7 +16,12 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 from transformers import AutoConfig, DynamicCache, LlamaConfig
 
-from modeling_visualchat import ATTENTION_TYPES, ConversationCache, VisualChatForConditionalGeneration
+from modeling_visualchat import (
+    ATTENTION_TYPES,
+    ConversationCache,
+    VisualChatForConditionalGeneration,
+    mmca_attention_reference,
+)
 from modeling_visualchat.attention_types_visualchat import kernel_of
 from modeling_visualchat.plan_visualchat import Run, prefix_cross_attention, prefix_cross_attention_reference
 from modeling_visualchat.route_visualchat import ROUTE_CONDITIONS
@@ -55,6 +60,8 @@ def test_a_drawing_is_what_the_model_computes(name):
         output = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
     else:
         output = reference(query, key, value, is_image)
+    if ATTENTION_TYPES[name].added_layers is not None:  # what the decoder's own layers read
+        output = output + mmca_attention_reference(query, key, value, is_image, attention_mask=1 - is_image)
     for place, row in enumerate(rows):
         (gradient,) = torch.autograd.grad(output[0, 0, place].sum(), value, retain_graph=True)
         weights = gradient[0, 0, :, 0]
