@@ -198,9 +198,10 @@ def test_what_an_image_depends_on():
 @variants
 @pytest.mark.parametrize("projector_type", ["linear", "mlp", "vit", "perceiver"])
 def test_trains_saves_loads_and_generates_with_each_projector(projector_type, options, tmp_path):
-    model = make_model(projector_type=projector_type, image_seq_length=IMAGE_SEQ_LENGTH, **options)
+    length = 4 if projector_type == "perceiver" else IMAGE_SEQ_LENGTH  # its queries form a square
+    model = make_model(projector_type=projector_type, image_seq_length=length, **options)
     model.set_trainable().train()
-    ids = tokens(3, "I", 4)
+    ids = torch.cat([tokens(3), torch.full((1, length), IMAGE_TOKEN_ID), tokens(4, seed=1)], dim=1)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     labels = ids.masked_fill(ids == IMAGE_TOKEN_ID, -100)
     losses = []
