@@ -118,6 +118,7 @@ class Literal:
     """MMCA spelled out over whole matrices of scores; which tokens are images is set before a call."""
 
     is_image: torch.Tensor
+    is_plain = True  # or one softmax over text and images, and images that attend within themselves
     calls = 0
 
     def __call__(self, module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
@@ -131,6 +132,12 @@ class Literal:
         if sliding_window is not None:
             seen = seen & (column > row - sliding_window)
         is_image = self.is_image[:, None, None, :]
+        if not self.is_plain:
+            number = (self.is_image.cumsum(dim=1) - 1) // IMAGE_SEQ_LENGTH
+            is_own = (number[:, None, :, None] == number[:, None, None, :]) & is_image
+            allowed = torch.where(self.is_image[:, None, :, None], is_own, seen)
+            output = scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ value.double()
+            return output.to(query.dtype).transpose(1, 2).contiguous(), None
         output = torch.zeros(*query.shape[:3], value.shape[-1], dtype=torch.float64)
         for kind in (~is_image, is_image):
             allowed = seen & kind
@@ -238,13 +245,17 @@ def check(pair, tolerance=1e-4):
 @pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
 @pytest.mark.parametrize("model_type", accepted())
 def test_a_decoder_gives_the_logits_of_the_stock_model_with_a_literal_attention(monkeypatch, model_type, tied):
-    """With norms of one, and once more after they have changed behind a first forward pass."""
+    """With norms of one, once more after they have changed behind a first forward pass, and with a variant of MMCA."""
     if tied and model_type in NOT_TIED:
         return
     pair = make_pair(monkeypatch, model_type, tie_word_embeddings=tied)
     check(pair)
     pair.copy_weights("random", 1)
     check(pair)
+    if not tied:
+        pair.model.config.merge, pair.model.config.image_attention = "joint", "image"
+        monkeypatch.setattr(Literal, "is_plain", False)
+        check(pair)
 
 
 @pytest.mark.parametrize("model_type", accepted())

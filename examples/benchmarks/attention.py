@@ -3,6 +3,7 @@ Measures multi-modal causal attention against plain causal attention, in one run
 
     python examples/benchmarks/attention.py                # the quick table: attention alone
     python examples/benchmarks/attention.py --full         # all layouts, and whole models: prefill, decoding, training
+    python examples/benchmarks/attention.py --tables types # one table: attention, layer, types or images
     python examples/benchmarks/attention.py --output DIR   # folder for benchmark.json and benchmark.png
 
 Each measurement is interleaved with the same computation under causal attention. Ratios compare medians, and quartiles
@@ -245,6 +246,7 @@ def build(layout, options, num_layers, shape) -> VisualChatForConditionalGenerat
         ),
         image_token_id=999,
         vision_feature_select_strategy="default",
+        cross_layer_interval=min(4, num_layers),
         **options,
     )
     with torch.device(DEVICE):
@@ -349,29 +351,33 @@ def matrix_rate() -> float:
     return 2 * size**3 / statistics.median(times[2:])
 
 
+TABLES = ("attention", "layer", "types", "images")
+
+
 def plan_jobs(arguments) -> list[Callable[[], list[dict]]]:
     """What to measure, in order."""
-    repeats = arguments.repeats
-    jobs = [
-        partial(benchmark_attention, layout, arguments.heads, arguments.key_heads, 128, repeats, backward)
-        for layout in (FULL_LAYOUTS if arguments.full else QUICK_LAYOUTS)
-        for backward in (False, True)
-    ]
-    if not arguments.full:
-        return jobs
+    repeats, layouts = arguments.repeats, FULL_LAYOUTS if arguments.full else QUICK_LAYOUTS
 
     def run(layout, num_layers, shape, *names, others=("mmca",)):
         models = Models(layout, num_layers, shape, others)
         return [row for name in names for row in getattr(models, name)(repeats)]
 
-    shapes = {"7b": MODEL_7B, "8b": MODEL_8B}[arguments.shape]
-    jobs.append(partial(run, (8, 256, 512), 1, shapes, "benchmark_layer"))
-    whole = (8, shapes) if USES_GPU else (8, SMALL)
+    shape = {"7b": MODEL_7B, "8b": MODEL_8B}[arguments.shape]
+    whole = (8, shape) if USES_GPU else (8, SMALL)
     everything = ("benchmark_new", "benchmark_known", "benchmark_decoding", "benchmark_training")
     others = [kind for kind in ATTENTION_TYPES if kind != "causal"]
-    jobs.append(partial(run, (8, 256, 200), *whole, *everything, others=others))
-    jobs += [partial(run, (count, 256, 200), *whole, "benchmark_known") for count in (2, 4, 16)]
-    return jobs
+    heads = (arguments.heads, arguments.key_heads, 128)
+    jobs = {
+        "attention": [
+            partial(benchmark_attention, layout, *heads, repeats, backward)
+            for layout in layouts
+            for backward in (False, True)
+        ],
+        "layer": [partial(run, (8, 256, 512), 1, shape, "benchmark_layer")],
+        "types": [partial(run, (8, 256, 200), *whole, *everything, others=others)],
+        "images": [partial(run, (count, 256, 200), *whole, "benchmark_known") for count in (2, 4, 16)],
+    }
+    return [job for table in arguments.tables for job in jobs[table]]
 
 
 def format_table(rows: list[dict], rate: float) -> str:
@@ -410,7 +416,8 @@ def draw(rows: list[dict], path: Path) -> None:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="measure all layouts, and whole models")
+    parser.add_argument("--full", action="store_true", help="measure all layouts, and all tables")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, help="by default attention; with --full all")
     parser.add_argument("--repeats", type=int, default=7, help="number of interleaved measurements of each variant")
     parser.add_argument("--heads", type=int, default=32, help="query heads where attention is measured alone")
     parser.add_argument("--key_heads", type=int, default=32, help="key/value heads where attention is measured alone")
@@ -421,6 +428,7 @@ def main() -> None:
         parser.error("--repeats has to be at least 2, to compute a spread")
     if arguments.heads % arguments.key_heads:
         parser.error(f"--key_heads {arguments.key_heads} does not divide --heads {arguments.heads}")
+    arguments.tables = arguments.tables or (TABLES if arguments.full else TABLES[:1])
     torch.set_num_threads(1)
 
     rate = matrix_rate()
