@@ -311,11 +311,7 @@ def _image_states(model: Any, inputs: Any, is_image: torch.Tensor) -> ImageState
         states = ImageStates(embeds[is_image.to(embeds.device)][None], [0])
     if states is None:
         return None
-    if len(states.token_index()) != int(is_image.sum()):
-        raise ValueError(
-            f"mm_token_type_ids marks {int(is_image.sum())} of the current tokens as images; the images take "
-            f"{len(states.token_index())}."
-        )
+    states.check_tokens(is_image)
     return states if states.keys else compute_cross_states(model, states, embeds)
 
 

@@ -75,6 +75,14 @@ class ImageStates:
         length = self.features.shape[1]
         return (torch.tensor(self.index)[:, None] * length + torch.arange(length)).flatten()
 
+    def check_tokens(self, is_image: torch.Tensor) -> None:
+        """Raises a `ValueError` unless the image tokens (B, Q) are as many as those of the images."""
+        if len(self.token_index()) != int(is_image.sum()):
+            raise ValueError(
+                f"mm_token_type_ids marks {int(is_image.sum())} of the current tokens as images; the images take "
+                f"{len(self.token_index())}."
+            )
+
 
 def same_images(pixel_values: torch.Tensor) -> list[int]:
     """For each image (N, …) its index among the unique images."""

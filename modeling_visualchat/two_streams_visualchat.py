@@ -149,11 +149,7 @@ class TwoStreamMixin:
             states = ImageStates(embeds, list(range(len(embeds))))
         if states is None:
             return None
-        if len(states.token_index()) != int(is_image.sum()):
-            raise ValueError(
-                f"mm_token_type_ids marks {int(is_image.sum())} of the current tokens as images; the images take "
-                f"{len(states.token_index())}."
-            )
+        states.check_tokens(is_image)
         positions = position_ids[is_image.to(position_ids.device)].view(len(states.index), -1)
         is_apart = not is_within or bool((positions.diff(dim=1) == 1).all())
         if states.keys:
