@@ -120,6 +120,7 @@ class AttentionType:
 
     name: str  # value of `VisualChatConfig.attention_type`
     drawing: str  # the pattern for `I I T T I T`; rows are queries, columns keys
+    description: str  # how it reads images, for a model card
     merge: str = "sum"  # value of `VisualChatConfig.merge`
     image_attention: str = "self"  # value of `VisualChatConfig.image_attention`
     # Attention functions by kernel, registered with transformers as `key_kernel`; none if the decoder keeps its own.
@@ -162,6 +163,18 @@ class AttentionType:
         return f"{self.key}_{kernel or 'sdpa'}"
 
 
+INDEPENDENT = "An image therefore has the same hidden states in any conversation and at any position."
+TEXT_READS = {
+    "sum": "A text token attends to text and to images through two softmaxes whose results are summed",
+    "joint": "A text token attends to text and to images through one softmax",
+}
+IMAGE_READS = {
+    "self": f"an image token attends only to itself. {INDEPENDENT}",
+    "image": f"an image token attends to the tokens of its own image. {INDEPENDENT}",
+    "self_and_text": "an image token attends to itself and to earlier text.",
+}
+
+
 def _mmca(merge: str, image_attention: str, drawing: str) -> AttentionType:
     """Multi-modal causal attention with one way to merge text and images, and one pattern of image tokens."""
     text_attentions = {"sum": mmca_text_attention, "joint": joint_text_attention}
@@ -172,6 +185,7 @@ def _mmca(merge: str, image_attention: str, drawing: str) -> AttentionType:
     return AttentionType(
         name="mmca",
         drawing=drawing,
+        description=f"{TEXT_READS[merge]}; {IMAGE_READS[image_attention]}",
         merge=merge,
         image_attention=image_attention,
         kernels={name: MultiModalCausalAttention(kernel, merge) for name, kernel in KERNELS.items()},
@@ -191,10 +205,18 @@ ATTENTION_TYPES = {
         _mmca("sum", "image", IMAGE_DRAWING),
         _mmca("joint", "image", JOINT_IMAGE_DRAWING),
         _mmca("sum", "self_and_text", SELF_AND_TEXT_DRAWING),
-        AttentionType(name="causal", drawing=CAUSAL_DRAWING),
+        AttentionType(
+            name="causal",
+            drawing=CAUSAL_DRAWING,
+            description="Every token, of text or of an image, attends to all earlier ones.",
+        ),
         AttentionType(
             name="cross",
             drawing=CROSS_DRAWING,
+            description=(
+                "The language model runs on the text; before some of its layers, the text reads all earlier images in a "
+                f"gated cross-attention layer. {INDEPENDENT}"
+            ),
             added_layers=AddedLayers(
                 "cross_attention", build_cross_attention, run_with_cross_attention, compute_cross_states
             ),

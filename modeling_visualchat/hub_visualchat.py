@@ -5,6 +5,8 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard
 
+from .attention_types_visualchat import get_attention_type
+
 
 CARD_PATH = Path(__file__).with_name("hub_card.md")
 
@@ -37,6 +39,7 @@ def push_repository(
         if card_path.is_file():
             model_card = ModelCard.load(card_path)
             model_card.text = model_card.text.replace("{repo_id}", repo_id)
+            model_card.text = model_card.text.replace("{attention}", get_attention_type(model.config).description)
             model_card.data.tags = sorted({*(model_card.data.tags or []), *(tags or [])})
             model_card.save(Path(folder) / "README.md")
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

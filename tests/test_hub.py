@@ -64,7 +64,8 @@ def test_one_commit_makes_a_repository_that_anyone_loads(tmp_path):
     assert {"chat_template.jinja", "tokenizer_config.json", *CODE} <= files.keys()
     card = files["README.md"].decode()
     assert "# someone/model" in card and 'from_pretrained("someone/model", trust_remote_code=True)' in card
-    assert "- digits\n" in card and "{repo_id}" not in card
+    assert "- digits\n" in card and "{repo_id}" not in card and "{attention}" not in card
+    assert "two softmaxes whose results are summed; an image token attends only to itself." in card
     name, logits = json.loads(output)
     assert name == "VisualChatProcessor"
     expected = make_model()(tokens(3, "I", 4), pixels(0)).logits
