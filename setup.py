@@ -31,6 +31,8 @@ setup(
         "processing_visualchat.data",
         "processing_visualchat.data.published",
         "processing_visualchat.doctor",
+        "processing_visualchat.evaluation",
+        "processing_visualchat.evaluation.suites",
     ],
     package_data={"modeling_visualchat": ["hub_card.md"]},
     install_requires=[
