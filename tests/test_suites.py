@@ -135,7 +135,7 @@ MANTIS = [
 MMIU = [
     {
         "task": task, "visual_input_component": "natural image", "source": "web",
-        "options": "A: the first\nB: the second", "question": "Which?", "output": output,
+        "options": "A: 1 0\n0 1\n\nB: the second\n", "question": "Which?", "output": output,
         "context": "Look.\nSelect from the following choices.\nA: the first\nB: the second\n",
         "input_image_path": ["./Low-level-semantic/diff/0.jpg", "./Low-level-semantic/diff/1.jpg"],
     }
@@ -277,7 +277,7 @@ def expected_first(name, root):
                              "Please answer the option directly like A,B,C,D..."),
                     ),
                     ("B",),
-                    ("the first", "the second"),
+                    ("1 0\n0 1", "the second"),
                 ),
             ),
             groups={"task": "forensic_detection_blink", "relation": "Low-level-semantic"},
@@ -469,6 +469,8 @@ FAULTS = {  # suite, records, and what the error has to say beside the file
         "row 0 has 3 placeholders <image> and 1 images; expected as many"]),
     "muirbench: an empty option": ("muirbench", change_row(MUIRBENCH, options=["a", None]), [
         "row 0 has options ['a', None]; expected texts"]),
+    "muirbench: more options than letters": ("muirbench", change_row(MUIRBENCH, options=["a"] * 27), [
+        "row 0 has 27 options; expected at most 26"]),
     "mantis: too few images": ("mantis_eval", change_row(MANTIS, question="<image><image><image>?"), [
         "row 0 has 3 placeholders <image> and 2 images"]),
     "mantis: another type": ("mantis_eval", change_row(MANTIS, question_type="essay"), [

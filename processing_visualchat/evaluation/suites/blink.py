@@ -20,7 +20,7 @@ def _convert(record: RawRecord, root: Path) -> Example:
     if not sources:
         raise record.fault("has no image", "one in image_1")
     images = [record.image(source, record.file.parent) for source in sources]
-    prompt, choices = record.text("prompt").strip(), tuple(record.texts("choices"))
+    prompt, choices = record.text("prompt").strip(), tuple(record.options("choices"))
     content = (*(image.block() for image in images), {"type": "text", "text": prompt})
     letter = record.letter(record.text("answer"), len(choices))
     return Example(record.text("idx"), (Round(content, (letter,), choices),), groups={"task": record.text("sub_task")})

@@ -22,7 +22,7 @@ def _convert(record: RawRecord, root: Path) -> Example:
     question = IMAGE_TAG * (len(images) - question.count(IMAGE_TAG)) + question
     choices: tuple[str, ...] = ()
     if kind == "multi-choice":
-        choices = tuple(_strip(letter, option) for letter, option in zip(LETTERS, record.texts("options")))
+        choices = tuple(_strip(letter, option) for letter, option in zip(LETTERS, record.options("options")))
         lines = [f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices)]
         text, reference = "\n".join([question, *lines, WITH_LETTER]), record.letter(answer, len(choices))
     elif kind == "short-answer":

@@ -29,9 +29,9 @@ def _convert(record: RawRecord, root: Path) -> Example:
         raise record.fault(f"has {num_tags} placeholders {IMAGE_TAG} and {len(paths)} images", "as many")
     answer, options, shown = record.fields.get("answer"), [], []
     if meta.fields.get("choices"):
-        options = choices = meta.texts("choices")
+        options = choices = meta.options("choices")
     elif meta.fields.get("choices_image_path"):
-        shown = meta.texts("choices_image_path")
+        shown = meta.options("choices_image_path")
         options = [IMAGE_TAG] * len(shown)
         choices = [f"Image {len(paths) + number}" for number in range(1, len(shown) + 1)]
     else:

@@ -18,7 +18,7 @@ HINT = "Hint: Please provide the correct option letter, such as A, B, C, D, dire
 
 def _convert(record: RawRecord, root: Path) -> Example:
     images = [record.image(source, record.file.parent) for source in record.get("image_list", list)]
-    question, options = record.text("question"), record.texts("options")
+    question, options = record.text("question"), record.options("options")
     lines = [f"({letter}) {option}" for letter, option in zip(LETTERS, options)]
     text = "\n".join([f"Question: {question}", "Choices:", *lines, HINT])
     content = interleave(record, text, images, is_free=True)

@@ -60,6 +60,13 @@ class RawRecord:
             raise self.fault(f"has {key} {values!r:.60}", "texts")
         return values
 
+    def options(self, key: str) -> list[str]:
+        """The texts of options, with a letter for each."""
+        options = self.texts(key)
+        if len(options) > len(LETTERS):
+            raise self.fault(f"has {len(options)} {key}", f"at most {len(LETTERS)}")
+        return options
+
     def record(self, key: str) -> "RawRecord":
         """A record inside of this one."""
         return RawRecord(f"{self.where}, {key}", self.get(key, dict), self.file)
