@@ -14,10 +14,12 @@ class SuiteError(ValueError):
 class Round:
     """One question of a conversation."""
 
-    # Blocks of the user's message: `{"type": "text", "text": …}` or `{"type": "image", …}` as the processor takes them.
+    # Blocks of the user's message: `{"type": "text", "text": …}`, or `{"type": "image", …}` as the processor takes it.
     content: tuple[dict[str, Any], ...]
     references: tuple[str, ...] = ()  # answers of which each is right; a letter for a choice; empty if there is none
     choices: tuple[str, ...] = ()  # the texts of the options, the first one "A"
+    # How the conversation so far is changed before its last question is asked again, instead of a new one: `edits.py`.
+    edit: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
