@@ -50,5 +50,10 @@ setup(
         "networkx>=3.6,<4",
         "pymetis>=2025.2,<2026",
     ],
-    extras_require={"examples": EXAMPLES, "gguf": GGUF, "evaluation": EVALUATION, "tests": EXAMPLES + EVALUATION + GGUF + TESTS},
+    extras_require={
+        "examples": EXAMPLES,
+        "evaluation": EVALUATION,
+        "gguf": GGUF,
+        "tests": EXAMPLES + EVALUATION + GGUF + TESTS,
+    },
 )

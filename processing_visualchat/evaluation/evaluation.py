@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import AutoProcessor
@@ -97,7 +98,9 @@ def evaluate(
         seed,
         scores_options=any(metric.needs == "options" for metric in chosen),
     )
-    state, folder = PartialState(timeout=LONGEST_WAIT), Path(output)
+    # On a CPU, accelerate has to be told, or every process is by itself.
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=LONGEST_WAIT)
+    folder = Path(output)
     with state.main_process_first():  # a download is shared
         examples = load_examples(suite, data, limit)
     items = plan(examples, names, page_size)

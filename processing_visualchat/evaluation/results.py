@@ -6,8 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers.utils import cached_file
-
+from ..data.image_contents import TRAINING_IMAGES, load_training_images
 from ..data.tables import Row, format_cell, format_table
 from .answer_file import ANSWERS, SETTINGS, read_lines, write_whole
 from .answering import PLAIN
@@ -19,7 +18,6 @@ from .statistics import Mean, ScoredRound, average, break_down
 
 
 RESULTS, TABLE = "metrics.json", "results.md"
-TRAINING_IMAGES = "training_images.json"  # beside a checkpoint: the digests of the images that it was trained on
 HEAD: Row = ("metric", "mean", "95% interval", "rounds", "conversations", "missing")
 
 
@@ -159,13 +157,9 @@ def _compare(variant: ScoredAnswers, plain: ScoredAnswers) -> dict[str, Any]:
 
 def find_trained_images(checkpoint: str, lines: list[dict]) -> dict[str, int] | None:
     """How many of the images are among those that a checkpoint was trained on; `None` if it does not tell."""
-    try:
-        file = cached_file(checkpoint, TRAINING_IMAGES, _raise_exceptions_for_missing_entries=False)
-    except (OSError, ValueError):  # no folder, and no name on the Hub
-        file = None
-    if file is None:
+    trained = load_training_images(checkpoint)
+    if trained is None:
         return None
-    trained = set(json.loads(Path(file).read_text())["images"])
     shown = {digest for line in lines if line["variant"] == PLAIN for digest in line["images"]}
     return {"num_images": len(shown), "num_trained_on": len(shown & trained)}
 

@@ -16,7 +16,7 @@ PUNCTUATION = re.compile(r"""[;/\[\]"{}()=+\\_<>@`,?!:*#~|]|(?<=\S)-|-(?!\d)""")
 # How an answer names an option by its letter, the surest form first. `{letters}` are those of the options.
 LETTER_FORMS = (
     r"\s*[(\[]?([{letters}{small}])[)\]]?\s*[.:,)]?\s*",  # the whole answer: "B", "(b)", "B."
-    r"\s*[(\[]?([{letters}{small}])\s*[)\]].*",  # at its beginning: "B) a cat", "(b) a cat"
+    r"\s*[(\[]?([{letters}{small}])\s*[)\]](?!.*[(\[][{letters}][)\]]).*",  # at its beginning: "B) a cat"
     r"\s*([{letters}])\s*[.:,](?:\s.*|)",  # "B. a cat", "B: a cat"
 )
 LETTER_AFTER = r"(?i:\b(?:answer|option|choice)\b)(?:\s+is)?\s*:?\s*[*(\[]*([{letters}])(?![\w'])"  # "the answer is B"
