@@ -15,6 +15,7 @@ import torch
 from conftest import IMAGE_SEQ_LENGTH, draw_picture, make_model, make_processor
 from safetensors.torch import load_file, save_file
 from test_finetune import EXAMPLES, deepspeed, environment
+from test_suites import publish
 
 from modeling_visualchat import VisualChatForConditionalGeneration
 from processing_visualchat.data.image_contents import save_training_images
@@ -22,6 +23,7 @@ from processing_visualchat.data.images import ImageReference
 from processing_visualchat.evaluation import (
     METRICS,
     ROBUSTNESS,
+    SUITES,
     Example,
     Judge,
     Round,
@@ -333,6 +335,10 @@ def test_a_question_longer_than_the_model_reads_is_counted_and_wrong(data, tmp_p
         ("Image 2 and the First picture", "Image 1 and the Second picture"),
         ("The left image shows a dog", "The right image shows a dog"),
         ("What changed?", "What changed?"),
+        (
+            "The first image is the left one, the second the right one. True? The left image is red.",
+            "The first image is the left one, the second the right one. True? The right image is red.",
+        ),
         *(
             (words, None)
             for words in ("Images 1 and 2", "the first one", "which is left?", "the last image", "image 3")
@@ -457,6 +463,18 @@ def test_a_file_of_edits_in_another_format_is_refused(data, steps, message):
     (data / "broken.jsonl").write_text(json.dumps({"steps": steps}) + "\n")
     with pytest.raises(SuiteError, match=message):
         list(load_edits(data / "broken.jsonl"))
+
+
+@pytest.mark.parametrize("name", sorted(SUITES.keys() - {"jsonl", "edits"}))
+def test_each_published_suite_is_answered_and_scored(name, tmp_path):
+    root = publish(name, tmp_path / "data")
+    options = {"max_new_tokens": 2, "robustness": [*ROBUSTNESS]}
+    results = evaluate(make_model(), name, root, tmp_path / "out", processor=make_processor(), **options)
+    deciding = results["scores"].get(results["metrics"][0]) if results["metrics"] else None
+    assert (deciding is None) == (SUITES[name].metrics == ("judge",))
+    assert deciding is None or deciding["num_missing"] < results["num_rounds"]
+    assert results["num_faults"] == 0 and results["robustness"]["removed"]["num_left_out"] == 0
+    assert all(line["images"] for line in read(tmp_path / "out") if line["variant"] == "plain")
 
 
 class JudgeServer(BaseHTTPRequestHandler):

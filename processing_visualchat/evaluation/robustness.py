@@ -28,10 +28,12 @@ NOUN = r"(?:images?|pictures?|photos?|photographs?|figures?|scans?)"
 NUMBERED = re.compile(rf"\b({NOUN}[ -]?#?)(\d+)\b(?!\s*(?:[,&]|and|or|to|-|–)\s*#?\d)", re.IGNORECASE)  # noqa: RUF001
 ORDINAL = re.compile(rf"\b(the\s+)?({'|'.join(ORDINALS)})(\s+{NOUN})\b", re.IGNORECASE)
 SIDE = re.compile(rf"\b(left|right)((?:-hand)?\s+{NOUN})\b", re.IGNORECASE)
+# Says which place is which, whatever picture is there.
+PLACES = re.compile(r"(\bthe first image is the left one, the second the right one\b)", re.IGNORECASE)
 # What depends on the order of the images, and is not one of the above.
 ORDER_WORDS = re.compile(
-    rf"\b(?:{'|'.join(ORDINALS)}|last|left|right|former|latter|previous|next|preceding|following|above|below|before"
-    rf"|after|earlier|later|order|sequence|{NOUN}\s*(?:#?\d+|one|two|three|four))\b",
+    rf"\b(?:{'|'.join(ORDINALS)}|last|left|right|former|latter|before|after|earlier|later|order|sequence"
+    rf"|(?:previous|next|preceding)\s+{NOUN}|{NOUN}\s*(?:#?\d+|one|two|three|four))\b",
     re.IGNORECASE,
 )
 LABEL = re.compile(rf"\(?{NOUN}[ -]?#?\d+\)?\s*[:.]?\s*|\(?\d+\)?\s*[:.]?\s*", re.IGNORECASE)
@@ -79,11 +81,12 @@ def rename_images(text: str, numbers: dict[int, int], is_pair: bool = False) -> 
         other = {"left": "right", "right": "left"}[match[1].lower()]
         return f"{MARK}{like(other, match[1])}{MARK}{match[2]}" if is_pair else match[0]
 
+    pieces = PLACES.split(text)  # with the sentences that name places at the odd numbers
     for pattern, change in ((NUMBERED, number), (ORDINAL, ordinal), (SIDE, side)):
-        text = pattern.sub(change, text)
+        pieces[::2] = [pattern.sub(change, piece) for piece in pieces[::2]]
     # Whatever is left of the words of an order was not understood.
-    rest = re.sub(rf"{MARK}[^{MARK}]*{MARK}\d*", " ", text)
-    return None if ORDER_WORDS.search(rest) else text.replace(MARK, "")
+    rest = re.sub(rf"{MARK}[^{MARK}]*{MARK}\d*", " ", " ".join(pieces[::2]))
+    return None if ORDER_WORDS.search(rest) else "".join(pieces).replace(MARK, "")
 
 
 def swap(example: Example, other: Example) -> Example | None:
