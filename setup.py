@@ -11,6 +11,7 @@ CONFIGURATION = ROOT / "configuration_visualchat" / "configuration_visualchat.py
 
 # scikit-learn carries the scans of the main job, matplotlib draws its chats.
 EXAMPLES = ["matplotlib>=3.11,<4", "scikit-learn>=1.9,<2", "pyyaml>=6,<7"]
+EVALUATION = ["openai>=3.57,<4", "pycocoevalcap>=1.2,<2", "rouge-score>=0.1.2,<0.2"]
 GGUF = ["gguf>=0.19,<0.20"]
 TESTS = ["pytest>=9,<10", "pytest-xdist>=3.8,<4", "hypothesis>=6.170,<7", "onnx>=1.23,<2", "onnxruntime>=1.32,<2"]
 TESTS += ["bitsandbytes>=0.50,<0.51", "torchao>=0.18,<0.19"]
@@ -31,6 +32,10 @@ setup(
         "processing_visualchat.data",
         "processing_visualchat.data.published",
         "processing_visualchat.doctor",
+        "processing_visualchat.evaluation",
+        "processing_visualchat.evaluation.suites",
+        "processing_visualchat.evaluation",
+        "processing_visualchat.evaluation.suites",
     ],
     package_data={"modeling_visualchat": ["hub_card.md"]},
     install_requires=[
@@ -45,5 +50,10 @@ setup(
         "networkx>=3.6,<4",
         "pymetis>=2025.2,<2026",
     ],
-    extras_require={"examples": EXAMPLES, "gguf": GGUF, "tests": EXAMPLES + GGUF + TESTS},
+    extras_require={
+        "examples": EXAMPLES,
+        "evaluation": EVALUATION,
+        "gguf": GGUF,
+        "tests": EXAMPLES + EVALUATION + GGUF + TESTS,
+    },
 )

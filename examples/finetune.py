@@ -38,6 +38,7 @@ from modeling_visualchat import (
     VisualChatForConditionalGeneration,
 )
 from processing_visualchat import OVERLONG, DataCollatorForVisualChat
+from processing_visualchat.data.image_contents import save_training_images
 
 
 def attention_option(name: str, description: str):
@@ -113,7 +114,7 @@ def main() -> None:
     collator = DataCollatorForVisualChat(
         processor, arguments.max_length, arguments.overlong, arguments.packing, arguments.max_broken
     )
-    train_dataset, eval_dataset = load_data(arguments, training_arguments, collator)
+    train_dataset, eval_dataset, digests = load_data(arguments, training_arguments, collator)
 
     trainer = Trainer(
         model=model,
@@ -126,6 +127,8 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
+    if digests is not None and trainer.is_world_process_zero():
+        save_training_images(digests, training_arguments.output_dir)  # for `evaluate.py`
     if eval_dataset is not None:
         trainer.log_metrics("eval", trainer.evaluate())
     if any(collator.counts.values()):

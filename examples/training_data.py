@@ -30,15 +30,20 @@ SAMPLING_BY_LENGTH = ("group_by_length", "batch_rebalance")  # of TrainingArgume
 
 
 def load_data(arguments, training_arguments: TrainingArguments, collator) -> tuple:
-    """The training data, packed or measured if the arguments ask for it, and the evaluation data or `None`."""
+    """
+    The training data, packed or measured if the arguments ask for it, and the evaluation data or `None`; and the
+    digests of the training images, or `None` for images that were not opened.
+    """
+    eval_dataset = None
     if arguments.mixture is not None:
-        train_dataset, eval_dataset = load_mixture_file(arguments, training_arguments, collator.processor)
+        train_dataset, eval_dataset, digests = load_mixture_file(arguments, training_arguments, collator.processor)
     else:
-        train_dataset, eval_dataset = load_file(arguments.train_file, arguments, collator.processor, ["train"]), None
+        train_dataset, digests = load_file(arguments.train_file, arguments, collator.processor, ["train"])
         if arguments.eval_file is not None:
-            eval_dataset = load_file(arguments.eval_file, arguments, collator.processor, ["validation", "test"])
+            eval_dataset, _ = load_file(arguments.eval_file, arguments, collator.processor, ["validation", "test"])
     train_dataset = pack_or_measure(train_dataset, arguments, training_arguments, collator)
-    return train_dataset, limit_evaluation(eval_dataset, arguments, collator)
+    eval_dataset = limit_evaluation(eval_dataset, arguments, collator)
+    return train_dataset, eval_dataset, digests if arguments.check_images else None
 
 
 def load_mixture_file(arguments, training_arguments: TrainingArguments, processor) -> tuple:
@@ -50,25 +55,32 @@ def load_mixture_file(arguments, training_arguments: TrainingArguments, processo
         raise FinetuneError("a stream has no known length; set the number of steps with --max_steps")
     training_arguments.accelerator_config.dispatch_batches = False  # batches differ in shape
     train_dataset, eval_dataset = stream_mixture(config, arguments.data_root, processor=processor)
-    return train_dataset.repeat(None), eval_dataset
+    return train_dataset.repeat(None), eval_dataset, None
 
 
 def report_mixture(mixture) -> tuple:
-    """Prints the ingestion reports once, and returns both sides."""
+    """Prints the ingestion reports once, and returns both sides and the digests of the training images."""
     print_once("\n".join(map(str, [*mixture.reports, mixture])))
-    return mixture.train, mixture.evaluation if len(mixture.evaluation) else None
+    images = {image for batch in mixture.train.iter(1000) for row in batch["images"] for image in row}
+    digests = {mixture.contents[image].digest for image in images}
+    return mixture.train, mixture.evaluation if len(mixture.evaluation) else None, digests
 
 
-def load_file(name: str, arguments, processor, splits: list[str]):
-    """Conversations of a file or folder; in JSON lines every fault is an error, elsewhere faults are counted."""
+def load_file(name: str, arguments, processor, splits: list[str]) -> tuple:
+    """
+    Conversations of a file or folder, and the digests of their images. In JSON lines every fault is an error,
+    elsewhere faults are counted.
+    """
     path = Path(name)
     images = arguments.image_root and os.path.abspath(arguments.image_root)
     if suffix_of(name) == ".jsonl" or not path.exists():
-        return load_conversations(path, processor, arguments.check_images, images)
+        dataset = load_conversations(path, processor, arguments.check_images, images)
+        return dataset, {digest for row in dataset["digests"] for digest in row}
     path = Path(os.path.abspath(path))  # keeps links, whose targets may have other names
     source = DatasetSpec(str(path), path.name, split=choose_split(path, splits), images=images)
     config = MixtureConfig((source,), eval_share=0.0, max_images=sys.maxsize)
-    return report_mixture(load_mixture(config, path.parent, arguments.check_images, processor))[0]
+    dataset, _, digests = report_mixture(load_mixture(config, path.parent, arguments.check_images, processor))
+    return dataset, digests
 
 
 def choose_split(path: Path, wanted: list[str]) -> str:

@@ -317,6 +317,7 @@ class VisualChatModel(ImageFeaturesMixin, TwoStreamMixin, VisualChatPreTrainedMo
     def _forward_masked(self, inputs: DecoderInputs) -> BaseModelOutputWithPast:
         """Runs the decoder once over text and images, with the masks of the attention type or its own."""
         embeds, attention_mask = inputs.embeds, inputs.attention_mask
+        self._note_tokens(embeds)
         if is_conversation_cache(inputs.past_key_values):
             inputs.past_key_values.interleave()
         if self._needs_masks(attention_mask):

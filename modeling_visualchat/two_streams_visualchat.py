@@ -6,6 +6,8 @@ No work is done for image queries, nothing is masked, and an image that occurs t
 the decoder are called twice in a forward pass, and so are hooks on them.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +33,7 @@ class TwoStreamMixin:
     get_input_embeddings: Any
     _choose_attention: Any
     _probe: tuple[tuple, DecoderProbe] | None = None
+    _token_counts: list[int] | None = None
 
     @property
     def probe(self) -> DecoderProbe:
@@ -94,7 +97,22 @@ class TwoStreamMixin:
         skips = self.probe.skips_queries and not is_checkpointed(self.language_model, self.training)
         return run_image_stream(self._decode, states, self._make_stream(), rotation, positions, skips)
 
+    @contextlib.contextmanager
+    def count_tokens(self) -> Iterator[list[int]]:
+        """Lists the tokens of every pass through the decoder within, of text and of images; padding counts too."""
+        counts: list[int] = []
+        self._token_counts = counts
+        try:
+            yield counts
+        finally:
+            self._token_counts = None
+
+    def _note_tokens(self, embeds: torch.Tensor) -> None:
+        if self._token_counts is not None:
+            self._token_counts.append(embeds.shape[:2].numel())
+
     def _decode(self, embeds, position_ids, plan, past_key_values=None, **kwargs) -> BaseModelOutputWithPast:
+        self._note_tokens(embeds)
         return run_with_plan(self.language_model, embeds, position_ids, plan, past_key_values, **kwargs)
 
     def _forward_two_streams(self, inputs: DecoderInputs) -> BaseModelOutputWithPast:

@@ -20,7 +20,8 @@ from test_remote_code import REPOSITORY
 from transformers import AutoProcessor, LlamaConfig
 
 from modeling_visualchat import VisualChatForConditionalGeneration
-from processing_visualchat import DataCollatorForVisualChat, load_conversations
+from processing_visualchat import DataCollatorForVisualChat, ImageReference, load_conversations
+from processing_visualchat.data.image_contents import load_training_images
 
 
 EXAMPLES = REPOSITORY / "examples"
@@ -208,6 +209,8 @@ def test_custom_data_trains_only_trainable_modules_and_resumes(tmp_path, data):
     ]  # fmt: skip
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     finetune(*flags, "--output_dir", straight)
+    pictures = {ImageReference.parse(str(data / "pictures" / f"{index}.png")).digest() for index in range(8)}
+    assert load_training_images(str(straight)) == pictures
     before = VisualChatForConditionalGeneration.from_pretrained(data / "checkpoint").state_dict()
     after = VisualChatForConditionalGeneration.from_pretrained(straight).state_dict()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
@@ -375,7 +378,7 @@ def test_over_length_conversations_are_refused_before_the_first_step(tmp_path, m
     assert first in str(refused.value) and "Set --overlong to drop_first_rounds" in str(refused.value)
     assert str(refused.value).count(" tokens)") == 3
     arguments.overlong = "skip"
-    train_dataset, eval_dataset = load_data(arguments, training_arguments, collator)
+    train_dataset, eval_dataset, _ = load_data(arguments, training_arguments, collator)
     assert len(train_dataset) >= 1 and (form != "evaluation" or len(eval_dataset) == 16)
 
 

@@ -6,7 +6,9 @@ from study.scans import load_scans
 from training_processes import end_processes
 from transformers import Trainer, TrainingArguments
 
-from processing_visualchat import DataCollatorForVisualChat
+from processing_visualchat import DataCollatorForVisualChat, load_image
+from processing_visualchat.data.image_contents import save_training_images
+from processing_visualchat.data.images import digest_pixels
 
 from .conversations import DigitConversations
 from .model import build_digits_model
@@ -43,5 +45,7 @@ def train_digits(arguments, training_arguments: TrainingArguments, checkpoint: s
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
+        digests = (digest_pixels(load_image(scan)) for scan, _ in train_scans)
+        save_training_images(digests, training_arguments.output_dir)
         report(training_arguments.output_dir, train_scans, test_scans, trainer.state.log_history)
     end_processes(trainer)

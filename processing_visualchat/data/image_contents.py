@@ -1,10 +1,12 @@
-"""The contents of all images of a mixture; cached once read."""
+"""The contents of all images of a mixture, cached once read; and those that a checkpoint was trained on."""
 
+import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from datasets import Features, Value
+from transformers.utils import cached_file
 
 from .files import ARCHIVE_SUFFIXES, cache_rows
 from .images import ImageContent, ImageReference, find_archive
@@ -12,6 +14,7 @@ from .images import ImageContent, ImageReference, find_archive
 
 FEATURES = Features({"name": Value("string"), "digest": Value("string"), "fault": Value("string")})
 CHUNK = 1000  # images that one process reads in a row
+TRAINING_IMAGES = "training_images.json"  # beside a checkpoint
 
 
 def read_image_contents(names: Iterable[str], root: Path, check_images: bool = True) -> dict[str, ImageContent]:
@@ -44,3 +47,17 @@ def _generate_contents(names: list[list[str]], root: str, check_images: bool) ->
     for name in (name for chunk in names for name in chunk):
         content = ImageReference.parse(name).under(root).examine(check_images)
         yield {"name": name, "digest": content.digest, "fault": content.fault if check_images else ""}
+
+
+def save_training_images(digests: Iterable[str], folder: str | Path) -> None:
+    """Writes beside a checkpoint the digests, see [`digest_pixels`], of the images that it was trained on."""
+    (Path(folder) / TRAINING_IMAGES).write_text(json.dumps({"images": sorted({*digests})}, indent=0) + "\n")
+
+
+def load_training_images(checkpoint: str) -> set[str] | None:
+    """The digests of the images that a checkpoint, a folder or a name on the Hub, was trained on, if it tells."""
+    try:
+        file = cached_file(checkpoint, TRAINING_IMAGES, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError):  # neither a folder nor a name on the Hub
+        return None
+    return None if file is None else set(json.loads(Path(file).read_text())["images"])

@@ -193,7 +193,7 @@ class ImageReference:
         except (OSError, ValueError):
             return unread._replace(fault=self.find_fault() or MISSING_IMAGE)
         image, fault = decode_image(data) if decode else (None, "")
-        return ImageContent(digest_of(data or b"") if image is None else _digest_pixels(image), fault)
+        return ImageContent(digest_of(data or b"") if image is None else digest_pixels(image), fault)
 
     def read(self) -> bytes:
         """The encoded image, of any kind but a URL; an `OSError` or `ValueError` if it cannot be read."""
@@ -260,7 +260,8 @@ def decode_image(data: bytes | None) -> tuple[Image.Image | None, str]:
         return None, found or DECODING_FAULTS.get(type(error.__cause__), "an image that is truncated or broken")
 
 
-def _digest_pixels(image: Image.Image) -> str:
+def digest_pixels(image: Image.Image) -> str:
+    """The digest of the size and the pixels of an image in RGB."""
     return digest_of(f"{image.size}".encode() + image.tobytes())
 
 

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from ..processing_visualchat import VisualChatProcessor
 from .conversation import OUTSIDE, Conversation, Dropped
 from .files import describe_json_error, open_file, parse_json, read_table, suffix_of
-from .images import MISSING_IMAGE, ImageReference, may_hold, replace_encoded
+from .images import MISSING_IMAGE, ImageReference, digest_pixels, may_hold, replace_encoded
 from .ingestion import IngestedRecord, check_record
 from .schemas import IMAGE_KEY, as_list, convert_record, is_known
 
@@ -178,7 +178,8 @@ def load_conversations(
             default that of the file.
 
     Returns:
-        `datasets.Dataset` with the columns `messages` (image paths absolute) and `where` (file and record).
+        `datasets.Dataset` with the columns `messages` (image paths absolute), `where` (file and record) and `digests`
+        (of the pixels of the images that were opened).
 
     Raises:
         `FileNotFoundError`: the file, or an image that it names, does not exist.
@@ -189,7 +190,8 @@ def load_conversations(
         raise FileNotFoundError(f"No data file at {path}.")
     conversations: list[list[dict]] = []
     places: list[list[str]] = []
-    opened: set[ImageReference] = set()
+    digests: list[list[str]] = []
+    opened: dict[ImageReference, str] = {}
     root, tokens = os.path.abspath(image_root or path.parent), processor.control_tokens
     records = read_conversations(path, root, is_strict=True, control_tokens=tokens)
     for record in tqdm(records, desc=f"Checking {path.name}", unit="conversation"):
@@ -197,13 +199,14 @@ def load_conversations(
         for image in conversation.images if check_images else ():
             if image.kind != "url" and image not in opened:
                 try:
-                    image.open()
+                    opened[image] = digest_pixels(image.open())
                 except (ValueError, OSError) as error:
                     raise ValueError(f"{record.where}: {error}") from error
-                opened.add(image)
         conversations.append(conversation.messages())
         places.append([record.where])
+        digests.append([opened[image] for image in conversation.images if image in opened])
     if not conversations:
         raise ValueError(f"{path} holds no conversation; write one on every line.")
-    features = Features({"messages": Json(), "where": List(Value("string"))})
-    return Dataset.from_dict({"messages": conversations, "where": places}, features=features)
+    texts = List(Value("string"))
+    features = Features({"messages": Json(), "where": texts, "digests": texts})
+    return Dataset.from_dict({"messages": conversations, "where": places, "digests": digests}, features=features)

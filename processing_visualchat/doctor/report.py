@@ -1,10 +1,8 @@
 """The report of a diagnosis as one self-contained page, with tables, histograms and conversations."""
 
-import base64
 import html
 import io
 import json
-from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -12,30 +10,21 @@ import numpy as np
 
 from ..data.images import ImageReference
 from ..data.packing import batching_table
+from ..data.pages import encode_thumbnail, format_html_table, format_image, format_list, format_page
 from ..data.published import SOURCES
-from ..data.tables import Row, counted, format_cell
+from ..data.tables import Row, counted
 from .diagnosis import NUM_NAMED, QUANTITIES, Diagnosis
 from .samples import Sample
 
 
-THUMBNAIL = (220, 220)  # maximum width by height in pixels
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 1rem auto; padding: 0 1rem; color: #222;
-       overflow-wrap: anywhere; }
-div.table { overflow-x: auto; margin: .6rem 0 1.6rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
-th, td { padding: .2rem .7rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
-td.number { text-align: right; }
-img { max-width: 100%; }
 .table img { max-width: none; width: 100%; min-width: 40rem; }
 .verdict { font-size: 1.3em; font-weight: 600; padding: .5rem .8rem; border-radius: 6px; background: #dff3df; }
 .undecided { background: #fdf1d6; }
 .unfit { background: #fde8e8; }
 .sample { border: 1px solid #ccc; border-radius: 6px; padding: .6rem 1rem; margin: 1rem 0; white-space: pre-wrap; }
 .sample img { display: inline-block; vertical-align: middle; margin: .2rem .4rem; }
-.where { color: #777; font-size: .85em; }
 mark { background: #c9f0c9; }
-@media (max-width: 40rem) { table { font-size: .8em; } th, td { padding: .2rem .4rem; } ul { padding-left: 1.2rem; } }
 """
 
 
@@ -61,40 +50,21 @@ def _format_page(diagnosis: Diagnosis) -> str:
     terms += [(name, SOURCES[name].license, SOURCES[name].attribution) for name in names if name in SOURCES]
     title = html.escape(diagnosis.name)
     parts = [
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f'<p class="verdict {kind}">{diagnosis.verdict}: {title}</p>{_list(diagnosis.problems)}',
-        f"<h2>In numbers</h2>{_list(diagnosis.findings())}{_table('', diagnosis.share_table())}",
-        f"<h2>The first over-length conversations</h2>{_list(overlong)}" if overlong else "",
-        _table("The first images that cannot be used", [("image", "reason"), *broken]),
+        f'<p class="verdict {kind}">{diagnosis.verdict}: {title}</p>{format_list(diagnosis.problems)}',
+        f"<h2>In numbers</h2>{format_list(diagnosis.findings())}{format_html_table('', diagnosis.share_table())}",
+        f"<h2>The first over-length conversations</h2>{format_list(overlong)}" if overlong else "",
+        format_html_table("The first images that cannot be used", [("image", "reason"), *broken]),
         f'<h2>Lengths</h2><div class="table">{_histograms(diagnosis)}</div>',
-        _table("Batching", batching_table(diagnosis.batching)),
+        format_html_table("Batching", batching_table(diagnosis.batching)),
         "<p>Padding is the share of all computed tokens; the spread is the standard deviation over the mean of a "
         "batch.</p><h2>The first conversations of each source</h2><p>As the model gets them; the loss is on the "
         "marked text.</p>" + "".join(map(_sample, diagnosis.samples)),
-        _table("Records", diagnosis.mixture.source_table()),
-        _table("Dropped, repaired and reused records", diagnosis.reason_table()),
-        _table("Lengths of each source", diagnosis.length_table()),
-        _table("Terms", terms),
+        format_html_table("Records", diagnosis.mixture.source_table()),
+        format_html_table("Dropped, repaired and reused records", diagnosis.reason_table()),
+        format_html_table("Lengths of each source", diagnosis.length_table()),
+        format_html_table("Terms", terms),
     ]
-    return "\n".join(parts) + "</html>\n"
-
-
-def _list(lines: Sequence[str]) -> str:
-    return f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul>" if lines else ""
-
-
-def _table(title: str, rows: Sequence[Row]) -> str:
-    """A table with its title; nothing if it has no row."""
-    if len(rows) == 1:
-        return ""
-    head = "".join(f"<th>{html.escape(str(cell))}</th>" for cell in rows[0])
-    lines = [f"<tr>{head}</tr>"]
-    for row in rows[1:]:
-        kinds = (' class="number"' if isinstance(cell, (int, float)) else "" for cell in row)
-        cells = (f"<td{kind}>{html.escape(format_cell(cell))}</td>" for kind, cell in zip(kinds, row))
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    return f"<h2>{title}</h2>" * bool(title) + f'<div class="table"><table>{"".join(lines)}</table></div>'
+    return format_page(diagnosis.name, STYLE, parts)
 
 
 def _histograms(diagnosis: Diagnosis) -> str:
@@ -117,8 +87,7 @@ def _histograms(diagnosis: Diagnosis) -> str:
     axes[0].legend(frameon=False)
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=110)
-    encoded = base64.b64encode(data.getvalue()).decode()
-    return f'<img alt="Histograms of tokens, images and rounds" src="data:image/png;base64,{encoded}">'
+    return format_image(data.getvalue(), "image/png", alt="Histograms of tokens, images and rounds")
 
 
 def _sample(sample: Sample) -> str:
@@ -134,10 +103,5 @@ def _sample(sample: Sample) -> str:
 
 
 def _thumbnail(reference: ImageReference) -> str:
-    image = reference.open()
-    image.thumbnail(THUMBNAIL)
-    data = io.BytesIO()
-    image.save(data, "JPEG", quality=85)
     name = "an image inside its record" if reference.kind == "inline" else str(reference)
-    encoded = base64.b64encode(data.getvalue()).decode()
-    return f'<img title="{html.escape(name, quote=True)}" src="data:image/jpeg;base64,{encoded}">'
+    return format_image(encode_thumbnail(reference.open()), "image/jpeg", title=name)
