@@ -162,6 +162,7 @@ def load_model(model: Any, processor: Any, device: Any) -> tuple[str, Any, Any]:
                 f"{', …' if len(lacking) > 3 else ''}. They would be random; evaluate a complete checkpoint."
             )
         model.to(device)
+        model.freeze()
     elif processor is None:
         raise ValueError("A model in memory needs its processor; pass it as processor.")
     return name, model.eval(), processor or AutoProcessor.from_pretrained(name)
