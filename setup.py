@@ -34,8 +34,6 @@ setup(
         "processing_visualchat.doctor",
         "processing_visualchat.evaluation",
         "processing_visualchat.evaluation.suites",
-        "processing_visualchat.evaluation",
-        "processing_visualchat.evaluation.suites",
     ],
     package_data={"modeling_visualchat": ["hub_card.md"]},
     install_requires=[
