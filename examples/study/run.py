@@ -45,14 +45,15 @@ ARMS: dict[str, dict] = {
 LEARNING_RATES = (1e-3, 2e-3, 4e-3)
 TUNING_SEED = 1000
 NUM_LAYERS = 4
-BATCH_SIZE = 64
+TEST_BATCH_SIZE = 50
 
 
 @dataclass(frozen=True)
 class Plan:
     """How long a run is, and how much is asked."""
 
-    steps: int = 600  # of 64 conversations
+    steps: int = 2400
+    batch_size: int = 32
     points: int = 10  # of the learning curve, evenly spaced; the last one is the end
     num_curve: int = 200  # conversations of a task at each point
     num_final: int = 1000  # and at the end
@@ -60,8 +61,8 @@ class Plan:
 
 
 FULL = Plan()
-TUNING = Plan(steps=300, points=1, num_final=200, split="tuning")
-QUICK = Plan(steps=4, points=2, num_curve=4, num_final=8)
+TUNING = Plan(steps=800, points=1, num_final=200, split="tuning")
+QUICK = Plan(steps=4, batch_size=4, points=2, num_curve=4, num_final=8)
 
 
 class Run(TrainerCallback):
@@ -82,7 +83,7 @@ class Run(TrainerCallback):
             arguments = TrainingArguments(
                 output_dir=folder,
                 max_steps=self.plan.steps,
-                per_device_train_batch_size=BATCH_SIZE,
+                per_device_train_batch_size=self.plan.batch_size,
                 learning_rate=self.learning_rate,
                 lr_scheduler_type="cosine",
                 warmup_steps=self.plan.steps // 20,
@@ -98,12 +99,12 @@ class Run(TrainerCallback):
                 train_sampling_strategy="sequential",
                 disable_tqdm=not os.isatty(2),
             )
-            size = self.plan.steps * BATCH_SIZE
+            size = self.plan.steps * self.plan.batch_size
             trainer = Trainer(
                 model=self.model,
                 args=arguments,
                 train_dataset=StudyConversations(
-                    "train", size, self.seed, has_images=self.has_images, batch_size=BATCH_SIZE
+                    "train", size, self.seed, has_images=self.has_images, batch_size=self.plan.batch_size
                 ),
                 data_collator=DataCollatorForVisualChat(self.processor),
                 callbacks=[self],
@@ -148,8 +149,9 @@ class Run(TrainerCallback):
         conversations = StudyConversations(self.plan.split, number, 1, task, self.has_images)
         collator, right = DataCollatorForVisualChat(self.processor), 0
         self.model.eval()
-        for start in range(0, number, BATCH_SIZE):
-            batch = collator([conversations[index] for index in range(start, min(start + BATCH_SIZE, number))])
+        for start in range(0, number, TEST_BATCH_SIZE):
+            end = min(start + TEST_BATCH_SIZE, number)
+            batch = collator([conversations[index] for index in range(start, end)])
             labels = batch.pop("labels")[:, 1:]
             best = self.model(**batch, use_cache=False).logits[:, :-1].argmax(dim=-1)
             right += int(((best == labels) | (labels == -100)).all(dim=1).sum())

@@ -40,9 +40,9 @@ def by_seed(rows: Rows, arm: str, value: Callable[[dict], float]) -> dict[int, f
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """The mean, and half the width of its 95% interval by Student's t; not a number for fewer than two values."""
+    """The mean, and half the width of its 95% interval by Student's t; not a number where there are too few values."""
     if len(values) < 2:
-        return float(np.mean(values)), float("nan")
+        return values[0] if values else float("nan"), float("nan")
     quantile = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
     return float(np.mean(values)), float(quantile * np.std(values, ddof=1) / len(values) ** 0.5)
 
@@ -86,7 +86,7 @@ def accuracy_table(rows: Rows) -> list[list[str]]:
         cells = []
         for arm in arms_of(rows):
             mean, half = interval(list(by_seed(rows, arm, value).values()))
-            cells.append(f"{mean:.1%} ± {half:.1%}")
+            cells.append(f"{mean:.1%}" if np.isnan(half) else f"{mean:.1%} ± {half:.1%}")
         table.append([name, *cells])
     return table
 
@@ -99,7 +99,7 @@ def difference_table(rows: Rows) -> list[list[str]]:
         cells = []
         for arm in arms:
             mean, half = difference(rows, arm, value)
-            text = f"{100 * mean:+.1f} ± {100 * half:.1f}"
+            text = f"{100 * mean:+.1f}" + ("" if np.isnan(half) else f" ± {100 * half:.1f}")
             cells.append(f"**{text}**" if abs(mean) > half else text)
         table.append([name, *cells])
     return table

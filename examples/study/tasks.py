@@ -155,7 +155,7 @@ class StudyConversations(Dataset):
         seed (`int`): The same seed gives the same conversations.
         task (`str`, *optional*): A key of `TASKS`; by default all.
         has_images (`bool`, *optional*, defaults to `True`): Whether the images are shown.
-        batch_size (`int`, *optional*, defaults to 64): Conversations of a batch.
+        batch_size (`int`, *optional*, defaults to 32): Conversations of a batch.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class StudyConversations(Dataset):
         seed: int,
         task: str | None = None,
         has_images: bool = True,
-        batch_size: int = 64,
+        batch_size: int = 32,
     ):
         self.split, self.size, self.seed, self.task = split, size, seed, task
         self.has_images, self.batch_size = has_images, batch_size
