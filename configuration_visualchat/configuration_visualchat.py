@@ -52,7 +52,7 @@ class VisualChatConfig(PreTrainedConfig):
             `"vit"` (one encoder layer, then linear and LayerNorm), `"perceiver"` (256 learned queries in a
             square), or the name of a projector registered with `register_projector`.
         projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
-            Activation inside the `mlp`, `vit` and `perceiver` projectors.
+            Activation inside the `mlp` and `vit` projectors.
         multimodal_projector_bias (`bool`, *optional*, defaults to `True`):
             Whether the linear layers of the `mlp` projector have a bias.
         vision_feature_layer (`int` or `list[int]`, *optional*, defaults to -1):

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import cached_file
 
@@ -45,6 +45,17 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return state_dict
 
 
+def open_weights(path: Path) -> dict[str, Callable[[], Tensor]]:
+    """How each weight of a safetensors or `torch.save` file is read; raises what [`read_state_dict`] does."""
+    if path.suffix != ".safetensors":
+        return {key: (lambda tensor=tensor: tensor) for key, tensor in read_state_dict(path).items()}
+    try:
+        file = safe_open(path, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is incomplete or damaged; download it again. safetensors says: {error}") from None
+    return {key: (lambda key=key: file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118, it is no mapping
+
+
 class PartWeights:
     """The weights of a pretrained part, a name on the Hub or a folder; no file is opened before it is needed."""
 
@@ -57,10 +68,10 @@ class PartWeights:
         for single in ("model.safetensors", "pytorch_model.bin"):
             if index := self._find(f"{single}.index.json"):
                 names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-                readers = [_readers(Path(cached_file(self.name, name))) for name in names]
+                readers = [open_weights(Path(cached_file(self.name, name))) for name in names]
                 return {key: reader for shard in readers for key, reader in shard.items()}
             if path := self._find(single):
-                return _readers(Path(path))
+                return open_weights(Path(path))
         return {}
 
     def _find(self, file_name: str) -> str | None:
@@ -71,13 +82,6 @@ class PartWeights:
         found = (prefix + name for prefix in PART_PREFIXES if prefix + name in self._weights)
         key = next(found, None)
         return None if key is None else self._weights[key]()
-
-
-def _readers(path: Path) -> dict[str, Callable[[], Tensor]]:
-    if path.suffix == ".safetensors":
-        file = safe_open(path, "pt")
-        return {key: (lambda key=key: file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118, it is no mapping
-    return {key: (lambda tensor=tensor: tensor) for key, tensor in read_state_dict(path).items()}
 
 
 @dataclass(frozen=True)

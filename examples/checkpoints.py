@@ -3,6 +3,7 @@
 import tempfile
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import Any
 
 from modeling_visualchat import ATTENTION_OPTIONS, VisualChatForConditionalGeneration
 from processing_visualchat import VisualChatProcessor
@@ -13,11 +14,12 @@ def add_attention_options(parser: ArgumentParser, **defaults: str) -> None:
     for option, values in ATTENTION_OPTIONS.items():
         default = defaults.get(option, values[0])
         parser.add_argument(f"--{option}", default=default, choices=values, help=f"by default {default}")
+    parser.add_argument("--cross_layer_interval", type=int, default=4, help="decoder layers per cross-attention layer")
 
 
-def attention_options(arguments: Namespace) -> dict[str, str]:
+def attention_options(arguments: Namespace) -> dict[str, Any]:
     """The values of these flags."""
-    return {option: getattr(arguments, option) for option in ATTENTION_OPTIONS}
+    return {option: getattr(arguments, option) for option in (*ATTENTION_OPTIONS, "cross_layer_interval")}
 
 
 def write(model: VisualChatForConditionalGeneration, processor: VisualChatProcessor, output: Path) -> None:

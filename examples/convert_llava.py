@@ -12,10 +12,12 @@ import copy
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from checkpoints import add_attention_options, attention_options, write
 from PIL import Image
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from configuration_visualchat import VisualChatConfig
@@ -86,7 +88,7 @@ def load_llava(checkpoint: str) -> LlavaForConditionalGeneration:
         llava, report = LlavaForConditionalGeneration.from_pretrained(
             checkpoint, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"its weights are incomplete: {error}") from error
     for name in ("mismatched_keys", "missing_keys"):
         if keys := sorted(report[name]):
@@ -130,7 +132,7 @@ def move_weights(llava: LlavaForConditionalGeneration, config: VisualChatConfig)
     model.lm_head = llava.lm_head
     model.tie_weights()
     model.generation_config = llava.generation_config
-    return model.set_trainable().eval()
+    return model.eval()
 
 
 def convert_processor(
@@ -150,7 +152,7 @@ def convert_processor(
 
 
 @torch.no_grad()
-def convert(checkpoint: str, attention: dict[str, str], keep_template: bool = True) -> tuple:
+def convert(checkpoint: str, attention: dict[str, Any], keep_template: bool = True) -> tuple:
     """
     The VisualChat model and processor of a LLaVA checkpoint, after one conversation for which both have to give the
     same logits with causal attention.
@@ -183,6 +185,8 @@ def convert(checkpoint: str, attention: dict[str, str], keep_template: bool = Tr
     if not difference <= 1e-5:
         raise ValueError(f"its logits change by {difference:.1e} of the largest, and at most 1e-5 is wanted")
     model.config.update(attention)
+    model.model.add_layers(llava.dtype)
+    model.set_trainable()
     return model, processor
 
 

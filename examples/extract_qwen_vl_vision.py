@@ -4,19 +4,17 @@ Takes the vision tower out of a Qwen-VL or Qwen-VL-Chat checkpoint, for `join.py
     python examples/extract_qwen_vl_vision.py Qwen-VL-Chat qwen_vl_vision
 
 The checkpoint is a folder with its config.json and its weights, as safetensors or `.bin` files; of shards, those with
-the tower suffice. Its last parameter, `proj`, is left out, as in arXiv 2309.14327. Memory: one shard and the tower.
+the tower suffice. Its last parameter, `proj`, is left out, as in arXiv 2309.14327. Memory: the tower.
 """
 
 import json
-import pickle
 import re
 import tempfile
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from checkpoint_files import open_weights
 from transformers import CLIPImageProcessor
 
 from configuration_visualchat import VisualChatQwenVisionConfig
@@ -69,24 +67,11 @@ def find_shards(checkpoint: Path) -> list[Path]:
     raise ValueError(f"{checkpoint} holds no model*.safetensors and no pytorch_model*.bin.")
 
 
-def read_shard(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tower's tensors in one file, by their names in the tower."""
-    if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118, no mapping
-                if key.startswith(PREFIX):
-                    yield key.removeprefix(PREFIX), file.get_tensor(key)
-        return
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is damaged or holds more than tensors, and could run code; only a file of tensors is read. Use "
-            "the safetensors files of the checkpoint."
-        ) from error
-    for key, tensor in weights.items():
-        if key.startswith(PREFIX):
-            yield key.removeprefix(PREFIX), tensor.clone()  # of a shard that is then let go
+def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The tower's weights by their names in the tower, without `proj`."""
+    readers = {key: read for shard in find_shards(checkpoint) for key, read in open_weights(shard).items()}
+    names = {key.removeprefix(PREFIX): key for key in readers if key.startswith(PREFIX)}
+    return {name: readers[key]() for name, key in names.items() if name != "proj"}
 
 
 def check_weights(weights: dict[str, torch.Tensor], model: VisualChatQwenVisionModel) -> None:
@@ -113,7 +98,7 @@ def extract(checkpoint: Path, output: Path) -> VisualChatQwenVisionModel:
     if output.exists():
         raise ValueError(f"{output} exists; choose another folder, or remove it.")
     config = read_config(checkpoint)
-    weights = {key: tensor for shard in find_shards(checkpoint) for key, tensor in read_shard(shard) if key != "proj"}
+    weights = read_weights(checkpoint)
     with torch.device("meta"):
         model = VisualChatQwenVisionModel(config)
     check_weights(weights, model)

@@ -31,7 +31,6 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path, help="folder to write the checkpoint to")
     parser.add_argument("--projector_type", default="linear", choices=list(PROJECTORS), help="type of the projector")
     add_attention_options(parser)
-    parser.add_argument("--cross_layer_interval", type=int, default=4, help="decoder layers per cross-attention layer")
     parser.add_argument("--vision_feature_layer", type=int, default=-1, help="hidden state of the encoder to use")
     parser.add_argument("--image_seq_length", type=int, help="tokens per image, by default what the encoder outputs")
     parser.add_argument("--seed", type=int, default=0, help="seed of the new projector's weights")
@@ -45,7 +44,6 @@ def main() -> None:
         arguments.text,
         projector_type=arguments.projector_type,
         **attention_options(arguments),
-        cross_layer_interval=arguments.cross_layer_interval,
         vision_feature_layer=arguments.vision_feature_layer,
         **({} if arguments.image_seq_length is None else {"image_seq_length": arguments.image_seq_length}),
     )

@@ -16,11 +16,10 @@ from torch import nn
 def confine(key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """
     Keys and values in which a position that is not finite is zero, and which queries attend to one (B, 1, Q, 1), whose
-    output is NaN: a weight of zero would carry it to all others, to another conversation of a packed row too. Only
-    where queries are all positions, as in packed rows; in a step of decoding a copy of the cache would cost as much as
-    attention.
+    output is NaN: a weight of zero would carry it to all others, to another conversation of a packed row too. Not in a
+    step of decoding, where a copy of the cache would cost as much as attention.
     """
-    if mask.shape[2] != mask.shape[3]:
+    if mask.shape[2] == 1:
         return key, value, None
     sums = key.sum(dim=(1, 3), dtype=torch.float32) + value.sum(dim=(1, 3), dtype=torch.float32)
     faulty = ~sums.isfinite()  # (B, S)

@@ -156,6 +156,14 @@ class VisualChatModel(ImageFeaturesMixin, TwoStreamMixin, VisualChatPreTrainedMo
         attention_type = get_attention_type(self.config)
         text_config._attn_implementation = attention_type.implementation(text_config._attn_implementation)
 
+    def add_layers(self, dtype: torch.dtype) -> None:
+        """Adds the layers of the attention type, if it has any, with new weights in a dtype."""
+        added_layers = get_attention_type(self.config).added_layers
+        if added_layers is not None:
+            added = added_layers.build(self.config).to(dtype)
+            added.apply(self._init_weights)
+            self.add_module(added_layers.part, added)
+
     def get_placeholder_mask(
         self,
         input_ids: torch.Tensor | None,
@@ -479,11 +487,7 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, VisualChatGe
             model = cls(config)
         projector = projector_class(config.projector_type)(config).to(dtype)
         projector.apply(model._init_weights)
-        added_layers = get_attention_type(config).added_layers
-        if added_layers is not None:
-            added = added_layers.build(config).to(dtype)
-            added.apply(model._init_weights)
-            model.model.add_module(added_layers.part, added)
+        model.model.add_layers(dtype)
         causal_lm.config = config.text_config
         causal_lm.base_model.set_attn_implementation(config.text_config._attn_implementation)
         model.model.vision_tower = vision_tower

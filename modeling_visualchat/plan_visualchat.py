@@ -253,16 +253,9 @@ def joint_text_attention(
         weights = nn.functional.dropout(scores.softmax(dim=-1, dtype=torch.float32), dropout, dropout > 0.0)
         of_images, of_text = weights.to(query.dtype).split([image_key.shape[2], key.shape[2]], dim=-1)
         return (of_images @ image_value + of_text @ value).flatten(1, 2)[:, None]
-    output = nn.functional.scaled_dot_product_attention(
-        query,
-        torch.cat([image_key, key], dim=2),
-        torch.cat([image_value, value], dim=2),
-        attn_mask=mask,
-        dropout_p=dropout,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return output.transpose(1, 2).contiguous()
+    assert mask is not None  # several tokens of text never read each other all
+    keys, values = torch.cat([image_key, key], dim=2), torch.cat([image_value, value], dim=2)
+    return sdpa_kernel(query, keys, values, mask, scaling, dropout)[0].transpose(1, 2).contiguous()
 
 
 def _causal_text_attention(query, key, value, plan: TwoStreamPlan, scaling, dropout) -> torch.Tensor:

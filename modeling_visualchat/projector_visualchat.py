@@ -11,7 +11,6 @@ from typing import cast
 
 import torch
 from torch import nn
-from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from .configuration_visualchat import VisualChatConfig
@@ -139,10 +138,6 @@ class PerceiverProjector(nn.Module):
         self.resampler = Resampler(grid_size, width, heads, vision_feature_size(config), patch_bias=True, eps=EPS)
         self.norm = nn.LayerNorm(width, eps=EPS)
         self.linear = nn.Linear(width, width)
-
-    def init_own_parameters(self) -> None:
-        """Draws the queries."""
-        init.normal_(self.queries, std=0.02)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         size = math.isqrt(features.shape[1])

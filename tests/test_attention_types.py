@@ -121,6 +121,19 @@ def test_packed_conversations_learn_what_padded_ones_do(decoder, options):
             torch.testing.assert_close(packed.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-4)
 
 
+@independent
+@pytest.mark.parametrize("place", [0, 4], ids=["text", "image"])
+def test_a_value_that_is_not_finite_stays_in_its_packed_conversation_in_two_streams(place, options):
+    model, (ids, positions) = make_model(**options), pack([tokens(3, "I", 4), tokens(2, "I", 3, seed=1)])
+    types = (ids == IMAGE_TOKEN_ID).long()
+    embeds = model.get_input_embeddings()(ids).detach()
+    expected = model(inputs_embeds=embeds, mm_token_type_ids=types, position_ids=positions).logits
+    embeds[0, place] = float("inf")
+    actual = model(inputs_embeds=embeds, mm_token_type_ids=types, position_ids=positions).logits
+    assert not actual[0, 11].isfinite().any()
+    torch.testing.assert_close(actual[:, 12:], expected[:, 12:])
+
+
 @variants
 @pytest.mark.parametrize("decoder", ["llama", "mistral", "gemma3"])
 def test_generation_with_a_cache_is_generation_without(decoder, options):

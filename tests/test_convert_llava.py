@@ -311,6 +311,9 @@ BAD = {
         folder / "config.json", vision_config=CLIPVisionConfig(**VISION_SHAPE | {"num_hidden_layers": 4}).to_dict()
     ),
     "its weights are incomplete": lambda folder: sorted(folder.glob("*.safetensors"))[-1].unlink(),
+    "its weights are incomplete: Error while deserializing header": lambda folder: os.truncate(
+        sorted(folder.glob("*.safetensors"))[-1], 500
+    ),
     "it has no chat template": lambda folder: (folder / "chat_template.jinja").unlink(),
     "its image processor keeps the shape of images": keep_the_shape_of_images,
     "its tokenizer has <image> as 2, its model reads images at 7 (image_token_index)": lambda folder: change_json(
@@ -328,6 +331,20 @@ def test_what_cannot_be_converted_is_refused(convert_llava, capsys, tmp_path, me
     error = capsys.readouterr().err
     assert message in error, error[-500:]
     assert os.listdir(tmp_path) == ["llava"]
+
+
+def test_cross_attention_starts_as_the_language_model_of_llava(convert_llava, llavas, questions, capsys, tmp_path):
+    arguments = ["--attention_type", "cross", "--cross_layer_interval"]
+    convert_llava(llavas["LLaVA-1.5"], tmp_path / "out", *arguments, "2")
+    model, info = VisualChatForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and list(model.model.cross_attention) == ["1"]
+    llava = LlavaForConditionalGeneration.from_pretrained(llavas["LLaVA-1.5"]).eval()
+    inputs = prepare(VisualChatProcessor.from_pretrained(tmp_path / "out"), questions[:1])
+    text = inputs["input_ids"][inputs["input_ids"] != model.config.image_token_id][None]
+    torch.testing.assert_close(model.eval()(**inputs).logits[:, -1], llava(text).logits[:, -1], rtol=1e-5, atol=1e-5)
+    with pytest.raises(SystemExit):
+        convert_llava(llavas["LLaVA-1.5"], tmp_path / "none", *arguments, "4")
+    assert "cannot be converted: cross_layer_interval=4 leaves a decoder of 2 layers" in capsys.readouterr().err
 
 
 def test_mmca_and_our_template_by_flags(convert_llava, llavas, capsys, tmp_path):

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from conftest import make_model, pixels
+from conftest import IMAGE_TOKEN_ID, make_config, make_model, pixels
 from test_qwen_vision import linear_reference, norm_reference, resampler_reference
-from transformers import CLIPVisionConfig
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaForCausalLM
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-from modeling_visualchat.projector_visualchat import num_heads
+from modeling_visualchat import VisualChatForConditionalGeneration
+from modeling_visualchat.projector_visualchat import PROJECTORS, num_heads
 
 
 EPS = 1e-12
@@ -75,3 +76,16 @@ def test_heads_are_those_of_the_published_sizes():
 def test_queries_that_form_no_square_are_refused():
     with pytest.raises(ValueError, match="form a square; image_seq_length=7 does not: choose 4 or 9"):
         make_model(projector_type="perceiver", image_seq_length=7)
+
+
+@pytest.mark.parametrize("projector_type", PROJECTORS)
+def test_joined_parts_get_a_new_projector_of_each_type(projector_type):
+    config = make_config()
+    vision, text = CLIPVisionModel(config.vision_config), LlamaForCausalLM(config.text_config)
+    fields = {"image_seq_length": 4} if projector_type == "perceiver" else {}
+    model = VisualChatForConditionalGeneration.from_vision_text_pretrained(
+        vision, text, image_token_id=IMAGE_TOKEN_ID, projector_type=projector_type, **fields
+    )
+    weights = [weight for weight in model.model.multi_modal_projector.parameters() if weight.ndim > 1]
+    assert all(0.01 < weight.std() < 0.3 for weight in weights)
+    assert features_of(model, pixels(0))[1].isfinite().all()

@@ -444,6 +444,9 @@ def spoil(folder, weights, how):
         write_checkpoint(folder, {**weights, f"{key}_2": torch.zeros(3)})
     elif how == "code":
         write_checkpoint(folder, {**weights, "function": print}, "bin")
+    elif how.startswith("cut"):
+        write_checkpoint(folder, weights, how.removeprefix("cut "))
+        os.truncate(next(folder.glob("*00002-of-00003*")), 500)
     return folder
 
 
@@ -459,7 +462,9 @@ def spoil(folder, weights, how):
         ("another size", r"keys do not fit .*attn_pool.query: expected \(256, 256\), found \(256, 128\)"),
         ("missing key", r"1 keys do not fit .*visual.ln_post.weight: expected \(128,\), found no such key"),
         ("additional key", r"1 keys do not fit .*ln_post.weight_2: expected no such key, found \(3,\)"),
-        ("code", "pytorch_model-0000.-of-00003.bin is damaged or holds more than tensors"),
+        ("code", "pytorch_model-0000.-of-00003.bin holds more than tensors, and could run code"),
+        ("cut safetensors", "model-00002-of-00003.safetensors is incomplete or damaged; download it again"),
+        ("cut bin", "pytorch_model-00002-of-00003.bin is incomplete, or not in the zip format"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_read_is_refused(tmp_path, script, qwen_weights, how, message):
