@@ -25,6 +25,7 @@ VARIANTS = {
 }
 INDEPENDENT = {key: options for key, options in VARIANTS.items() if options["image_attention"] != "self_and_text"}
 WITHIN = {key: options for key, options in VARIANTS.items() if options["image_attention"] == "image"}
+CROSS = {"attention_type": "cross", "cross_layer_interval": 1}
 DECODERS = list(TEXT_CONFIGS)
 variants = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 independent = pytest.mark.parametrize("options", INDEPENDENT.values(), ids=INDEPENDENT)
@@ -208,7 +209,7 @@ def test_what_an_image_depends_on():
         assert bool((plain - changed).abs().max() > 1e-4) == (options["image_attention"] == "image"), options
 
 
-@variants
+@pytest.mark.parametrize("options", [*VARIANTS.values(), CROSS], ids=[*VARIANTS, "cross"])
 @pytest.mark.parametrize("projector_type", ["linear", "mlp", "vit", "perceiver"])
 def test_trains_saves_loads_and_generates_with_each_projector(projector_type, options, tmp_path):
     length = 4 if projector_type == "perceiver" else IMAGE_SEQ_LENGTH  # its queries form a square
@@ -227,10 +228,13 @@ def test_trains_saves_loads_and_generates_with_each_projector(projector_type, op
     assert losses[2] < losses[0]
     model.eval().save_pretrained(tmp_path)
     loaded = VisualChatForConditionalGeneration.from_pretrained(tmp_path).eval()
-    assert (loaded.config.merge, loaded.config.image_attention) == tuple(options.values())
+    assert options.items() <= vars(loaded.config).items()
     assert torch.equal(loaded(ids, pixels(0)).logits, model(ids, pixels(0)).logits)
-    generated = [each.generate(ids, pixel_values=pixels(0), max_new_tokens=3) for each in (model, loaded)]
-    assert torch.equal(*generated)
+    generated = [
+        each.generate(ids, pixel_values=pixels(0), max_new_tokens=3, use_cache=use_cache)
+        for each, use_cache in ((model, True), (loaded, True), (loaded, False))
+    ]
+    assert torch.equal(generated[0], generated[1]) and torch.equal(generated[1], generated[2])
 
 
 @within
