@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from checkpoint_files import DTYPE_NAMES, PartWeights, PlannedWeight, read_state_dict, write_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -439,7 +440,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         report = convert(arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, StrictDataclassError) as error:
         parser.exit(1, f"error: {error}\n")
     print(f"{report}\n{NOTES}\n{arguments.new}: written")
 

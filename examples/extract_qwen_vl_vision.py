@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from checkpoint_files import open_weights
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPImageProcessor
 
 from configuration_visualchat import VisualChatQwenVisionConfig
@@ -44,7 +45,10 @@ def read_config(checkpoint: Path) -> VisualChatQwenVisionConfig:
             "generation (Qwen-VL or Qwen-VL-Chat)."
         )
     sizes = {ours: visual[theirs] for ours, theirs in NAMES.items()}
-    return VisualChatQwenVisionConfig(**sizes, intermediate_size=int(visual["width"] * visual["mlp_ratio"]))
+    try:
+        return VisualChatQwenVisionConfig(**sizes, intermediate_size=int(visual["width"] * visual["mlp_ratio"]))
+    except StrictDataclassError as error:
+        raise ValueError(f'The section "visual" of {path} describes no tower of Qwen-VL: {error}') from error
 
 
 def find_shards(checkpoint: Path) -> list[Path]:

@@ -473,10 +473,11 @@ class VisualChatForConditionalGeneration(VisualChatPreTrainedModel, VisualChatGe
             raise ValueError(f"{type(causal_lm).__name__} has an output layer with a bias; VisualChat carries none.")
         if image_token_id is None:
             image_token_id = placeholder_token_id(text)
-        if "image_seq_length" not in config_kwargs and config_kwargs.get("projector_type") != "perceiver":
+        if "image_seq_length" not in config_kwargs:
             num_tokens = vision_sequence_length(vision, vision_tower.config)
             skips_first = config_kwargs.get("vision_feature_select_strategy") == "default"
-            config_kwargs["image_seq_length"] = num_tokens - skips_first
+            if config_kwargs.get("projector_type") != "perceiver":  # whose queries are as many for every tower
+                config_kwargs["image_seq_length"] = num_tokens - skips_first
         config = cls.config_class(
             vision_config=vision_tower.config,
             text_config=causal_lm.config,

@@ -158,7 +158,13 @@ def check_not_resampled(config: VisualChatConfig) -> None:
 def vision_feature_size(config: VisualChatConfig) -> int:
     """Width of the features that a projector reads: the tower's, times the number of layers taken."""
     num_layers = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
-    return config.vision_config.hidden_size * num_layers
+    width = getattr(config.vision_config, "hidden_size", None)
+    if width is None:
+        raise ValueError(
+            f"The configuration of the vision tower ({config.vision_config.model_type!r}) has no hidden_size, the "
+            "width of the features that projectors read; use a tower that yields patch features, such as CLIP's."
+        )
+    return width * num_layers
 
 
 def num_heads(hidden_size: int, head_size: int) -> int:

@@ -304,6 +304,14 @@ def test_a_vit_projector_of_another_shape_is_refused(parts, tmp_path, monkeypatc
     assert_refused(monkeypatch, tmp_path / "parts", tmp_path, capsys, tmp_path / "old.bin", message)
 
 
+def test_a_perceiver_on_a_tower_that_resamples_is_refused(parts, tmp_path, monkeypatch, capsys):
+    torch.save(make_original(parts, "perceiver").state_dict(), tmp_path / "old.bin")
+    shutil.copytree(parts / "qwen", tmp_path / "parts" / "clip")
+    shutil.copytree(parts / "llama", tmp_path / "parts" / "llama")
+    message = "'visualchat_qwen_vision' resamples its last layer, so vision_feature_layer must be -1"
+    assert_refused(monkeypatch, tmp_path / "parts", tmp_path, capsys, tmp_path / "old.bin", message)
+
+
 def test_a_checkpoint_without_mmca_keeps_the_attention_of_its_decoder(parts, original, tmp_path, monkeypatch):
     torch.save(original.state_dict(), tmp_path / "old.bin")
     run(monkeypatch, parts, tmp_path / "old.bin", tmp_path / "new", "--attention_type", "causal")

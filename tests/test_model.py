@@ -302,8 +302,13 @@ def test_parts_that_do_not_join_are_refused():
     with pytest.raises(ValueError, match=r"VisualChatForConditionalGeneration is itself multi-modal; .* type 'llama'"):
         join(vision, make_model(), image_token_id=2)
     maps = AutoModel.from_config(ConvNextConfig(image_size=32, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1]))
-    with pytest.raises(ValueError, match=r"'convnext'\) yields features of shape \(1, 8, 1, 1\)"):
-        join(maps, AutoModelForCausalLM.from_config(make_config().text_config), image_token_id=2)
+    for fields, message in (
+        ({}, r"'convnext'\) yields features of shape \(1, 8, 1, 1\)"),
+        ({"projector_type": "perceiver"}, r"'convnext'\) yields features of shape \(1, 8, 1, 1\)"),
+        ({"image_seq_length": 1}, r"the vision tower \('convnext'\) has no hidden_size"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            join(maps, AutoModelForCausalLM.from_config(make_config().text_config), image_token_id=2, **fields)
 
 
 @pytest.mark.parametrize("how", ["decoder", "configuration", "registered name"])

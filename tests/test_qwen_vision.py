@@ -438,6 +438,8 @@ def spoil(folder, weights, how):
         folder.mkdir()
     elif how == "another size":
         write_checkpoint(folder, weights, visual={**VISUAL, "output_dim": 256})
+    elif how == "sizes that do not divide":
+        write_checkpoint(folder, weights, visual={**VISUAL, "heads": 3})
     elif how == "missing key":
         write_checkpoint(folder, {name: weight for name, weight in weights.items() if name != key})
     elif how == "additional key":
@@ -460,6 +462,10 @@ def spoil(folder, weights, how):
         ("another configuration", 'no heads, .* in a section "visual", so this is no Qwen-VL checkpoint'),
         ("no configuration", "config.json does not exist; pass the folder of a Qwen-VL checkpoint"),
         ("another size", r"keys do not fit .*attn_pool.query: expected \(256, 256\), found \(256, 128\)"),
+        (
+            "sizes that do not divide",
+            "describes no tower of Qwen-VL: .*\n.*embed_dim must be a multiple",
+        ),
         ("missing key", r"1 keys do not fit .*visual.ln_post.weight: expected \(128,\), found no such key"),
         ("additional key", r"1 keys do not fit .*ln_post.weight_2: expected no such key, found \(3,\)"),
         ("code", "pytorch_model-0000.-of-00003.bin holds more than tensors, and could run code"),
