@@ -4,7 +4,7 @@ PYTHON ?= python3
 .PHONY: test fast lint format
 
 test: lint
-	$(PYTHON) -m pip install --quiet --no-deps -r tests/requirements-parts.txt
+	$(PYTHON) -m pip install --quiet --no-deps -r tests/requirements-parts.txt -r tests/requirements-lmms-eval.txt
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -m "not slow"
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -m "slow and not processes"
 	$(PYTHON) -m pytest -m processes

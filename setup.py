@@ -48,6 +48,7 @@ setup(
         "networkx>=3.6,<4",
         "pymetis>=2025.2,<2026",
     ],
+    entry_points={"lmms_eval.models": ["visualchat = processing_visualchat.evaluation.lmms_eval_model:MANIFEST"]},
     extras_require={
         "examples": EXAMPLES,
         "evaluation": EVALUATION,

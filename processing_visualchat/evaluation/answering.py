@@ -68,6 +68,16 @@ class AnswerOptions:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; use {wanted}.")
 
 
+class AnswerScore(NamedTuple):
+    """
+    How likely an answer is. Its end token counts, as in training: an answer is what the model would have to generate.
+    """
+
+    total: float  # log-probability, nats
+    num_tokens: int
+    is_greedy: bool  # whether each of its tokens is the most likely one
+
+
 class SeededSampling(LogitsProcessor):
     """
     Adds Gumbel noise to log-probabilities, so that the highest is a sample of them. Each row draws from a generator of
@@ -189,29 +199,35 @@ class Answerer:
         answer = self.to_plain(asked.references[0] if use_reference else text)
         conversation.messages.append({"role": "assistant", "content": answer or NOTHING, "weight": 0})
 
-    def find_fault(self, messages: list[dict]) -> str:
-        """Why a conversation cannot be answered: it is longer than the model reads."""
+    def count_tokens(self, messages: list[dict]) -> int:
+        """The number of tokens of a conversation up to its next answer."""
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         num_images = sum(is_image(block) for message in messages for block in message["content"])
         num_tokens = len(self.processor.tokenizer(text, verbose=False)["input_ids"])
-        num_tokens += num_images * (self.processor.image_seq_length - 1)
+        return num_tokens + num_images * (self.processor.image_seq_length - 1)
+
+    def find_fault(self, messages: list[dict]) -> str:
+        """Why a conversation cannot be answered: it is longer than the model reads."""
+        num_tokens = self.count_tokens(messages)
         return f"{num_tokens:,} tokens; the model reads {self.limit:,}" if num_tokens > self.limit else ""
 
-    @torch.no_grad()
+    def generate(self, conversations: list[list[dict]], **kwargs) -> list[str]:
+        """Answers to the last questions of conversations, by the arguments of `generate`."""
+        inputs = self._prepare(conversations, add_generation_prompt=True)
+        generated = self.model.generate(**inputs, image_memory=self.memory, **kwargs)
+        answers = self.processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [answer.strip() for answer in answers]
+
     def _generate(self, conversations: Sequence[_Conversation]) -> tuple[list[str], list[str]]:
         """Answers to the last questions, and why there is none."""
         faults = [self.find_fault(each.messages) for each in conversations]
         texts = [""] * len(faults)
         rows = [row for row, fault in enumerate(faults) if not fault]
         if rows:
-            inputs = self._prepare([conversations[row].messages for row in rows], add_generation_prompt=True)
             seeds = [f"{conversations[row].item.id} {len(conversations[row].rounds)}" for row in rows]
-            generated = self.model.generate(**inputs, image_memory=self.memory, **self.generate_options(seeds))
-            answers = self.processor.batch_decode(
-                generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-            )
+            answers = self.generate([conversations[row].messages for row in rows], **self.generate_options(seeds))
             for row, answer in zip(rows, answers):
-                texts[row] = answer.strip()
+                texts[row] = answer
         return texts, faults
 
     def generate_options(self, seeds: Sequence[str] = ()) -> dict[str, Any]:
@@ -240,18 +256,15 @@ class Answerer:
         """For each option, the log-probability and number of tokens of its text, and the one of its letter."""
         answers = [*map(self.to_plain, choices), *string.ascii_uppercase[: len(choices)]]
         rows = [[*messages, {"role": "assistant", "content": answer}] for answer in answers]
-        scores: list[tuple[float, int]] = []
+        scores: list[AnswerScore] = []
         for start in range(0, len(rows), self.batch_size):
-            scores += self._score_answers(rows[start : start + self.batch_size])
+            scores += self.score_answers(rows[start : start + self.batch_size])
         texts, letters = scores[: len(choices)], scores[len(choices) :]
-        return [(total, count, letter) for (total, count), (letter, _) in zip(texts, letters)]
+        return [(text.total, text.num_tokens, letter.total) for text, letter in zip(texts, letters)]
 
     @torch.no_grad()
-    def _score_answers(self, conversations: list[list[dict]]) -> list[tuple[float, int]]:
-        """
-        The log-probability of the last answer of each conversation, and its number of tokens. The end token counts, as
-        in training: an answer is what the model would have to generate.
-        """
+    def score_answers(self, conversations: list[list[dict]]) -> list[AnswerScore]:
+        """The log-probability of the last answer of each conversation."""
         inputs = self._prepare(conversations, return_labels=True)
         labels = inputs.pop("labels")
         is_answer = labels != IGNORE_INDEX
@@ -261,8 +274,9 @@ class Answerer:
         logits = self.model(**inputs, logits_to_keep=num_kept, use_cache=False).logits[:, :-1].float()
         labels, is_answer = labels[:, 1 - num_kept :], is_answer[:, 1 - num_kept :]
         found = logits.log_softmax(dim=-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
-        totals = (found * is_answer).sum(dim=1).tolist()
-        return list(zip(totals, is_answer.sum(dim=1).tolist()))
+        totals = (found * is_answer).sum(dim=1)
+        is_greedy = ((logits.argmax(dim=-1) == labels) | ~is_answer).all(dim=1)
+        return [*map(AnswerScore, totals.tolist(), is_answer.sum(dim=1).tolist(), is_greedy.tolist())]
 
 
 def describe(item: Item, images: list[str], rounds: list[dict]) -> dict[str, Any]:

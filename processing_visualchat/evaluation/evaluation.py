@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
-from transformers import AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from modeling_visualchat import VisualChatForConditionalGeneration
 from modeling_visualchat.weights_key_visualchat import weights_key
@@ -151,11 +151,18 @@ def plan(examples: Sequence[Example], robustness: Sequence[str], page_size: int)
     return items + [Item(example, name) for name in robustness for example in perturb(name, examples)]
 
 
-def load_model(model: Any, processor: Any, device: Any) -> tuple[str, Any, Any]:
-    """The name of a model, the model on a device, and its processor; a `ValueError` if a checkpoint lacks weights."""
+def load_model(
+    model: Any, processor: Any, device: Any, dtype: Any = "auto", trust_remote_code: bool = False
+) -> tuple[str, Any, Any]:
+    """
+    The name of a model, the model on a device, and its processor; a `ValueError` if a checkpoint lacks weights. A
+    checkpoint is loaded in a dtype, by default its own, and with our code or the code beside it.
+    """
     name = str(model) if isinstance(model, (str, Path)) else str(model.config._name_or_path or "a model in memory")
     if isinstance(model, (str, Path)):
-        model, info = VisualChatForConditionalGeneration.from_pretrained(name, output_loading_info=True)
+        model_class: Any = AutoModelForImageTextToText if trust_remote_code else VisualChatForConditionalGeneration
+        options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+        model, info = model_class.from_pretrained(name, output_loading_info=True, **options)
         if lacking := sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}):
             raise ValueError(
                 f"{name} lacks {len(lacking):,} weights, or has them in other shapes: {', '.join(lacking[:3])}"
@@ -165,7 +172,7 @@ def load_model(model: Any, processor: Any, device: Any) -> tuple[str, Any, Any]:
         model.freeze()
     elif processor is None:
         raise ValueError("A model in memory needs its processor; pass it as processor.")
-    return name, model.eval(), processor or AutoProcessor.from_pretrained(name)
+    return name, model.eval(), processor or AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
 def digest_examples(examples: Sequence[Example]) -> str:
