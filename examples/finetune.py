@@ -81,6 +81,7 @@ class FinetuneArguments:
     attention_type: str | None = attention_option("attention_type", "The attention type")
     merge: str | None = attention_option("merge", "How text and images are merged in mmca")
     image_attention: str | None = attention_option("image_attention", "What image tokens attend to in mmca")
+    cross_layer_interval: int | None = HfArg(default=None, help="Decoder layers per cross-attention layer of cross.")
     projector_type: str | None = HfArg(
         default=None, help="Projector of the digits demo; by default linear.", metadata={"choices": list(PROJECTORS)}
     )
@@ -88,7 +89,8 @@ class FinetuneArguments:
     @property
     def attention(self) -> dict[str, str]:
         """The attention options that were chosen."""
-        return {option: value for option in ATTENTION_OPTIONS if (value := getattr(self, option)) is not None}
+        options = (*ATTENTION_OPTIONS, "cross_layer_interval")
+        return {option: value for option in options if (value := getattr(self, option)) is not None}
 
 
 def main() -> None:

@@ -170,6 +170,20 @@ def own_image_function(image_ids: torch.Tensor) -> Callable:
     return mask_function
 
 
+def window_function(attention_mask: torch.Tensor, window: int) -> Callable:
+    """
+    A mask function of transformers: whether a key lies in a sliding window that counts the tokens of a row (B, T) and
+    not its padding, which lies between the rounds of a batch of kept conversations.
+    """
+    numbers, last = attention_mask.long().cumsum(dim=1), attention_mask.shape[1] - 1
+
+    def mask_function(batch_idx, head_idx, q_idx, kv_idx):
+        distance = numbers[batch_idx, q_idx.clamp(max=last)] - numbers[batch_idx, kv_idx.clamp(max=last)]
+        return (kv_idx <= q_idx) & (distance < window)
+
+    return mask_function
+
+
 def mmca_mask_function(
     mm_token_type_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
@@ -258,22 +272,25 @@ def create_mmca_masks(
         `ValueError`: a mask of other tokens, or an image that is cut where its tokens attend to each other.
     """
     check_coverage(mm_token_type_ids, attention_mask)
-    image_ids, own_image = None, None
+    image_ids, beyond_window = None, []  # what a window, as transformers makes it, would leave out
     if config.image_attention == "image":
         image_ids = number_images(mm_token_type_ids, config.image_seq_length)
-        own_image = own_image_function(image_ids)
+        beyond_window.append(own_image_function(image_ids))
         check_whole_images(mm_token_type_ids[:, : -inputs_embeds.shape[1]], config.image_seq_length)
         check_whole_images(mm_token_type_ids[:, -inputs_embeds.shape[1] :], config.image_seq_length)
     sequence_ids = None
     if position_ids is not None and attention_mask is None and past_key_values is None:
         # Here and not in transformers, which would hand positions to the mask function where it needs indices.
         sequence_ids = find_packed_sequence_indices(position_ids.expand(inputs_embeds.shape[0], -1))
+    window = getattr(config.text_config, "sliding_window", None)
+    if window is not None and attention_mask is not None:
+        beyond_window.append(window_function(attention_mask, window))
     return create_masks_for_generate(
         config=config.text_config,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
         past_key_values=past_key_values,
-        or_mask_function=own_image,  # an image token reads the later tokens of its image too, beyond any window
+        or_mask_function=or_masks(*beyond_window) if beyond_window else None,
         and_mask_function=mmca_mask_function(
             mm_token_type_ids, attention_mask, sequence_ids, config.image_attention, image_ids
         ),

@@ -36,7 +36,7 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .attention_visualchat import common_refusal, refuse_decoder
+from .attention_visualchat import common_refusal, refuse_decoder, window_function
 from .cache_visualchat import ConversationCache, is_conversation_cache, plan_call
 from .image_states_visualchat import ImageStates, place_images
 from .plan_visualchat import PADDING, TEXT, TwoStreamPlan, attend_to_images, find_packed, take
@@ -343,17 +343,12 @@ def _text_mask(text_config: Any, plan: TwoStreamPlan, cache: Any, embeds: torch.
             f"Rows with unequal numbers of text tokens cannot continue beyond a sliding window of {window} tokens "
             f"with attn_implementation={kernel!r}: padding would count as tokens. Use sdpa or eager."
         )
-    numbers = kept.long().cumsum(dim=1)  # a window counts the tokens of a row and not its padding
-
-    def is_in_window(batch_idx, head_idx, q_idx, kv_idx):
-        return (kv_idx <= q_idx) & (numbers[batch_idx, q_idx] - numbers[batch_idx, kv_idx] < window)
-
     return create_masks_for_generate(
         config=text_config,
         inputs_embeds=embeds,
         attention_mask=kept.long(),
         past_key_values=cache.text_cache,
-        or_mask_function=is_in_window,
+        or_mask_function=window_function(kept, window),
     )
 
 

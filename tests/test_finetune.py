@@ -27,7 +27,7 @@ from processing_visualchat.data.image_contents import load_training_images
 EXAMPLES = REPOSITORY / "examples"
 DATA_ARGUMENTS = (
     "model", "train_file", "eval_file", "mixture", "data_root", "packing", "trainable", "vision_features",
-    "attention_type", "merge", "image_attention", "projector_type", "image_root",
+    "attention_type", "merge", "image_attention", "cross_layer_interval", "projector_type", "image_root",
 )  # fmt: skip
 SHORT = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--logging_steps", "1"]
 

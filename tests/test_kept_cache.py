@@ -12,6 +12,7 @@ from conftest import (
     interrupt,
     make_model,
     make_processor,
+    pad_left,
     pixels,
     tokens,
 )
@@ -473,3 +474,22 @@ def test_a_cache_after_an_interrupted_forward_is_usable_without_a_crop(monkeypat
         actual = logits(model, ids, pixel_values=pixels(0), past_key_values=cache)
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
         ids = torch.cat([ids, cache.token_ids[:, ids.shape[1] :], tokens(3, seed=3)], dim=1)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"merge": "joint", "image_attention": "image"}], ids=str)
+@pytest.mark.parametrize("decoder", ["mistral", "qwen2", "gemma3"])
+def test_padding_between_the_rounds_of_a_batch_takes_no_room_in_a_window(decoder, kwargs):
+    """Two conversations of unequal rounds, longer than the window, each as if it were alone."""
+    model = make_model(decoder, **kwargs)
+    rounds = [[tokens(4, "I", 9), tokens(2, "I", 3, seed=1)], [tokens(3, "I", 2, seed=2), tokens(12, seed=3)]]
+    images = [pixels(0, 1), pixels(2)]
+    batches = [pad_left([row[turn] for row in rounds]) for turn in range(2)]
+    cache = ConversationCache()
+    first = {**batches[0], "pixel_values": torch.stack([images[0][0], images[1][0]])}
+    model.generate(**first, past_key_values=cache, max_new_tokens=1, do_sample=False)
+    both = {name: torch.cat([batch[name] for batch in batches], dim=1) for name in batches[0]}
+    options = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    kept = model.generate(**both, pixel_values=torch.cat(images), past_key_values=cache, **options).logits[0]
+    for row, (turns, shown) in enumerate(zip(rounds, images)):
+        alone = model(torch.cat(turns, dim=1), shown).logits[0, -1]
+        torch.testing.assert_close(kept[row], alone, rtol=1e-4, atol=1e-4)

@@ -21,4 +21,4 @@ def build_digits_model(**config_kwargs) -> tuple[VisualChatForConditionalGenerat
         for block in user["content"][-1:]
     ]
     texts += [" ".join(WORDS), "You are a powerful vision-language assistant."]
-    return build_model(texts, 3, cross_layer_interval=1, **config_kwargs)
+    return build_model(texts, 3, **{"cross_layer_interval": 1, **config_kwargs})
