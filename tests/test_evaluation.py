@@ -335,13 +335,14 @@ def test_a_question_longer_than_the_model_reads_is_counted_and_wrong(data, tmp_p
         ("Image 2 and the First picture", "Image 1 and the Second picture"),
         ("The left image shows a dog", "The right image shows a dog"),
         ("What changed?", "What changed?"),
+        ("Which is darker, the first or the second?", "Which is darker, the second or the first?"),
         (
             "The first image is the left one, the second the right one. True? The left image is red.",
             "The first image is the left one, the second the right one. True? The right image is red.",
         ),
         *(
             (words, None)
-            for words in ("Images 1 and 2", "the first one", "which is left?", "the last image", "image 3")
+            for words in ("Images 1 and 2", "the first dog", "which is left?", "the last image", "image 3")
         ),
     ],
 )
@@ -386,6 +387,25 @@ def test_each_robustness_test_changes_what_it_says_and_leaves_out_what_it_cannot
     assert found["removed"]["pair"].rounds[0].content == (a, text("Is image 1 red?"))
     assert found["question_first"]["pair"].rounds[0].content == (text("Is image 1 red?"), a, b)
     assert found["question_last"]["single"].rounds[0].content == (c, text("What?"))
+
+
+@pytest.mark.parametrize(
+    "question, choices, reference, expected",
+    [
+        ("Which image is red?", (), "2", "1"),
+        ("Which image is red?", (), "Image 2.", "Image 1."),
+        ("Which images are red?", (), "1 and 2", None),
+        ("What number is in image 1?", (), "2", "2"),  # not the number of an image
+        ("Which is larger?", (), "the first", "the second"),
+        ("Which is larger?", ("the first", "the second"), "A", "A"),
+        ("Which is larger?", ("the first", "the second"), "the first", "the second"),
+    ],
+)
+def test_what_is_right_follows_a_swap(question, choices, reference, expected):
+    content = (image("a.png"), image("b.png"), text(question))
+    swapped = perturb("swap", [Example("1", (Round(content, (reference,), choices),))])
+    assert [example.rounds[0].references for example in swapped] == ([] if expected is None else [(expected,)])
+    assert not swapped or swapped[0].rounds[0].choices == choices[::-1]
 
 
 def test_robustness_is_scored_beside_the_same_conversations(data, tmp_path):

@@ -169,6 +169,7 @@ def load_model(
                 f"{', …' if len(lacking) > 3 else ''}. They would be random; evaluate a complete checkpoint."
             )
         model.to(device)
+        model.freeze()
     elif processor is None:
         raise ValueError("A model in memory needs its processor; pass it as processor.")
     return name, model.eval(), processor or AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)

@@ -13,7 +13,8 @@ from .pictures import THUMBNAILS
 
 STYLE = """
 .conversation { border: 1px solid #ccc; border-radius: 6px; padding: .6rem 1rem; margin: 1rem 0; }
-.conversation img { display: inline-block; vertical-align: top; margin: .2rem .4rem .2rem 0; max-height: 160px; }
+.conversation img { display: inline-block; vertical-align: top; margin: .2rem .4rem .2rem 0;
+    min-height: 56px; max-height: 160px; }
 .round { border-left: 4px solid #bbb; padding-left: .7rem; margin: .7rem 0; }
 .round p { margin: .15rem 0; white-space: pre-wrap; }
 .right { border-color: #3a9d3a; } .wrong { border-color: #c33; } .partly { border-color: #d90; }

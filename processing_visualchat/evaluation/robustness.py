@@ -26,7 +26,12 @@ from .records import Example, Round
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 NOUN = r"(?:images?|pictures?|photos?|photographs?|figures?|scans?)"
 NUMBERED = re.compile(rf"\b({NOUN}[ -]?#?)(\d+)\b(?!\s*(?:[,&]|and|or|to|-|–)\s*#?\d)", re.IGNORECASE)  # noqa: RUF001
-ORDINAL = re.compile(rf"\b(the\s+)?({'|'.join(ORDINALS)})(\s+{NOUN})\b", re.IGNORECASE)
+# Of an image, or by itself: "the second image", "Is the first darker than the second?".
+ORDINAL = re.compile(
+    rf"\b(the\s+)?({'|'.join(ORDINALS)})(\s+{NOUN}\b)|\b(the\s+)({'|'.join(ORDINALS)})(?=\s*(?:[.,;:!?)]|$)"
+    r"|\s+(?:one|and|or|than)\b)",
+    re.IGNORECASE,
+)
 SIDE = re.compile(rf"\b(left|right)((?:-hand)?\s+{NOUN})\b", re.IGNORECASE)
 # Says which place is which, whatever picture is there.
 PLACES = re.compile(r"(\bthe first image is the left one, the second the right one\b)", re.IGNORECASE)
@@ -37,7 +42,7 @@ ORDER_WORDS = re.compile(
     re.IGNORECASE,
 )
 LABEL = re.compile(rf"\(?{NOUN}[ -]?#?\d+\)?\s*[:.]?\s*|\(?\d+\)?\s*[:.]?\s*", re.IGNORECASE)
-ASKS_WHICH = re.compile(rf"\b(?:which|what)\b.*\b(?:one|{NOUN}|numbers?)\b", re.IGNORECASE | re.DOTALL)
+ASKS_WHICH = re.compile(rf"\b(?:which|what)\s+(?:(?:one\s+)?of\s+the\s+(?:\w+\s+)?)?{NOUN}\b", re.IGNORECASE)
 COUNTS_IMAGES = re.compile(
     rf"\b(?:how many|number of|all|last|every|each|both|these|those)\b.*\b{NOUN}\b", re.IGNORECASE
 )
@@ -72,10 +77,11 @@ def rename_images(text: str, numbers: dict[int, int], is_pair: bool = False) -> 
         return match[0] if known is None else f"{MARK}{match[1]}{MARK}{known}"
 
     def ordinal(match: re.Match) -> str:
-        known = numbers.get(ORDINALS.index(match[2].lower()) + 1)
+        article, word, noun = (match[1], match[2], match[3]) if match[2] else (match[4], match[5], "")
+        known = numbers.get(ORDINALS.index(word.lower()) + 1)
         if known is None or known > len(ORDINALS):
             return match[0]
-        return f"{match[1] or ''}{MARK}{like(ORDINALS[known - 1], match[2])}{MARK}{match[3]}"
+        return f"{article or ''}{MARK}{like(ORDINALS[known - 1], word)}{MARK}{noun}"
 
     def side(match: re.Match) -> str:
         other = {"left": "right", "right": "left"}[match[1].lower()]
@@ -127,16 +133,13 @@ def _swap_round(asked: Round, numbers: dict[int, int], is_pair: bool) -> Round |
 def _swap_reference(
     reference: str, question: str, numbers: dict[int, int], is_pair: bool, has_choices: bool
 ) -> str | None:
-    """A reference after the swap; the bare number of an image, asked for by "which image", is renamed too."""
-    if has_choices:
-        return reference  # a letter, or the text of an option, which options that depend on the order do not have
-    if ASKS_WHICH.search(question):
-        bare = reference.strip().rstrip(".")
-        if bare.isdecimal() and int(bare) in numbers:
-            return reference.replace(bare, str(numbers[int(bare)]))
-        word = bare.lower().removeprefix("the ")
-        if word in ORDINALS and ORDINALS.index(word) + 1 in numbers:
-            return re.sub(word, ORDINALS[numbers[ORDINALS.index(word) + 1] - 1], reference, flags=re.IGNORECASE)
+    """A reference after the swap; a number that "which image" asks for is renamed too, if it is the whole answer."""
+    bare = reference.strip().strip("().")
+    if has_choices and len(bare) == 1 and bare.isalpha():
+        return reference  # a letter, whose option is renamed
+    if ASKS_WHICH.search(question) and re.search(r"\d", reference) and not NUMBERED.fullmatch(bare):
+        known = numbers.get(int(bare)) if bare.isdecimal() else None
+        return None if known is None else reference.replace(bare, str(known))
     return rename_images(reference, numbers, is_pair)
 
 
