@@ -176,3 +176,35 @@ def test_the_simple_interface_places_images_and_compares_likelihoods(setting):
     best = [min(range(3), key=lambda index: each[index][0]) for each in losses]
     right = sum(document["answer"] == choice for document, choice in zip(documents, best))
     assert results["acc,none"] == pytest.approx(right / len(documents))
+
+
+def test_what_cannot_be_answered_is_told(setting):
+    from lmms_eval.api.instance import Instance
+    from loguru import logger
+
+    from processing_visualchat.evaluation.lmms_eval_model import VisualChat
+
+    folder, *_, documents = setting
+    with pytest.raises(ValueError, match="batch_size is 'auto'"):
+        VisualChat(str(folder / "checkpoint"), batch_size="auto")
+    model = VisualChat(str(folder / "checkpoint"), dtype="bfloat16", batch_size=2, device="cpu")
+    assert model.answerer.model.dtype == torch.bfloat16
+    model.task_dict["task"] = {"test": documents}
+    warnings = []
+    logger.add(warnings.append, format="{message}")
+
+    def ask(kind, *arguments):
+        metadata = {"task": "task", "doc_id": 0, "repeats": 1}
+        return getattr(model, kind)([Instance(kind, (*arguments, 0, "task", "test"), 0, metadata)])
+
+    def show(content):
+        return lambda document: [{"role": "user", "content": [content]}]
+
+    options = {"max_new_tokens": 4, "temperature": 1, "top_k": 2, "image_aspect_ratio": "pad"}
+    assert isinstance(ask("generate_until", "", show(text("Hello")), options)[0], str)
+    assert ask("generate_until", "", show(text("long " * 300)), options) == [""]
+    assert "image_aspect_ratio" in warnings[0] and "1 questions are longer than the model reads" in warnings[-1]
+    with pytest.raises(ValueError, match="shows video, and VisualChat reads text and images only"):
+        ask("generate_until", "", show({"type": "video", "url": "a.mp4"}), options)
+    with pytest.raises(ValueError, match=r"Document 0 of task takes 1,\d+ tokens, and the model reads 1,024"):
+        ask("loglikelihood", "long " * 300, " answer", lambda document: [])

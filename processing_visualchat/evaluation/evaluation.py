@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoProcessor
 
 from modeling_visualchat import VisualChatForConditionalGeneration
 from modeling_visualchat.weights_key_visualchat import weights_key
@@ -156,13 +156,13 @@ def load_model(
 ) -> tuple[str, Any, Any]:
     """
     The name of a model, the model on a device, and its processor; a `ValueError` if a checkpoint lacks weights. A
-    checkpoint is loaded in a dtype, by default its own, and with our code or the code beside it.
+    checkpoint is loaded in a dtype, by default its own; code beside it runs only for a tokenizer or image
+    processor of its own.
     """
     name = str(model) if isinstance(model, (str, Path)) else str(model.config._name_or_path or "a model in memory")
     if isinstance(model, (str, Path)):
-        model_class: Any = AutoModelForImageTextToText if trust_remote_code else VisualChatForConditionalGeneration
-        options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-        model, info = model_class.from_pretrained(name, output_loading_info=True, **options)
+        options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+        model, info = VisualChatForConditionalGeneration.from_pretrained(name, output_loading_info=True, **options)
         if lacking := sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}):
             raise ValueError(
                 f"{name} lacks {len(lacking):,} weights, or has them in other shapes: {', '.join(lacking[:3])}"
