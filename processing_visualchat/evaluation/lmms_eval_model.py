@@ -50,8 +50,8 @@ class VisualChat(lmms):
         dtype (`str`, *optional*, defaults to `"auto"`): The dtype of the weights, by default that of the checkpoint.
         device (`str`, *optional*): By default the device of the process, as accelerate chooses it.
         batch_size (`int`, *optional*, defaults to 1): Conversations that are answered together.
-        trust_remote_code (`bool`, *optional*, defaults to `False`): Runs code beside the checkpoint for its tokenizer
-            or image processor; the model is ours.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Runs code beside the checkpoint for its
+            tokenizer or image processor; the model's code is that of this package.
 
     Raises:
         `ValueError`: a batch size that is no number, a checkpoint that lacks weights, or a task that shows anything
