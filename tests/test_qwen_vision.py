@@ -153,6 +153,18 @@ def test_the_tower_computes_the_published_mathematics(size, kernel):
     assert [tuple(states.shape) for states in output.hidden_states] == 2 * [(2, num_patches, 24)] + [(2, 4, 32)]
 
 
+@pytest.mark.parametrize("size", [(448, 448), (224, 448)], ids=["448", "half"])
+def test_a_narrow_tower_of_the_published_grids_computes_the_same(size):
+    """448 pixels in patches of 14, positions and queries of 16 by 16."""
+    tower = make_tower(image_size=448, patch_size=14, position_grid_size=16, query_grid_size=16)
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            parameter.mul_(0.3)  # a patch has 588 numbers
+        output = tower(images(*size, number=1)).last_hidden_state[0]
+        expected = tower_reference(images(*size, number=1)[0], tower.state_dict(), tower.config)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
+
+
 def test_the_real_tower_has_its_parameters():
     width, mlp, output = 1664, 8192, 4096
     attention = 3 * width * width + 3 * width + width * width + width
