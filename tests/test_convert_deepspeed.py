@@ -9,6 +9,7 @@ import sys
 import weakref
 from pathlib import Path
 
+import convert_deepspeed_visualchat as script
 import pytest
 import torch
 from conftest import SHAPE, draw_picture, pixels
@@ -36,10 +37,6 @@ from processing_visualchat import VisualChatProcessor
 
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "convert_deepspeed_visualchat.py"
-sys.path.append(str(SCRIPT.parent))
-
-import convert_deepspeed_visualchat as script  # noqa: E402
-
 
 WIDTH = SHAPE["hidden_size"]
 NUM_TOKENS = 259  # of the tokenizer; the original adds three
