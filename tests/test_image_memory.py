@@ -386,7 +386,7 @@ def test_equal_images_of_a_batch_are_computed_once_in_training_too(monkeypatch):
     assert same_images(images) == [0, 1, 0] and same_images(images + torch.arange(3)[:, None, None, None]) == [0, 1, 2]
     for merged in (True, False):
         if not merged:
-            monkeypatch.setattr("modeling_visualchat.modeling_visualchat.same_images", lambda images: [0, 1, 2])
+            monkeypatch.setattr("modeling_visualchat.image_features_visualchat.same_images", lambda images: [0, 1, 2])
         model = make_model().train()
         calls = counted(monkeypatch, model)
         loss = model(**batch, pixel_values=images, labels=labels).loss
