@@ -130,8 +130,9 @@ def mmca_attention(
     num_queries, num_keys = query.shape[2], key.shape[2]
     kept = None if attention_mask is None else attention_mask.bool()
     pattern = mmca_mask_function(mm_token_type_ids, kept, None, image_attention)
-    own_image = own_image_function(number_images(mm_token_type_ids))
-    reach = causal_mask_function if image_attention != "image" else or_masks(causal_mask_function, own_image)
+    reach = causal_mask_function
+    if image_attention == "image":
+        reach = or_masks(reach, own_image_function(number_images(mm_token_type_ids)))
     mask = mmca_mask(
         batch_size=query.shape[0],
         q_length=num_queries,
@@ -200,7 +201,8 @@ def mmca_mask_function(
     is_image = mm_token_type_ids.bool()
     is_kept = None if attention_mask is None else attention_mask.bool()
     last = is_image.shape[1] - 1
-    own_image = own_image_function(number_images(is_image) if image_ids is None else image_ids)
+    if image_attention == "image":
+        own_image = own_image_function(number_images(is_image) if image_ids is None else image_ids)
 
     def mask_function(batch_idx, head_idx, q_idx, kv_idx):
         # A static cache has room beyond the last token; causality masks what is there.
