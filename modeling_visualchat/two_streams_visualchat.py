@@ -53,6 +53,10 @@ class TwoStreamMixin:
         has_layers = get_attention_type(self.config).added_layers is not None
         return has_layers or masked_route_reason(self, None) is None
 
+    def supports_image_memory(self) -> bool:
+        """Whether images can be computed apart from a conversation, by [`compute_image_states`]."""
+        return self._no_image_states_reason() is None
+
     def compute_image_states(self, pixel_values: torch.Tensor) -> ImageStates:
         """
         The part of images (N, channels, height, width) that does not depend on the conversation: vision tower,
@@ -62,24 +66,26 @@ class TwoStreamMixin:
         Raises:
             `ValueError`: a model that cannot compute images apart from a conversation.
         """
-        attention_type = get_attention_type(self.config)
-        if attention_type.added_layers is not None:
-            states = self.encode_images(pixel_values)
-            return attention_type.added_layers.compute_images(self, states, self._like(states))
-        self._choose_attention(self.language_model.config)
-        implementation = self.config.text_config._attn_implementation
-        form, reason = attention_type.two_streams, None
-        if form is None or implementation != attention_type.implementation(form.kernel):
-            reason = f"attn_implementation is {implementation!r}"
-        else:
-            reason = self.probe.no_two_streams or self.probe.no_late_rotation
-        if reason is not None:
+        if (reason := self._no_image_states_reason()) is not None:
             raise ValueError(
                 "Images can be computed apart from a conversation only with multi-modal causal attention on the sdpa "
                 f"kernel, in a decoder whose keys can be rotated late; {reason}."
             )
         states = self.encode_images(pixel_values)
+        added_layers = get_attention_type(self.config).added_layers
+        if added_layers is not None:
+            return added_layers.compute_images(self, states, self._like(states))
         return self._run_image_stream(states, self._like(states))
+
+    def _no_image_states_reason(self) -> str | None:
+        attention_type = get_attention_type(self.config)
+        if attention_type.added_layers is not None:
+            return None
+        self._choose_attention(self.language_model.config)
+        implementation, form = self.config.text_config._attn_implementation, attention_type.two_streams
+        if form is None or implementation != attention_type.implementation(form.kernel):
+            return f"attn_implementation is {implementation!r}"
+        return self.probe.no_two_streams or self.probe.no_late_rotation
 
     def _like(self, states: ImageStates) -> torch.Tensor:
         """A tensor of the dtype and on the device of the decoder's inputs."""

@@ -216,6 +216,7 @@ def test_rotation_is_read_and_verified(monkeypatch, model_type):
             with torch.no_grad():
                 results.append(model(ids, images, position_ids=positions, use_cache=False).logits)
         torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+    assert model.model.supports_image_memory() is (refused is None)
     if refused is not None:
         with pytest.raises(ValueError, match=r"Images can be computed apart from a conversation only .* are off by"):
             model.model.compute_image_states(images)

@@ -254,16 +254,6 @@ def build(layout, options, num_layers, shape) -> VisualChatForConditionalGenerat
     return model.to(DTYPE).set_trainable().eval()
 
 
-def keeps_images(model: VisualChatForConditionalGeneration) -> bool:
-    """Whether images can be computed apart from a conversation."""
-    try:
-        size = model.config.vision_config.image_size
-        model.model.compute_image_states(torch.zeros(1, 3, size, size, device=DEVICE, dtype=DTYPE))
-    except ValueError:
-        return False
-    return True
-
-
 class Models:
     """
     The same decoder with causal attention and with others, and a conversation of the given layout.
@@ -311,7 +301,8 @@ class Models:
             states = memory.get_states(model.model, self.images)
             return model(self.inputs["input_ids"], image_states=states, use_cache=True, logits_to_keep=1)
 
-        dependent = [kind for kind in self.models if kind != "causal" and not keeps_images(self.models[kind])]
+        others = [kind for kind in self.models if kind != "causal"]
+        dependent = [kind for kind in others if not self.models[kind].model.supports_image_memory()]
         left_out = {kind: self.models.pop(kind) for kind in dependent}
         rows = self.compare("prefill, cached images", prefill_known, repeats, causal=self.prefill)
         self.models |= left_out
