@@ -2,6 +2,7 @@
 
 import csv
 import random
+import re
 import subprocess
 import sys
 
@@ -21,43 +22,75 @@ def study(monkeypatch):
     return tasks, tables
 
 
-def check_answer(task, rounds):
-    """The answer to the question of the last round, from the digits alone."""
-    digits = [digit for shown, _, _ in rounds for digit in shown]
+def answer_from(question, digits):
+    """The answer to a question, from its words and the digits shown so far."""
     from scans import WORDS as words
 
-    question = rounds[-1][1]
-    if task == "single":
-        return words[digits[0]]
-    if task == "sum":
-        return words[digits[0] + digits[1]]
-    if task == "same":
-        (place,) = [place for place, digit in enumerate(digits[1:], start=2) if digit == digits[0]]
-        return f"image {place}"
-    if task in ("larger", "largest"):
-        assert digits.count(max(digits)) == 1
-        return f"image {digits.index(max(digits)) + 1}"
-    if task == "count":
-        return words[digits.count(words.index(question.split()[-1].rstrip("?")))]
-    if task in ("two hops", "three hops"):
-        place = 0
-        for _ in range(1 if task == "two hops" else 2):
-            place = digits[place] - 1
-            assert place > 0
-        return words[digits[place]]
-    return f"image {1 if digits[0] > digits[-1] else len(digits)}"
+    places = [int(number) - 1 for number in re.findall(r"image (\d)", question)]
+    named = [words.index(word) for word in re.findall(r"\w+", question) if word in words]
+    shown = [digits[place] for place in places]
+    if question.startswith("digit of"):
+        return words[shown[0]]
+    if question.startswith("larger of"):
+        assert shown[0] != shown[1]
+        return f"image {places[shown[1] > shown[0]] + 1}"
+    if question.startswith("sum of") or " plus " in question:
+        return words[sum(shown or named)]
+    if question.startswith("how many"):
+        return words[digits.count(named[0])]
+    if question.startswith("follow"):
+        for _ in range(1 if "once" in question else 2):
+            places.append(digits[places[-1]] - 1)
+        assert len(set(places)) == len(places) and min(places) >= 0
+        return words[digits[places[-1]]]
+    if question == "even or odd?":
+        return ("even", "odd")[digits[-1] % 2]
+    if question == "what is it?":
+        return "digit"
+    wanted = {"same": shown, "largest": [max(digits)], "which": named}[re.match(r"\w+", question)[0]]
+    (place,) = [place for place, digit in enumerate(digits) if digit in wanted and place not in places]
+    return f"image {place + 1}"
+
+
+def answers_of(rounds):
+    """Question, answer and right answer of each round."""
+    digits = []
+    for shown, (question, answer) in rounds:
+        digits += shown
+        yield question, answer, answer_from(question, digits)
 
 
 def test_every_question_has_its_answer(study):
     tasks, _ = study
-    for name, task in tasks.TASKS.items():
+    for task in tasks.TASKS.values():
         answers = set()
         for seed in range(300):
             rng = random.Random(seed)
-            drawn = task.draw(rng, rng.choice(task.sizes))
-            assert drawn.rounds[-1][2] == check_answer(name, drawn.rounds), (name, drawn)
-            answers.add(drawn.rounds[-1][2])
+            rounds = task.draw(rng, rng.choice(task.sizes))
+            assert all(answer == right for _, answer, right in answers_of(rounds)), rounds
+            answers.add(rounds[-1][1][1])
         assert len(answers) > 1
+
+
+def test_training_asks_on_about_the_same_images(study):
+    tasks, _ = study
+    conversations = tasks.StudyConversations("train", 64 * 32, 0)
+    asked = set()
+    for index in range(0, len(conversations), 3):
+        rounds, _ = conversations.draw(index)
+        triples = list(answers_of(rounds))
+        assert all(answer == right for _, answer, right in triples), rounds
+        questions = [question for question, _, _ in triples if "plus" not in question and "even" not in question]
+        assert len(set(questions)) == len(questions) and len(rounds) <= tasks.NUM_QUESTIONS
+        asked |= {re.sub(r"\d", "N", re.sub("|".join(tasks.WORDS), "N", question)) for question in questions}
+    assert len(asked) == 10  # eight kinds about images, "which shows", and what starts the tasks with images apart
+
+
+def test_training_starts_with_few_images(study):
+    tasks, _ = study
+    conversations = tasks.StudyConversations("train", 100 * 32, 0)
+    sizes = [len(conversations.draw(32 * batch)[0][0][0]) for batch in range(100)]
+    assert max(sizes[:5]) == 1 and max(sizes[:20]) < 8 and max(sizes[int(100 * tasks.CURRICULUM) :]) == 8
 
 
 def test_conversations_repeat_and_no_scan_is_on_both_sides(study):
@@ -72,7 +105,7 @@ def test_conversations_repeat_and_no_scan_is_on_both_sides(study):
         assert again[index] == sides[0][index]
         blocks = [block for message in texts_only[index]["messages"][::2] for block in message["content"]]
         assert {block["type"] for block in blocks} == {"text"}
-    sizes = {len(sides[0].draw(index)[0].rounds[0][0]) for index in range(32)}
+    sizes = {len(sides[0].draw(index)[0][0][0]) for index in range(32, 64)}
     assert len(sizes) == 1  # of one batch
 
 
@@ -81,7 +114,7 @@ def row(arm, seed, accuracy, curve):
 
     return {
         "arm": arm, "seed": str(seed), "learning_rate": "0.002", "parameters": "10", "cpu_seconds": "5",
-        "peak_mebibytes": "7", "second_question_over_first": "0.5", "points": "100;200",
+        "peak_mebibytes": "7", "second_question_over_first": "0.5", "points": "100;200", "seconds": "3;5",
         **dict.fromkeys(TASKS, str(accuracy)), **{f"{task}, curve": curve for task in TASKS},
     }  # fmt: skip
 
@@ -93,12 +126,13 @@ def test_tables_are_worked_out_by_hand(study):
     mean, half = tables.difference(rows, "mmca, sum", tables.MEASURES["single"])
     # Differences 0.2 and 0.1: mean 0.15, standard error 0.05, Student's t of one degree of freedom 12.706.
     assert mean == pytest.approx(0.15) and half == pytest.approx(12.706 * 0.05, rel=1e-4)
-    assert tables.conversations_to(rows[0], "single", 0.4) == 150  # half way between the points
-    assert tables.conversations_to(rows[2], "single", 0.4) == 100
-    assert tables.conversations_to(rows[0], "single", 0.9) == float("inf")
+    assert tables.spent_to(rows[0], "single", 0.4) == 150  # half way between the points
+    assert tables.spent_to(rows[0], "single", 0.4, "seconds") == 4
+    assert tables.spent_to(rows[2], "single", 0.4) == 100
+    assert tables.spent_to(rows[0], "single", 0.9) == float("inf")
     report = tables.format_report(rows)
-    assert "| single | 55.0% ± 63.5% | 70.0% ± 0.0% |" in report and "| single | +15.0 ± 63.5 |" in report
-    assert "| single, 63% | not reached | 0.2 |" in report
+    assert "| single | 10.0% | 55.0% ± 63.5% | 70.0% ± 0.0% |" in report and "| single | +15.0 ± 63.5 |" in report
+    assert "| single, 63% | not reached | 0.2, 4 s |" in report
 
 
 @pytest.mark.slow
@@ -113,7 +147,7 @@ def test_a_run_repeated_on_a_fresh_start_equals_its_line(tmp_path, study):
             assert completed.returncode == 0, completed.stderr[-2000:]
         with (tmp_path / folder / "quick.csv").open(newline="") as file:
             lines.append(list(csv.DictReader(file)))
-    measured = ("cpu_seconds", "peak_mebibytes", "second_question_over_first")
+    measured = ("cpu_seconds", "seconds", "peak_mebibytes", "second_question_over_first")
     first, second = ([{k: v for k, v in line.items() if k not in measured} for line in each] for each in lines)
     assert len(first) == 2 and first == second
     tables.draw(lines[0], tmp_path / "results.png")

@@ -6,11 +6,13 @@ Trains and evaluates every arm of the study on the same conversations; one line 
     python examples/study/run.py --quick           # one seed, a few steps, into a folder of its own: does it work?
     python examples/study/tables.py                # tables and figures of results.csv
 
-Started again, it goes on where it stopped; a run that was interrupted starts anew. A run takes one thread: start it
-twice with other `--seeds` to use two. What is compared and what decides is in README.md, written before the first run.
+Started again, it goes on where it stopped; a run that was interrupted starts anew. A run is a process of one thread;
+`--processes 2` makes two runs at a time. What is compared and what decides is in README.md, written before the first
+run.
 """
 
 import csv
+import multiprocessing
 import os
 import platform
 import resource
@@ -18,6 +20,7 @@ import statistics
 import tempfile
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -29,7 +32,7 @@ from tiny_model import build_model
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from modeling_visualchat import ImageMemory, VisualChatForConditionalGeneration
+from modeling_visualchat import ImageMemory
 from processing_visualchat import DataCollatorForVisualChat
 
 
@@ -42,9 +45,30 @@ ARMS: dict[str, dict] = {
     "mmca, sum, within images": {"image_attention": "image"},
     "text only": {"attention_type": "causal"},
 }
-LEARNING_RATES = (1e-3, 2e-3, 4e-3)
+FLOOR = "text only"
+# Short, since most tokens of a conversation are those of its format: " image 1<image>", then " digit of image 1? two".
+CHAT_TEMPLATE = """
+{%- set images = namespace(count=0) %}
+{%- for message in messages %}
+    {%- if message["role"] == "assistant" %}
+        {%- generation %}
+            {%- for block in message["content"] %}{{ " " + block["text"] }}{% endfor %}
+            {{- eos_token }}
+        {%- endgeneration %}
+    {%- else %}
+        {%- for block in message["content"] %}
+            {%- if block["type"] == "image" %}
+                {%- set images.count = images.count + 1 %}
+                {{- " image " ~ images.count ~ "<image>\n" }}
+            {%- else %}
+                {{- " " + block["text"] }}
+            {%- endif %}
+        {%- endfor %}
+    {%- endif %}
+{%- endfor %}"""
+LEARNING_RATES = (2e-3, 4e-3, 8e-3)
 TUNING_SEED = 1000
-NUM_LAYERS = 4
+NUM_LAYERS, HIDDEN_SIZE = 4, 64
 TEST_BATCH_SIZE = 50
 
 
@@ -52,16 +76,16 @@ TEST_BATCH_SIZE = 50
 class Plan:
     """How long a run is, and how much is asked."""
 
-    steps: int = 2400
+    steps: int = 2000
     batch_size: int = 32
     points: int = 10  # of the learning curve, evenly spaced; the last one is the end
-    num_curve: int = 200  # conversations of a task at each point
-    num_final: int = 1000  # and at the end
+    num_curve: int = 100  # conversations of a task at each point
+    num_final: int = 500  # and at the end
     split: str = "test"
 
 
 FULL = Plan()
-TUNING = Plan(steps=800, points=1, num_final=200, split="tuning")
+TUNING = Plan(steps=500, points=1, num_final=200, split="tuning")
 QUICK = Plan(steps=4, batch_size=4, points=2, num_curve=4, num_final=8)
 
 
@@ -70,11 +94,12 @@ class Run(TrainerCallback):
 
     def __init__(self, arm: str, seed: int, learning_rate: float, plan: Plan):
         self.arm, self.seed, self.learning_rate, self.plan = arm, seed, learning_rate, plan
-        self.has_images = arm != "text only"
+        self.has_images = arm != FLOOR
+        self.peak_before = peak_mebibytes()
         set_seed(seed)
-        self.model, self.processor = build_model(study_texts(), NUM_LAYERS, **ARMS[arm])
+        self.model, self.processor = build_model(study_texts(), NUM_LAYERS, HIDDEN_SIZE, CHAT_TEMPLATE, **ARMS[arm])
         self.curves: dict[str, list[float]] = {task: [] for task in TASKS}
-        self.seconds = 0.0  # CPU time of training alone
+        self.seconds: list[float] = []  # CPU time of training alone, up to each point of the curves
         self.started = 0.0
 
     def train(self) -> dict[str, object]:
@@ -111,6 +136,7 @@ class Run(TrainerCallback):
             )
             self.started = time.process_time()
             loss = trainer.train().training_loss
+        peak = peak_mebibytes() - self.peak_before
         final = {task: self.ask(task, self.plan.num_final) for task in TASKS}
         known, unknown = self.second_question()
         return {
@@ -119,14 +145,15 @@ class Run(TrainerCallback):
             "learning_rate": self.learning_rate,
             "samples": size,
             "parameters": self.model.num_parameters(),
-            "cpu_seconds": round(self.seconds, 1),
-            "peak_mebibytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+            "cpu_seconds": self.seconds[-1],
+            "peak_mebibytes": peak,
             "second_question_over_first": round(known / unknown, 3),
             "training_loss": round(loss, 4),
             "date": date.today().isoformat(),
             "machine": platform.machine(),
             "torch": torch.__version__,
             "points": ";".join(str(size * point // self.plan.points) for point in range(1, self.plan.points + 1)),
+            "seconds": ";".join(map(str, self.seconds)),
             **final,
             **{f"{task}, curve": ";".join(map(str, curve)) for task, curve in self.curves.items()},
         }
@@ -135,7 +162,8 @@ class Run(TrainerCallback):
         """A point of the learning curve."""
         if state.global_step * self.plan.points % self.plan.steps >= self.plan.points:
             return
-        self.seconds += time.process_time() - self.started
+        seconds = time.process_time() - self.started
+        self.seconds.append(round(sum(self.seconds[-1:]) + seconds, 1))
         for task, curve in self.curves.items():
             curve.append(self.ask(task, self.plan.num_curve))
         self.started = time.process_time()
@@ -161,7 +189,7 @@ class Run(TrainerCallback):
     def second_question(self, repeats: int = 7) -> tuple[float, float]:
         """CPU seconds of an answer about eight images: of images asked about before elsewhere, and of new ones."""
         self.model.eval()
-        memory = ImageMemory() if keeps_images(self.model) else None
+        memory = ImageMemory() if self.model.model.supports_image_memory() else None
         content = StudyConversations("test", 1, 1, "single")[0]["messages"][0]["content"][:1] * 8
         inputs = self.processor.apply_chat_template(
             [{"role": "user", "content": [*content, {"type": "text", "text": "what digit is it?"}]}],
@@ -178,22 +206,25 @@ class Run(TrainerCallback):
         return statistics.median(times[True]), statistics.median(times[False])
 
 
-def keeps_images(model: VisualChatForConditionalGeneration) -> bool:
-    """Whether images can be computed apart from a conversation."""
-    try:
-        model.model.compute_image_states(torch.zeros(1, 3, 8, 8))
-    except ValueError:
-        return False
-    return True
+def peak_mebibytes() -> int:
+    """The most memory that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def run(arm: str, seed: int, learning_rate: float, plan: Plan) -> dict[str, object]:
+    """One line of the CSV, made in a process of its own, so that its peak of memory is that of one run."""
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    return Run(arm, seed, learning_rate, plan).train()
 
 
 def study_texts() -> list[str]:
     """What the tokenizer is trained on: the texts of conversations, the same for every arm and seed."""
     conversations = StudyConversations("train", 500, 0)
-    texts = [" ".join(WORDS), "You are a powerful vision-language assistant."]
+    texts = [" ".join(WORDS)]
     for index in range(len(conversations)):
-        for _, question, answer in conversations.draw(index)[0].rounds:
-            texts.append(f"### Image {1 + index % 9}: \n### Question: {question}\n### Answer: {answer}")
+        for _, (question, answer) in conversations.draw(index)[0]:
+            texts.append(f" image {1 + index % 9} {question} {answer}")
     return texts
 
 
@@ -224,7 +255,8 @@ class Results:
 
 
 def best_learning_rate(arm: str, tuning: list[dict[str, str]]) -> float:
-    """That of the highest mean accuracy over all tasks."""
+    """That of the highest mean accuracy over all tasks; without images, that of the same attention with them."""
+    arm = "causal" if arm == FLOOR else arm
     tried = [row for row in tuning if row["arm"] == arm]
     if not tried:
         raise SystemExit(f"run.py: error: tuning.csv has no learning rate of {arm!r}; run --tune first.")
@@ -236,17 +268,16 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), help="arms to run")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)), help="seeds to run")
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the CSV files")
+    parser.add_argument("--processes", type=int, default=1, help="runs at a time, each on one thread")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--tune", action="store_true", help="find the learning rate of each arm")
     kind.add_argument("--quick", action="store_true", help="one seed and a few steps, to quick.csv")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    logging.set_verbosity_error()
     arguments.output.mkdir(parents=True, exist_ok=True)
     tuning = Results(FOLDER / "tuning.csv")
     if arguments.tune:
         results, plan = tuning, TUNING
-        wanted = [(arm, TUNING_SEED, rate) for arm in arguments.arms for rate in LEARNING_RATES]
+        wanted = [(arm, TUNING_SEED, rate) for arm in arguments.arms if arm != FLOOR for rate in LEARNING_RATES]
     elif arguments.quick:
         results, plan = Results(arguments.output / "quick.csv"), QUICK
         wanted = [(arm, 0, LEARNING_RATES[1]) for arm in arguments.arms]
@@ -255,13 +286,14 @@ def main() -> None:
         wanted = [
             (arm, seed, best_learning_rate(arm, tuning.rows)) for seed in arguments.seeds for arm in arguments.arms
         ]
-    for arm, seed, learning_rate in wanted:
-        done = {(row["arm"], int(row["seed"]), float(row["learning_rate"])) for row in results.rows}
-        if (arm, seed, learning_rate) in done:
-            continue
-        row = Run(arm, seed, learning_rate, plan).train()
-        results.add(row)
-        print(f"{arm}, seed {seed}, {learning_rate:g}: " + ", ".join(f"{task} {row[task]:.3f}" for task in TASKS))
+    done = {(row["arm"], int(row["seed"]), float(row["learning_rate"])) for row in results.rows}
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(arguments.processes, mp_context=fresh, max_tasks_per_child=1) as pool:
+        for finished in as_completed([pool.submit(run, *each, plan) for each in wanted if each not in done]):
+            row = finished.result()
+            results.add(row)
+            scores = ", ".join(f"{task} {row[task]:.3f}" for task in TASKS)
+            print(f"{row['arm']}, seed {row['seed']}, {row['learning_rate']:g}: {scores}", flush=True)
 
 
 if __name__ == "__main__":

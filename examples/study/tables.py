@@ -63,14 +63,21 @@ MEASURES: dict[str, Callable[[dict], float]] = {
 }
 
 
+def chance(task: str) -> float:
+    """The accuracy of guesses among the possible answers, all sizes being as likely."""
+    sizes = TASKS[task].sizes
+    return sum(1 / TASKS[task].num_answers(size) for size in sizes) / len(sizes)
+
+
 def curve(row: dict, task: str) -> tuple[list[int], list[float]]:
     """Conversations seen, and the accuracy after them; chance is not subtracted."""
     return [int(point) for point in row["points"].split(";")], [float(x) for x in row[f"{task}, curve"].split(";")]
 
 
-def conversations_to(row: dict, task: str, accuracy: float) -> float:
-    """Conversations seen when a curve first reaches an accuracy, interpolated; infinite if it does not."""
-    points, values = curve(row, task)
+def spent_to(row: dict, task: str, accuracy: float, spent: str = "points") -> float:
+    """Conversations or `"seconds"` spent when a curve first reaches an accuracy; infinite if it does not."""
+    _, values = curve(row, task)
+    points = [float(point) for point in row[spent].split(";")]
     for index, value in enumerate(values):
         if value >= accuracy:
             if index == 0:
@@ -81,9 +88,11 @@ def conversations_to(row: dict, task: str, accuracy: float) -> float:
 
 
 def accuracy_table(rows: Rows) -> list[list[str]]:
-    table = [["task", *arms_of(rows)]]
+    table = [["task", "chance", *arms_of(rows)]]
+    chances = {task: chance(task) for task in TASKS}
+    chances["all tasks"] = sum(chances.values()) / len(chances)
     for name, value in MEASURES.items():
-        cells = []
+        cells = [f"{chances[name]:.1%}"]
         for arm in arms_of(rows):
             mean, half = interval(list(by_seed(rows, arm, value).values()))
             cells.append(f"{mean:.1%}" if np.isnan(half) else f"{mean:.1%} ± {half:.1%}")
@@ -106,7 +115,7 @@ def difference_table(rows: Rows) -> list[list[str]]:
 
 
 def efficiency_table(rows: Rows) -> list[list[str]]:
-    """Conversations, in thousands, to a share of the best arm's final accuracy: median over seeds."""
+    """Thousands of conversations, and CPU seconds, to a share of the best arm's final accuracy: median over seeds."""
     arms = [arm for arm in arms_of(rows) if arm != FLOOR]
     table = [["task, accuracy", *arms]]
     for task in TASKS:
@@ -114,9 +123,13 @@ def efficiency_table(rows: Rows) -> list[list[str]]:
         for share in SHARES:
             cells = []
             for arm in arms:
-                counts = [conversations_to(row, task, share * best) for row in rows if row["arm"] == arm]
-                median = float(np.median(counts))
-                cells.append("not reached" if np.isinf(median) else f"{median / 1000:.1f}")
+                of_arm = [row for row in rows if row["arm"] == arm]
+                conversations, seconds = (
+                    float(np.median([spent_to(row, task, share * best, spent) for row in of_arm]))
+                    for spent in ("points", "seconds")
+                )
+                is_reached = np.isfinite(conversations)
+                cells.append(f"{conversations / 1000:.1f}, {seconds:.0f} s" if is_reached else "not reached")
             table.append([f"{task}, {share * best:.0%}", *cells])
     return table
 
@@ -126,7 +139,7 @@ def cost_table(rows: Rows) -> list[list[str]]:
         "learning rate": lambda row: f"{float(row['learning_rate']):g}",
         "parameters": lambda row: f"{int(row['parameters']):,}",
         "CPU s of training": lambda row: f"{float(row['cpu_seconds']):.0f}",
-        "peak MiB": lambda row: f"{int(row['peak_mebibytes']):,}",
+        "peak MiB, libraries apart": lambda row: f"{int(row['peak_mebibytes']):,}",
         "known images over new ones, time": lambda row: f"{float(row['second_question_over_first']):.2f}",
     }
     table = [["arm", "seeds", *columns]]
@@ -151,7 +164,8 @@ def format_report(rows: Rows) -> str:
         ),
         "Data efficiency": (
             efficiency_table,
-            "Thousands of conversations to half and nine tenths of the best arm's final accuracy, median over seeds.",
+            "Thousands of conversations, and CPU seconds of training, to half and nine tenths of the best arm's final "
+            "accuracy: median over seeds.",
         ),
         "Cost": (cost_table, "The seed of median CPU time of each arm; one thread."),
     }
@@ -160,7 +174,7 @@ def format_report(rows: Rows) -> str:
 
 
 def draw(rows: Rows, path: Path) -> None:
-    """Learning curves of each task, a line and a band of one standard deviation for each arm."""
+    """Learning curves of each task, a line and a band of one standard deviation for each arm; chance in gray."""
     matplotlib.use("Agg")
     figure, axes = pyplot.subplots(2, (len(TASKS) + 1) // 2, figsize=(16, 6), sharex=True, sharey=True)
     for axis, task in zip(axes.flat, TASKS):
@@ -170,6 +184,7 @@ def draw(rows: Rows, path: Path) -> None:
             points, mean = np.array(curves[0][0]) / 1000, values.mean(axis=0)
             axis.plot(points, mean, label=arm, linestyle=":" if arm == FLOOR else "-")
             axis.fill_between(points, mean - values.std(axis=0), mean + values.std(axis=0), alpha=0.15)
+        axis.axhline(chance(task), color="gray", linewidth=0.8)
         axis.set_title(task)
     figure.supxlabel("thousands of conversations seen")
     figure.supylabel("exact match on test scans")

@@ -30,7 +30,7 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def build_model(
-    texts: list[str], num_layers: int, **config_kwargs
+    texts: list[str], num_layers: int, hidden_size: int = 128, chat_template: str | None = None, **config_kwargs
 ) -> tuple[VisualChatForConditionalGeneration, VisualChatProcessor]:
     """
     A CLIP vision tower of two layers and a Llama with random weights, and their processor.
@@ -38,6 +38,8 @@ def build_model(
     Args:
         texts (`list[str]`): What the tokenizer is trained on.
         num_layers (`int`): Layers of the Llama.
+        hidden_size (`int`, *optional*, defaults to 128): Its width, in 4 heads.
+        chat_template (`str`, *optional*): By default that of the processor.
         config_kwargs: Fields of [`VisualChatConfig`], as the attention type.
     """
     tokenizer = build_tokenizer(texts)
@@ -52,8 +54,8 @@ def build_model(
         ),
         text_config=LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=256,
+            hidden_size=hidden_size,
+            intermediate_size=2 * hidden_size,
             num_hidden_layers=num_layers,
             num_attention_heads=4,
             num_key_value_heads=4,
@@ -71,5 +73,7 @@ def build_model(
     image_processor = CLIPImageProcessor(
         size=size, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3, do_center_crop=False
     )
-    processor = VisualChatProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length)
+    processor = VisualChatProcessor(
+        image_processor, tokenizer, image_seq_length=config.image_seq_length, chat_template=chat_template
+    )
     return VisualChatForConditionalGeneration._from_config(config), processor
