@@ -33,7 +33,7 @@ def answer_from(question, digits):
         return words[shown[0]]
     if question.startswith("larger of"):
         assert shown[0] != shown[1]
-        return f"image {places[shown[1] > shown[0]] + 1}"
+        return str(places[shown[1] > shown[0]] + 1)
     if question.startswith("sum of") or " plus " in question:
         return words[sum(shown or named)]
     if question.startswith("how many"):
@@ -49,7 +49,7 @@ def answer_from(question, digits):
         return "digit"
     wanted = {"same": shown, "largest": [max(digits)], "which": named}[re.match(r"\w+", question)[0]]
     (place,) = [place for place, digit in enumerate(digits) if digit in wanted and place not in places]
-    return f"image {place + 1}"
+    return str(place + 1)
 
 
 def answers_of(rounds):
