@@ -66,7 +66,7 @@ CHAT_TEMPLATE = """
         {%- endfor %}
     {%- endif %}
 {%- endfor %}"""
-LEARNING_RATES = (2e-3, 4e-3, 8e-3)
+LEARNING_RATES = (1e-3, 2e-3, 4e-3)
 TUNING_SEED = 1000
 NUM_LAYERS, HIDDEN_SIZE = 4, 64
 TEST_BATCH_SIZE = 50
@@ -111,7 +111,7 @@ class Run(TrainerCallback):
                 per_device_train_batch_size=self.plan.batch_size,
                 learning_rate=self.learning_rate,
                 lr_scheduler_type="cosine",
-                warmup_steps=self.plan.steps // 20,
+                warmup_steps=min(100, self.plan.steps // 4),
                 weight_decay=0.01,
                 adam_beta2=0.95,
                 max_grad_norm=1.0,
