@@ -73,6 +73,9 @@ class VisualChatConfig(PreTrainedConfig):
         cross_layer_interval (`int`, *optional*, defaults to 4):
             For `"cross"`, a cross-attention layer stands before every layer of this number: 4 is before the 4th, the
             8th, … layer of the decoder.
+        cross_image_scope (`str`, *optional*, defaults to `"all"`):
+            For `"cross"`, the images that a text token reads: `"all"` earlier ones, without their order, or the
+            `"last"` one before it, as in Flamingo; earlier ones then reach it through earlier text.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
             Whether input and output embeddings are one table; taken from `text_config` when that says so.
 
@@ -121,6 +124,7 @@ class VisualChatConfig(PreTrainedConfig):
     merge: str = "sum"
     image_attention: str = "self"
     cross_layer_interval: int = 4
+    cross_image_scope: Literal["all", "last"] = "all"
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):

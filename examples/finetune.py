@@ -82,6 +82,9 @@ class FinetuneArguments:
     merge: str | None = attention_option("merge", "How text and images are merged in mmca")
     image_attention: str | None = attention_option("image_attention", "What image tokens attend to in mmca")
     cross_layer_interval: int | None = HfArg(default=None, help="Decoder layers per cross-attention layer of cross.")
+    cross_image_scope: str | None = HfArg(
+        default=None, help="Earlier images that text reads in cross.", metadata={"choices": ["all", "last"]}
+    )
     projector_type: str | None = HfArg(
         default=None, help="Projector of the digits demo; by default linear.", metadata={"choices": list(PROJECTORS)}
     )
@@ -89,7 +92,7 @@ class FinetuneArguments:
     @property
     def attention(self) -> dict[str, str]:
         """The attention options that were chosen."""
-        options = (*ATTENTION_OPTIONS, "cross_layer_interval")
+        options = (*ATTENTION_OPTIONS, "cross_layer_interval", "cross_image_scope")
         return {option: value for option in options if (value := getattr(self, option)) is not None}
 
 

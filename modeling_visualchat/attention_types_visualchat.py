@@ -214,8 +214,8 @@ ATTENTION_TYPES = {
             name="cross",
             drawing=CROSS_DRAWING,
             description=(
-                "The language model runs on the text; before some of its layers, the text reads all earlier images in "
-                f"a gated cross-attention layer. {INDEPENDENT}"
+                "The language model runs on the text; before some of its layers, the text reads earlier images in a "
+                f"gated cross-attention layer. {INDEPENDENT}"
             ),
             added_layers=AddedLayers(
                 "cross_attention", build_cross_attention, run_with_cross_attention, compute_cross_states

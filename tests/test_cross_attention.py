@@ -33,6 +33,7 @@ from modeling_visualchat.cross_attention_visualchat import cross_attention_refer
 
 
 DECODERS = list(TEXT_CONFIGS)
+SCOPED = [*((decoder, "all") for decoder in DECODERS), ("llama", "last")]
 OPTIONS = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
 # Text beyond the windows of the decoders, images first, last and none.
 ROWS = [tokens(2, "I", 15, "I", 9), tokens("I", 1, "I", 2, seed=1), tokens(5, seed=2)]
@@ -66,7 +67,8 @@ def literal_logits(model, ids, images):
         query = at(~is_image, layer.q_proj(rms_norm(layer.norm, hidden_states[0])))
         normed = rms_norm(layer.images.norm, features)
         key, value = at(is_image, layer.images.k_proj(normed)), at(is_image, layer.images.v_proj(normed))
-        output = cross_attention_reference(query, key, value, is_image.long()[None])
+        num_tokens = 5 if model.config.cross_image_scope == "last" else None
+        output = cross_attention_reference(query, key, value, is_image.long()[None], num_tokens=num_tokens)
         output = output.transpose(1, 2)[0, ~is_image].flatten(1)
         return hidden_states + torch.tanh(layer.gate) * layer.o_proj(output)
 
@@ -125,9 +127,9 @@ def test_the_start_is_the_bare_language_model_on_the_text(decoder):
             torch.testing.assert_close(actual.loss, expected.loss)
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
-def test_loss_and_gradients_are_those_of_the_definition_padded_and_packed(decoder):
-    model = make_cross(decoder).train()
+@pytest.mark.parametrize(("decoder", "scope"), SCOPED)
+def test_loss_and_gradients_are_those_of_the_definition_padded_and_packed(decoder, scope):
+    model = make_cross(decoder, cross_image_scope=scope).train()
     losses = []
     for ids, images in zip(ROWS, IMAGES):
         text = ids[0, ids[0] != IMAGE_TOKEN_ID]
@@ -157,9 +159,9 @@ def test_text_before_the_first_image_is_unchanged_to_the_bit():
     assert [each.shape[1] for each in states[0].hidden_states] == [ids.shape[1]] * 3
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
-def test_decoding_with_a_cache_is_that_without(decoder):
-    model = make_cross(decoder)
+@pytest.mark.parametrize(("decoder", "scope"), SCOPED)
+def test_decoding_with_a_cache_is_that_without(decoder, scope):
+    model = make_cross(decoder, cross_image_scope=scope)
     expected = [generate_uncached(model, ids, images, 6) for ids, images in zip(ROWS, IMAGES)]
     for row, ids, images in zip(expected, ROWS, IMAGES):
         assert torch.equal(model.generate(ids, pixel_values=images, **OPTIONS), row)
@@ -210,10 +212,10 @@ def test_other_ways_of_decoding():
         assert len(sampled) == 3
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
-def test_a_kept_cache_over_three_rounds_gives_what_a_fresh_one_does(decoder):
+@pytest.mark.parametrize(("decoder", "scope"), SCOPED)
+def test_a_kept_cache_over_three_rounds_gives_what_a_fresh_one_does(decoder, scope):
     """A batch of unequal rounds, the second row without images until the last round, then beams."""
-    model, cache = make_cross(decoder), ConversationCache()
+    model, cache = make_cross(decoder, cross_image_scope=scope), ConversationCache()
     rounds = [
         ([tokens(3, "I", 6), tokens(5, seed=1)], pixels(0)),
         ([tokens(9, seed=2), tokens(2, seed=3)], None),
@@ -378,6 +380,8 @@ def test_what_cannot_be_done_is_refused_with_the_reason():
         model(ids, images)
     with pytest.raises(ValueError, match="cross_layer_interval=4 leaves a decoder of 2 layers without"):
         make_model(attention_type="cross")
+    with pytest.raises(StrictDataclassError, match="cross_image_scope"):
+        make_config(cross_image_scope="first")
     with pytest.raises(StrictDataclassError, match="cross_layer_interval must be at least 1, got 0"):
         make_config(cross_layer_interval=0)
     with pytest.raises(ValueError, match="Unknown trainable part cross_attention"):
@@ -398,6 +402,7 @@ def test_the_reference_counts_padding_and_grouped_heads():
     value = torch.tensor([8.0, 2.0, 4.0, 16.0, 32.0]).view(1, 1, 5, 1)
     kinds, mask = torch.tensor([[1, 0, 1, 0, 1]]), torch.ones(1, 5, dtype=torch.long)
     output = cross_attention_reference(query, key, value, kinds, mask)
+    assert cross_attention_reference(query, key, value, kinds, mask, num_tokens=1)[0, 1, 3].item() == 4.0
     assert output[0, 1, :, 0].tolist() == [0.0, 8.0, 0.0, 6.0, 0.0]
     mask[0, 0] = 0
     output = cross_attention_reference(query, key, value, kinds, mask)

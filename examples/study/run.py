@@ -39,7 +39,7 @@ from processing_visualchat import DataCollatorForVisualChat
 FOLDER = Path(__file__).parent
 ARMS: dict[str, dict] = {
     "causal": {"attention_type": "causal"},
-    "cross": {"attention_type": "cross", "cross_layer_interval": 2},
+    "cross": {"attention_type": "cross", "cross_layer_interval": 2, "cross_image_scope": "last"},
     "mmca, sum": {},
     "mmca, joint": {"merge": "joint"},
     "mmca, sum, within images": {"image_attention": "image"},
@@ -98,6 +98,8 @@ class Run(TrainerCallback):
         self.peak_before = peak_mebibytes()
         set_seed(seed)
         self.model, self.processor = build_model(study_texts(), NUM_LAYERS, HIDDEN_SIZE, CHAT_TEMPLATE, **ARMS[arm])
+        for layer in getattr(self.model.model, "cross_attention", {}).values():
+            layer.gate.data.fill_(1.0)  # open, since there is no pretrained decoder to protect
         self.curves: dict[str, list[float]] = {task: [] for task in TASKS}
         self.seconds: list[float] = []  # CPU time of training alone, up to each point of the curves
         self.started = 0.0
