@@ -20,7 +20,7 @@ import statistics
 import tempfile
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -213,11 +213,17 @@ def peak_mebibytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
-def run(arm: str, seed: int, learning_rate: float, plan: Plan) -> dict[str, object]:
-    """One line of the CSV, made in a process of its own, so that its peak of memory is that of one run."""
+def run(wanted: tuple[str, int, float, Plan]) -> dict[str, object]:
+    """One line of the CSV."""
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    return Run(arm, seed, learning_rate, plan).train()
+    return Run(*wanted).train()
+
+
+def run_in_processes(run: Callable, wanted: list, num_processes: int) -> Iterator[dict]:
+    """The lines of runs as they finish, each run in a process of its own, whose peak of memory is that of the run."""
+    with multiprocessing.get_context("spawn").Pool(num_processes, maxtasksperchild=1) as pool:
+        yield from pool.imap_unordered(run, wanted, chunksize=1)
 
 
 def study_texts() -> list[str]:
@@ -289,13 +295,11 @@ def main() -> None:
             (arm, seed, best_learning_rate(arm, tuning.rows)) for seed in arguments.seeds for arm in arguments.arms
         ]
     done = {(row["arm"], int(row["seed"]), float(row["learning_rate"])) for row in results.rows}
-    fresh = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(arguments.processes, mp_context=fresh, max_tasks_per_child=1) as pool:
-        for finished in as_completed([pool.submit(run, *each, plan) for each in wanted if each not in done]):
-            row = finished.result()
-            results.add(row)
-            scores = ", ".join(f"{task} {row[task]:.3f}" for task in TASKS)
-            print(f"{row['arm']}, seed {row['seed']}, {row['learning_rate']:g}: {scores}", flush=True)
+    missing = [(*each, plan) for each in wanted if each not in done]
+    for row in run_in_processes(run, missing, arguments.processes):
+        results.add(row)
+        scores = ", ".join(f"{task} {row[task]:.3f}" for task in TASKS)
+        print(f"{row['arm']}, seed {row['seed']}, {row['learning_rate']:g}: {scores}", flush=True)
 
 
 if __name__ == "__main__":
