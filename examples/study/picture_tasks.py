@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 KINDS = ("animal", "food", "vehicle", "garment", "digit")
 NUMBERS = ("zero", "one", "two", "three", "four")
+NUM_NAMES = 234  # in training
 NUM_VARIANTS = 2  # of a picture in training
 NUM_QUESTIONS = 6  # of a training conversation
 
@@ -138,7 +139,7 @@ class Task:
     Args:
         draw (`Callable`): Draws rounds from a random generator, a deck and a size; the last asks the question.
         sizes (`range`): The numbers of images.
-        num_answers (`Callable`): Possible answers at a size, of which a guess is right once; 0 for any words.
+        num_answers (`Callable`): Possible answers at a size: the chance of a guess is one in as many.
     """
 
     draw: Callable[[random.Random, Deck, int], list[Round]]
@@ -146,13 +147,26 @@ class Task:
     num_answers: Callable[[int], int]
 
 
+def always(number: int) -> Callable[[int], int]:
+    return lambda size: number
+
+
 TASKS: dict[str, Task] = {
-    "name": Task(lambda *args: draw_any(ask_name, *args), range(1, 2), lambda size: 0),
-    "kind": Task(lambda *args: draw_any(ask_kind, *args), range(1, 2), lambda size: 5),
+    "name": Task(lambda *args: draw_any(ask_name, *args), range(1, 2), always(NUM_NAMES)),
+    "kind": Task(lambda *args: draw_any(ask_kind, *args), range(1, 2), always(len(KINDS))),
     "find": Task(lambda *args: draw_any(ask_find, *args), range(2, 5), lambda size: size),
     "count": Task(draw_count, range(2, 5), lambda size: size + 1),
     "pair": Task(draw_pair, range(3, 5), lambda size: size - 1),
-    "back": Task(draw_back, range(3, 5), lambda size: 2),
+    "back": Task(draw_back, range(3, 5), always(2)),
+}
+
+
+# A task with pictures of a split; "name" is left out where no picture's name occurs in training.
+TESTS: dict[str, tuple[str, str]] = {
+    f"{task}, {split}": (task, split)
+    for split in ("test", "concept", "style")
+    for task in TASKS
+    if (task, split) != ("name", "concept")
 }
 
 

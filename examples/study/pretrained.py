@@ -24,7 +24,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from picture_tasks import NUM_VARIANTS, TASKS, PictureConversations
+from picture_tasks import NUM_VARIANTS, TASKS, TESTS, PictureConversations
 from pictures import SOURCES, Picture, load_pictures, split_pictures
 from pretrained_model import autocast, build_pretrained, draw_features, fit_projector, save_parts
 from run import ARMS, CHAT_TEMPLATE, FLOOR, FOLDER, Results, peak_mebibytes
@@ -36,10 +36,6 @@ from processing_visualchat import DataCollatorForVisualChat
 
 DEFAULT_ARMS = ("causal", "mmca, sum", "mmca, sum, within images")
 TEST_BATCH_SIZE = 25
-# Test of each task, by the split that its pictures come from; "name" of a concept that was never named is left out.
-TESTS = [
-    (task, split) for split in ("test", "concept", "style") for task in TASKS if (task, split) != ("name", "concept")
-]
 
 
 @dataclass(frozen=True)
@@ -118,7 +114,7 @@ class Run(TrainerCallback):
             )
             loss = trainer.train().training_loss
         peak = peak_mebibytes() - self.peak_before
-        final = {f"{task}, {split}": self.ask(task, plan.num_final, split) for task, split in TESTS}
+        final = {name: self.ask(task, plan.num_final, split) for name, (task, split) in TESTS.items()}
         if self.places.save is not None:
             self.save(self.places.save)
         return {
@@ -234,7 +230,7 @@ def main() -> None:
         for finished in as_completed([pool.submit(run, *each, plan, places) for each in wanted]):
             row = finished.result()
             results.add(row)
-            scores = ", ".join(f"{task} ({split}) {row[f'{task}, {split}']:.2f}" for task, split in TESTS)
+            scores = "; ".join(f"{name} {row[name]:.2f}" for name in TESTS)
             print(f"{row['arm']}, seed {row['seed']}: {scores}", flush=True)
 
 
