@@ -18,6 +18,7 @@ from processing_visualchat import VisualChatProcessor
 
 IMAGE_SEQ_LENGTH = 16
 FEATURE_LAYER = -2  # the last is tuned for saliency
+TEMPERATURE = 0.07  # of the softmax over cosines
 
 
 def autocast() -> torch.autocast:
@@ -95,8 +96,8 @@ def fit_projector(
     """
     Fits the projector to the names of pictures, without the language model, as a start for training with it.
 
-    Each image token is to lie closest to the embedding of its name (the mean over its tokens), among the names of all
-    pictures: a softmax over negative half squared distances. Every name is drawn equally often.
+    Each image token is to point where the embedding of its name does (the mean over the tokens of the name), among the
+    names of all pictures: a softmax over cosines. It is to be as long as they are. Every name is drawn equally often.
     """
     rng = random.Random(seed)
     by_name: dict[str, list[Picture]] = defaultdict(list)
@@ -104,6 +105,7 @@ def fit_projector(
         by_name[picture.concept].append(picture)
     names = sorted(by_name)
     targets = embed_names(model, processor, names)
+    length, directions = targets.norm(dim=-1).mean(), nn.functional.normalize(targets, dim=-1)
     projector = model.model.multi_modal_projector
     optimizer = torch.optim.AdamW(projector.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     scheduler = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
@@ -113,9 +115,10 @@ def fit_projector(
         features = draw_features(model, processor, shown, [rng.randrange(NUM_VARIANTS) for _ in shown])
         with autocast():
             tokens = projector(features).float()
-        logits = tokens @ targets.T - targets.pow(2).sum(dim=-1) / 2
+        logits = nn.functional.normalize(tokens, dim=-1) @ directions.T / TEMPERATURE
         labels = torch.tensor(drawn).repeat_interleave(tokens.shape[1])
-        nn.functional.cross_entropy(logits.flatten(0, 1), labels).backward()
+        excess = tokens.norm(dim=-1) / length - 1
+        (nn.functional.cross_entropy(logits.flatten(0, 1), labels) + excess.pow(2).mean()).backward()
         nn.utils.clip_grad_norm_(projector.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
