@@ -12,13 +12,11 @@ features of pictures are kept in `--parts` and made by the first run. Started ag
 are missing.
 """
 
-import multiprocessing
 import os
 import platform
 import tempfile
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -27,7 +25,7 @@ import torch
 from picture_tasks import NUM_VARIANTS, TASKS, TESTS, PictureConversations
 from pictures import SOURCES, Picture, load_pictures, split_pictures
 from pretrained_model import autocast, build_pretrained, draw_features, fit_projector, save_parts
-from run import ARMS, CHAT_TEMPLATE, FLOOR, FOLDER, Results, peak_mebibytes
+from run import ARMS, CHAT_TEMPLATE, FLOOR, FOLDER, Results, peak_mebibytes, run_in_processes
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_cosine_schedule_with_warmup, set_seed
 from transformers.utils import logging
 
@@ -223,15 +221,14 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     results = Results(arguments.output / f"{name}.csv")
     done = {(row["arm"], int(row["seed"])) for row in results.rows}
-    wanted = [(arm, seed) for seed in seeds for arm in arguments.arms if (arm, seed) not in done]
-    fresh = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(arguments.processes, mp_context=fresh, max_tasks_per_child=1) as pool:
-        pool.submit(keep_features, places).result()
-        for finished in as_completed([pool.submit(run, *each, plan, places) for each in wanted]):
-            row = finished.result()
-            results.add(row)
-            scores = "; ".join(f"{name} {row[name]:.2f}" for name in TESTS)
-            print(f"{row['arm']}, seed {row['seed']}: {scores}", flush=True)
+    missing = [(arm, seed, plan, places) for seed in seeds for arm in arguments.arms if (arm, seed) not in done]
+    for _ in run_in_processes(keep_features, [(places,)], 1):
+        pass
+    for row in run_in_processes(run, missing, arguments.processes):
+        results.add(row)
+        print(
+            f"{row['arm']}, seed {row['seed']}: " + "; ".join(f"{name} {row[name]:.2f}" for name in TESTS), flush=True
+        )
 
 
 if __name__ == "__main__":
