@@ -177,8 +177,9 @@ class Run(TrainerCallback):
         self.processor.save_pretrained(folder)
 
 
-def run(arm: str, seed: int, plan: Plan, places: Places) -> dict[str, object]:
-    """One line of the CSV, made in a process of its own, so that its peak of memory is that of one run."""
+def run(wanted: tuple[str, int, Plan, Places]) -> dict[str, object]:
+    """One line of the CSV."""
+    arm, seed, plan, places = wanted
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     return Run(arm, seed, plan, split_pictures(load_pictures(places.pictures)), places).train()
@@ -222,7 +223,7 @@ def main() -> None:
     results = Results(arguments.output / f"{name}.csv")
     done = {(row["arm"], int(row["seed"])) for row in results.rows}
     missing = [(arm, seed, plan, places) for seed in seeds for arm in arguments.arms if (arm, seed) not in done]
-    for _ in run_in_processes(keep_features, [(places,)], 1):
+    for _ in run_in_processes(keep_features, [places], 1):
         pass
     for row in run_in_processes(run, missing, arguments.processes):
         results.add(row)
