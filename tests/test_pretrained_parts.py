@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import draw_picture
 from onnx import helper
-from real_parts import dinov2_onnx, save_dinov2, smollm2_gguf
+from study.packaged_parts import dinov2_onnx, save_dinov2, smollm2_gguf
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from modeling_visualchat import VisualChatForConditionalGeneration

@@ -123,7 +123,7 @@ def test_tables_are_worked_out_by_hand(study):
     _, tables = study
     rows = [row("causal", seed, accuracy, "0.2;0.6") for seed, accuracy in enumerate((0.5, 0.6))]
     rows += [row("mmca, sum", seed, accuracy, "0.5;0.7") for seed, accuracy in enumerate((0.7, 0.7))]
-    mean, half = tables.difference(rows, "mmca, sum", tables.MEASURES["single"])
+    mean, half = tables.difference(rows, "mmca, sum", tables.accuracy("single"))
     # Differences 0.2 and 0.1: mean 0.15, standard error 0.05, Student's t of one degree of freedom 12.706.
     assert mean == pytest.approx(0.15) and half == pytest.approx(12.706 * 0.05, rel=1e-4)
     assert tables.spent_to(rows[0], "single", 0.4) == 150  # half way between the points

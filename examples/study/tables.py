@@ -1,8 +1,8 @@
 """
-Makes the tables and figures of the study from its CSV alone.
+Makes the tables and figures of the study from a CSV alone.
 
     python examples/study/tables.py                     # prints tables, writes results.md and results.png
-    python examples/study/tables.py --input quick.csv --output DIR
+    python examples/study/tables.py --input pretrained.csv --output DIR     # pretrained.md and pretrained.png
 """
 
 import csv
@@ -13,6 +13,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib import pyplot
+from picture_tasks import TASKS as PICTURE_TASKS
+from picture_tasks import TESTS as PICTURE_TESTS
 from scipy import stats
 from tasks import TASKS
 
@@ -23,6 +25,7 @@ CONFIDENCE = 0.95
 SHARES = (0.5, 0.9)  # of the best arm's final accuracy, at which data efficiency is read
 
 Rows = list[dict[str, str]]
+Measure = Callable[[dict], float]
 
 
 def read_rows(path: Path) -> Rows:
@@ -35,7 +38,7 @@ def arms_of(rows: Rows) -> list[str]:
     return list(dict.fromkeys(row["arm"] for row in rows))
 
 
-def by_seed(rows: Rows, arm: str, value: Callable[[dict], float]) -> dict[int, float]:
+def by_seed(rows: Rows, arm: str, value: Measure) -> dict[int, float]:
     return {int(row["seed"]): value(row) for row in rows if row["arm"] == arm}
 
 
@@ -47,26 +50,44 @@ def interval(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(quantile * np.std(values, ddof=1) / len(values) ** 0.5)
 
 
-def difference(rows: Rows, arm: str, value: Callable[[dict], float], baseline: str = BASELINE) -> tuple[float, float]:
+def difference(rows: Rows, arm: str, value: Measure, baseline: str = BASELINE) -> tuple[float, float]:
     """Mean difference to the baseline over the seeds of both, and half the width of its interval."""
     ours, theirs = by_seed(rows, arm, value), by_seed(rows, baseline, value)
     return interval([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
 
 
-def mean_over_tasks(row: dict) -> float:
-    return sum(float(row[task]) for task in TASKS) / len(TASKS)
+def tasks_of(rows: Rows) -> list[str]:
+    """The tasks that a CSV has results of."""
+    return [task for task in CHANCES if task in rows[0]]
 
 
-MEASURES: dict[str, Callable[[dict], float]] = {
-    "all tasks": mean_over_tasks,
-    **{task: lambda row, task=task: float(row[task]) for task in TASKS},
-}
+def curves_of(rows: Rows) -> list[str]:
+    """The tasks that it has learning curves of."""
+    return [task for task in tasks_of(rows) if f"{task}, curve" in rows[0]]
 
 
-def chance(task: str) -> float:
+def accuracy(task: str) -> Measure:
+    return lambda row: float(row[task])
+
+
+def measures(rows: Rows) -> dict[str, Measure]:
+    """What arms are compared by: the mean over all tasks, and each task."""
+    tasks = tasks_of(rows)
+    return {
+        "all tasks": lambda row: sum(float(row[task]) for task in tasks) / len(tasks),
+        **{task: accuracy(task) for task in tasks},
+    }
+
+
+def chance(task) -> float:
     """The accuracy of guesses among the possible answers, all sizes being as likely."""
-    sizes = TASKS[task].sizes
-    return sum(1 / TASKS[task].num_answers(size) for size in sizes) / len(sizes)
+    return sum(1 / task.num_answers(size) for size in task.sizes) / len(task.sizes)
+
+
+# Of the tasks of run.py and of pretrained.py.
+CHANCES = {name: chance(task) for name, task in TASKS.items()} | {
+    name: chance(PICTURE_TASKS[task]) for name, (task, _) in PICTURE_TESTS.items()
+}
 
 
 def curve(row: dict, task: str) -> tuple[list[int], list[float]]:
@@ -89,9 +110,9 @@ def spent_to(row: dict, task: str, accuracy: float, spent: str = "points") -> fl
 
 def accuracy_table(rows: Rows) -> list[list[str]]:
     table = [["task", "chance", *arms_of(rows)]]
-    chances = {task: chance(task) for task in TASKS}
+    chances = {task: CHANCES[task] for task in tasks_of(rows)}
     chances["all tasks"] = sum(chances.values()) / len(chances)
-    for name, value in MEASURES.items():
+    for name, value in measures(rows).items():
         cells = [f"{chances[name]:.1%}"]
         for arm in arms_of(rows):
             mean, half = interval(list(by_seed(rows, arm, value).values()))
@@ -104,7 +125,7 @@ def difference_table(rows: Rows) -> list[list[str]]:
     """Against causal attention; in bold where the interval excludes zero."""
     arms = [arm for arm in arms_of(rows) if arm not in (BASELINE, FLOOR)]
     table = [["task", *arms]]
-    for name, value in MEASURES.items():
+    for name, value in measures(rows).items():
         cells = []
         for arm in arms:
             mean, half = difference(rows, arm, value)
@@ -118,8 +139,8 @@ def efficiency_table(rows: Rows) -> list[list[str]]:
     """Thousands of conversations, and CPU seconds, to a share of the best arm's final accuracy: median over seeds."""
     arms = [arm for arm in arms_of(rows) if arm != FLOOR]
     table = [["task, accuracy", *arms]]
-    for task in TASKS:
-        best = max(interval(list(by_seed(rows, arm, MEASURES[task]).values()))[0] for arm in arms)
+    for task in curves_of(rows):
+        best = max(interval(list(by_seed(rows, arm, accuracy(task)).values()))[0] for arm in arms)
         for share in SHARES:
             cells = []
             for arm in arms:
@@ -136,17 +157,19 @@ def efficiency_table(rows: Rows) -> list[list[str]]:
 
 def cost_table(rows: Rows) -> list[list[str]]:
     columns = {
-        "learning rate": lambda row: f"{float(row['learning_rate']):g}",
-        "parameters": lambda row: f"{int(row['parameters']):,}",
-        "CPU s of training": lambda row: f"{float(row['cpu_seconds']):.0f}",
-        "peak MiB, libraries apart": lambda row: f"{int(row['peak_mebibytes']):,}",
-        "known images over new ones, time": lambda row: f"{float(row['second_question_over_first']):.2f}",
+        "learning rate": ("learning_rate", "{:g}"),
+        "parameters": ("parameters", "{:,.0f}"),
+        "trained": ("trained_parameters", "{:,.0f}"),
+        "CPU s of training": ("cpu_seconds", "{:.0f}"),
+        "peak MiB, libraries apart": ("peak_mebibytes", "{:,.0f}"),
+        "known images over new ones, time": ("second_question_over_first", "{:.2f}"),
     }
+    columns = {name: column for name, column in columns.items() if column[0] in rows[0]}
     table = [["arm", "seeds", *columns]]
     for arm in arms_of(rows):
         of_arm = sorted((row for row in rows if row["arm"] == arm), key=lambda row: float(row["cpu_seconds"]))
         middle = of_arm[len(of_arm) // 2]
-        table.append([arm, str(len(of_arm)), *(column(middle) for column in columns.values())])
+        table.append([arm, str(len(of_arm)), *(form.format(float(middle[key])) for key, form in columns.values())])
     return table
 
 
@@ -157,7 +180,10 @@ def format_table(table: list[list[str]]) -> str:
 
 def format_report(rows: Rows) -> str:
     sections = {
-        "Accuracy": (accuracy_table, "Exact match on test scans after the last step: mean over seeds ± 95% interval."),
+        "Accuracy": (
+            accuracy_table,
+            "Exact match on held-out images after the last step: mean over seeds ± 95% interval.",
+        ),
         "Difference to causal attention": (
             difference_table,
             "Percentage points, paired over seeds ± 95% interval; in bold where the interval excludes zero.",
@@ -176,18 +202,19 @@ def format_report(rows: Rows) -> str:
 def draw(rows: Rows, path: Path) -> None:
     """Learning curves of each task, a line and a band of one standard deviation for each arm; chance in gray."""
     matplotlib.use("Agg")
-    figure, axes = pyplot.subplots(2, (len(TASKS) + 1) // 2, figsize=(16, 6), sharex=True, sharey=True)
-    for axis, task in zip(axes.flat, TASKS):
+    tasks = curves_of(rows)
+    figure, axes = pyplot.subplots(2, (len(tasks) + 1) // 2, figsize=(16, 6), sharex=True, sharey=True)
+    for axis, task in zip(axes.flat, tasks):
         for arm in arms_of(rows):
             curves = [curve(row, task) for row in rows if row["arm"] == arm]
             values = np.array([accuracies for _, accuracies in curves])
             points, mean = np.array(curves[0][0]) / 1000, values.mean(axis=0)
             axis.plot(points, mean, label=arm, linestyle=":" if arm == FLOOR else "-")
             axis.fill_between(points, mean - values.std(axis=0), mean + values.std(axis=0), alpha=0.15)
-        axis.axhline(chance(task), color="gray", linewidth=0.8)
+        axis.axhline(CHANCES[task], color="gray", linewidth=0.8)
         axis.set_title(task)
     figure.supxlabel("thousands of conversations seen")
-    figure.supylabel("exact match on test scans")
+    figure.supylabel("exact match on held-out images")
     axes.flat[0].legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(path, dpi=90)
@@ -197,15 +224,15 @@ def draw(rows: Rows, path: Path) -> None:
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, default=FOLDER / "results.csv", help="CSV of finished runs")
-    parser.add_argument("--output", type=Path, default=FOLDER, help="folder of results.md and results.png")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the tables and figures")
     arguments = parser.parse_args()
     if not arguments.input.exists():
         parser.error(f"there is no {arguments.input}; run.py writes it")
     rows = read_rows(arguments.input)
     arguments.output.mkdir(parents=True, exist_ok=True)
     report = format_report(rows)
-    (arguments.output / "results.md").write_text(report)
-    draw(rows, arguments.output / "results.png")
+    (arguments.output / f"{arguments.input.stem}.md").write_text(report)
+    draw(rows, arguments.output / f"{arguments.input.stem}.png")
     print(report)
 
 

