@@ -3,6 +3,7 @@
 import csv
 import random
 import re
+import runpy
 import subprocess
 import sys
 
@@ -155,16 +156,12 @@ def test_a_run_repeated_on_a_fresh_start_equals_its_line(tmp_path, study):
     assert "| cross | 1 |" in tables.format_report(lines[0])
 
 
-def test_wrong_arms_and_missing_files_are_named(tmp_path):
+def test_wrong_arms_and_missing_files_are_named(tmp_path, study, monkeypatch, capsys):
     for script, flags, message in (
         ("run.py", ["--arms", "mmca sum"], "invalid choice: 'mmca sum'"),
         ("tables.py", ["--input", str(tmp_path / "none.csv")], "none.csv; run.py writes it"),
     ):
-        completed = subprocess.run(
-            [sys.executable, str(STUDY / script), *flags],
-            capture_output=True,
-            text=True,
-            env=environment(),
-            timeout=100,
-        )
-        assert completed.returncode == 2 and message in completed.stderr
+        monkeypatch.setattr(sys, "argv", [script, *flags])
+        with pytest.raises(SystemExit) as refused:
+            runpy.run_path(str(STUDY / script), run_name="__main__")
+        assert refused.value.code == 2 and message in capsys.readouterr().err
