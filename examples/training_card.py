@@ -45,6 +45,7 @@ class TrainerWithCard(Trainer):
     def __init__(self, *arguments, run: TrainingRun, **options):
         super().__init__(*arguments, **options)
         self.run = run
+        self.earlier = load_card(run.start) if run.start is not None else None
 
     def create_model_card(self, tags: str | list[str] | None = None, **_) -> None:
         """Writes the card beside the checkpoint, or into the one that is there, whose other text stays."""
@@ -52,14 +53,13 @@ class TrainerWithCard(Trainer):
             return
         folder = Path(self.args.output_dir)
         name = self.hub_model_id or folder.absolute().name
-        earlier = load_card(self.run.start) if self.run.start is not None else None
         if (folder / CARD).is_file():
             card = VisualChatCard.load(folder / CARD)
             card.rename(name)
         else:
             card = make_card(self.accelerator.unwrap_model(self.model), name)
-            inherit(card, earlier)
-        number = 1 + (len(earlier.read("training")) if earlier is not None else 0)
+            inherit(card, self.earlier)
+        number = 1 + (len(self.earlier.read("training")) if self.earlier is not None else 0)
         for section, describe in SECTIONS.items():
             card.write(section, f"run {number}", f"Run {number}{describe(self, number)}")
         for section in ("results", "risks"):  # of other weights
@@ -75,8 +75,11 @@ class TrainerWithCard(Trainer):
 
 
 def load_card(checkpoint: str) -> VisualChatCard | None:
-    """The card of a checkpoint, a folder or a name on the Hub, if it has one."""
-    file = cached_file(checkpoint, CARD, _raise_exceptions_for_missing_entries=False)
+    """The card of a checkpoint, a folder or a name on the Hub, if it has one within reach."""
+    try:
+        file = cached_file(checkpoint, CARD, _raise_exceptions_for_missing_entries=False)
+    except OSError:  # the rest of the checkpoint is cached, and the Hub out of reach
+        return None
     return None if file is None else VisualChatCard.load(file)
 
 

@@ -32,6 +32,8 @@ class VisualChatCard(ModelCard):
         <!-- /results -->
     """
 
+    text: str
+
     def read(self, section: str) -> dict[str, str]:
         """The blocks of a section by their keys."""
         found = re.findall(rf"<!-- {section}: ([^\n]+) -->\n(.*?)\n<!-- /{section}: \1 -->", self.text, re.DOTALL)

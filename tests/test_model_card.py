@@ -153,6 +153,9 @@ def test_a_second_run_keeps_the_first_and_the_text_of_the_owner(trained, tmp_pat
     again = VisualChatCard.load(file)
     assert "My own words." in again.text and again.text.count("## Use") == 1
     assert again.read("training").keys() == card.read("training").keys()
+    trainer.hub_model_id = "someone/again"
+    trainer.create_model_card(model_name="again", tags="cats")  # as `push_to_hub` does
+    assert "# someone/again\n" in file.read_text() and "- cats\n" in file.read_text()
 
 
 def load(folder):
