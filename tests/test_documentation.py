@@ -25,7 +25,7 @@ from processing_visualchat.evaluation import METRICS, ROBUSTNESS, SUITES
 
 PAGES = {
     str(page.relative_to(REPOSITORY)): page.read_text()
-    for page in sorted([REPOSITORY / "README.md", *REPOSITORY.glob("examples/**/*.md")])
+    for page in sorted([*REPOSITORY.glob("README*.md"), *REPOSITORY.glob("examples/**/*.md")])
 }
 RUN_BY = {
     "chat.py": "test_finetune.py",
@@ -80,6 +80,7 @@ def folder(tmp_path, monkeypatch):
 
 def test_the_code_of_the_readme_runs(folder, monkeypatch):
     monkeypatch.setattr("modeling_visualchat.projector_visualchat.PROJECTORS", PROJECTORS.copy())
+    assert set(blocks("README_zh.md", "python")) <= set(blocks("README.md", "python"))
     names = {}
     for code in blocks("README.md", "python"):
         exec(code, names)
