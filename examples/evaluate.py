@@ -2,13 +2,14 @@
 Evaluates a checkpoint on a suite of conversations.
 
     python examples/evaluate.py CHECKPOINT --suite blink --output blink-results
-    python examples/evaluate.py CHECKPOINT --suite jsonl --data test.jsonl --robustness swap,wrong_image
+    python examples/evaluate.py CHECKPOINT --suite jsonl --data test.jsonl --robustness swap,wrong_image --update_card
     python examples/evaluate.py CHECKPOINT --suite mmdu --judge_url http://localhost:8000/v1 --judge_model NAME
     python examples/evaluate.py --score_only --output blink-results --metrics exact_match
 
 With several processes: `accelerate launch --multi_gpu examples/evaluate.py …` on GPUs, and on a CPU
 `torchrun --nproc_per_node 2 examples/evaluate.py …`. A second start with the same flags continues. The output folder
-gets `answers.jsonl`, `metrics.json`, `results.md` and `index.html`.
+gets `answers.jsonl`, `metrics.json`, `results.md` and `index.html`; `--update_card` adds the results to the model card
+of the checkpoint, a folder.
 """
 
 import sys
@@ -24,7 +25,9 @@ from processing_visualchat.evaluation import (
     evaluate,
     format_results,
     score_answers,
+    update_card,
 )
+from processing_visualchat.evaluation.card import find_checkpoint_folder
 
 
 # Flags that are arguments of `evaluate`.
@@ -57,6 +60,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--judge_model", help="name of the judge model there")
     parser.add_argument("--page_size", type=int, default=200, help="maximum conversations on the page")
     parser.add_argument("--score_only", action="store_true", help="score the answers in --output again")
+    parser.add_argument("--update_card", action="store_true", help="add the results to the checkpoint's model card")
     return parser
 
 
@@ -68,6 +72,8 @@ def run(arguments: Namespace) -> dict:
         return score_answers(arguments.output, arguments.metrics, judge, arguments.page_size)
     if arguments.checkpoint is None or arguments.suite is None:
         raise ValueError("A checkpoint and --suite are required, or --score_only.")
+    if arguments.update_card:
+        find_checkpoint_folder(arguments.checkpoint)
     options = {name: getattr(arguments, name) for name in OPTIONS}
     return evaluate(
         arguments.checkpoint, arguments.suite, arguments.data, arguments.output,
@@ -79,10 +85,13 @@ def main() -> None:
     arguments = make_parser().parse_args()
     try:
         results = run(arguments)
+        is_main = PartialState().is_main_process
+        if is_main and arguments.update_card:
+            print(f"The model card: {update_card(arguments.output, arguments.checkpoint)}")
     except (OSError, ValueError, ImportError) as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    if PartialState().is_main_process:
+    if is_main:
         print(f"{format_results(results)}\nThe page: {arguments.output}/index.html")
     PartialState().destroy_process_group()
 

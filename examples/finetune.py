@@ -26,9 +26,10 @@ from dataclasses import dataclass, field
 import torch
 from digits.train import DIGITS_CONFIG, train_digits
 from training_arguments import find_checkpoint, parse_arguments
+from training_card import TrainerWithCard, TrainingRun
 from training_data import load_data
 from training_processes import end_processes, set_cpu_threads
-from transformers import AutoProcessor, Trainer, set_seed
+from transformers import AutoProcessor, set_seed
 from transformers.hf_argparser import HfArg
 
 from modeling_visualchat import (
@@ -77,6 +78,7 @@ class FinetuneArguments:
     )
     vision_features: str | None = HfArg(default=None, help="Folder to cache the frozen vision tower's features in.")
     vision_features_gib: float = HfArg(default=64.0, help="Maximum size of that folder in GiB.")
+    license: str | None = HfArg(default=None, help="License of the trained checkpoint, for its model card.")
     cpu_threads: int = HfArg(default=0, help="Threads of each process on a CPU; 0 divides all cores among them.")
     attention_type: str | None = attention_option("attention_type", "The attention type")
     merge: str | None = attention_option("merge", "How text and images are merged in mmca")
@@ -119,15 +121,16 @@ def main() -> None:
     collator = DataCollatorForVisualChat(
         processor, arguments.max_length, arguments.overlong, arguments.packing, arguments.max_broken
     )
-    train_dataset, eval_dataset, digests = load_data(arguments, training_arguments, collator)
+    train_dataset, eval_dataset, digests, sources = load_data(arguments, training_arguments, collator)
 
-    trainer = Trainer(
+    trainer = TrainerWithCard(
         model=model,
         args=training_arguments,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         data_collator=collator,
         processing_class=processor,
+        run=TrainingRun(sources, arguments.model, arguments.license, checkpoint),
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
@@ -136,6 +139,9 @@ def main() -> None:
         save_training_images(digests, training_arguments.output_dir)  # for `evaluate.py`
     if eval_dataset is not None:
         trainer.log_metrics("eval", trainer.evaluate())
+    trainer.create_model_card()
+    if training_arguments.push_to_hub:
+        trainer.push_to_hub()  # again, with the evaluation loss
     if any(collator.counts.values()):
         print(f"Conversations of process {training_arguments.process_index}: {collator.counts}")
     end_processes(trainer)

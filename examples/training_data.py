@@ -2,7 +2,9 @@
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
@@ -23,39 +25,80 @@ from processing_visualchat import (
 from processing_visualchat.data.custom import find_splits
 from processing_visualchat.data.files import suffix_of
 from processing_visualchat.data.lengths import list_overlong
+from processing_visualchat.data.published import SOURCES
 from processing_visualchat.data.tables import counted
 
 
 SAMPLING_BY_LENGTH = ("group_by_length", "batch_rebalance")  # of TrainingArguments.train_sampling_strategy
 
 
-def load_data(arguments, training_arguments: TrainingArguments, collator) -> tuple:
-    """
-    The training data, packed or measured if the arguments ask for it, and the evaluation data or `None`; and the
-    digests of the training images, or `None` for images that were not opened.
-    """
-    eval_dataset = None
+@dataclass(frozen=True)
+class DataSource:
+    """A data set of a training run, for its model card; what is not known is `None` or empty."""
+
+    name: str
+    num_train: int | None = None  # conversations, in an epoch
+    num_eval: int | None = None
+    url: str = ""
+    license: str = ""  # as its authors state it
+    attribution: str = ""
+
+
+class TrainingData(NamedTuple):
+    """Both sides of the data, the digests of the training images if they were opened, and the data sets."""
+
+    train: Any
+    evaluation: Any
+    digests: set[str] | None
+    sources: list[DataSource]
+
+
+def load_data(arguments, training_arguments: TrainingArguments, collator) -> TrainingData:
+    """The training data, packed or measured if the arguments ask for it, and the evaluation data or `None`."""
     if arguments.mixture is not None:
-        train_dataset, eval_dataset, digests = load_mixture_file(arguments, training_arguments, collator.processor)
+        data = load_mixture_file(arguments, training_arguments, collator.processor)
     else:
-        train_dataset, digests = load_file(arguments.train_file, arguments, collator.processor, ["train"])
-        if arguments.eval_file is not None:
-            eval_dataset, _ = load_file(arguments.eval_file, arguments, collator.processor, ["validation", "test"])
-    train_dataset = pack_or_measure(train_dataset, arguments, training_arguments, collator)
-    eval_dataset = limit_evaluation(eval_dataset, arguments, collator)
-    return train_dataset, eval_dataset, digests if arguments.check_images else None
+        data = load_files(arguments, collator.processor)
+    return TrainingData(
+        pack_or_measure(data.train, arguments, training_arguments, collator),
+        limit_evaluation(data.evaluation, arguments, collator),
+        data.digests if arguments.check_images else None,
+        data.sources,
+    )
 
 
-def load_mixture_file(arguments, training_arguments: TrainingArguments, processor) -> tuple:
+def load_files(arguments, processor) -> TrainingData:
+    """The data of `--train_file` and `--eval_file`."""
+    train_dataset, digests = load_file(arguments.train_file, arguments, processor, ["train"])
+    sources = [DataSource(Path(arguments.train_file).name, len(train_dataset))]
+    if arguments.eval_file is None:
+        return TrainingData(train_dataset, None, digests, sources)
+    eval_dataset, _ = load_file(arguments.eval_file, arguments, processor, ["validation", "test"])
+    sources.append(DataSource(Path(arguments.eval_file).name, None, len(eval_dataset)))
+    return TrainingData(train_dataset, eval_dataset, digests, sources)
+
+
+def load_mixture_file(arguments, training_arguments: TrainingArguments, processor) -> TrainingData:
     """Both sides of a mixture; a stream repeats without end, so that a resumed run finds its place."""
     config = read_mixture_config(arguments.mixture)
     if not config.streaming:
-        return report_mixture(load_mixture(config, arguments.data_root, arguments.check_images, processor))
+        mixture = load_mixture(config, arguments.data_root, arguments.check_images, processor)
+        sources = [describe_source(spec, *mixture.sizes[spec.name]) for spec in config.sources]
+        return TrainingData(*report_mixture(mixture), sources)
     if training_arguments.max_steps <= 0:
         raise FinetuneError("a stream has no known length; set the number of steps with --max_steps")
     training_arguments.accelerator_config.dispatch_batches = False  # batches differ in shape
     train_dataset, eval_dataset = stream_mixture(config, arguments.data_root, processor=processor)
-    return train_dataset.repeat(None), eval_dataset, None
+    return TrainingData(train_dataset.repeat(None), eval_dataset, None, [*map(describe_source, config.sources)])
+
+
+def describe_source(spec: DatasetSpec, num_train: int | None = None, num_eval: int | None = None) -> DataSource:
+    """A data set of a mixture with its terms, which are known of published ones."""
+    if spec.is_published:
+        source = SOURCES[spec.name]
+        return DataSource(spec.name, num_train, num_eval, source.homepage, source.license, source.attribution)
+    url = f"https://huggingface.co/datasets/{spec.hub}" if spec.hub else ""
+    return DataSource(spec.name, num_train, num_eval, url)
 
 
 def report_mixture(mixture) -> tuple:

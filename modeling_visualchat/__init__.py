@@ -10,7 +10,7 @@ from .configuration_visualchat import VERSION, VisualChatConfig
 from .image_memory_visualchat import ImageMemory
 from .image_states_visualchat import ImageStates
 from .modeling_visualchat import VisualChatForConditionalGeneration, VisualChatModel, VisualChatPreTrainedModel
-from .projector_visualchat import PROJECTORS, register_projector
+from .projector_visualchat import PROJECTORS, register_projector, vision_feature_size
 from .qwen_vision_visualchat import VisualChatQwenVisionModel
 from .vision_cache_visualchat import VisionFeatureCache
 
@@ -38,4 +38,5 @@ __all__ = [
     "mmca_attention",
     "mmca_attention_reference",
     "register_projector",
+    "vision_feature_size",
 ]

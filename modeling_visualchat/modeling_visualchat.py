@@ -116,7 +116,9 @@ class VisualChatPreTrainedModel(PreTrainedModel):
         Args:
             repo_id (`str`): Repository, as in `"user/name"`.
             processor (`VisualChatProcessor`, *optional*): The processor of the model.
-            card (`str`, *optional*): Path of the model card to upload as README.md; by default our own.
+            card (`str`, *optional*): Path of the model card to upload as README.md. By default it is the one beside
+                the checkpoint, if the model was loaded from a folder and not changed since; else the one that the
+                repository has, or a new one.
             kwargs: As in `PreTrainedModel.push_to_hub`.
 
         Returns:

@@ -34,6 +34,12 @@ def train_only(model: Any, parts: tuple[str, ...]) -> None:
         TRAINABLE_PARTS[part](model).requires_grad_(True)
 
 
+def trained_parts(model: Any) -> list[str]:
+    """The parts of a `VisualChatForConditionalGeneration` whose parameters are all trainable."""
+    there = [part for part in TRAINABLE_PARTS if part not in ADDED_PARTS or hasattr(model.model, part)]
+    return [part for part in there if all(each.requires_grad for each in TRAINABLE_PARTS[part](model).parameters())]
+
+
 def trains_image_path_only(model: Any) -> bool:
     """Whether a `VisualChatModel` trains only parts that nothing but an image reaches."""
     if any(parameter.requires_grad for parameter in model.language_model.parameters()):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 from conftest import IMAGE_SEQ_LENGTH, draw_picture, make_model, make_processor
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from test_finetune import EXAMPLES, deepspeed, environment
 from test_suites import publish
@@ -31,6 +33,7 @@ from processing_visualchat.evaluation import (
     SuiteError,
     evaluate,
     score_answers,
+    update_card,
 )
 from processing_visualchat.evaluation.answering import SeededSampling
 from processing_visualchat.evaluation.edits import load_edits
@@ -622,6 +625,45 @@ def test_images_that_were_trained_on_are_counted(data, straight, tmp_path):
         (data / "checkpoint" / "training_images.json").unlink()
     assert results["trained_on"] == {"num_images": 5, "num_trained_on": 2}
     assert "WARNING: 2 of 5 images were trained on." in (tmp_path / "results.md").read_text()
+
+
+def test_results_go_to_the_model_card_in_place_of_earlier_ones(data, straight, tmp_path, monkeypatch, capsys):
+    """Numbers are those of metrics.json; text outside of the marked sections stays."""
+    import evaluate as script
+
+    checkpoint, output = tmp_path / "checkpoint", tmp_path / "out"
+    shutil.copytree(data / "checkpoint", checkpoint)
+    shutil.copytree(straight, output)
+    flags = ["evaluate.py", str(checkpoint), "--score_only", "--output", str(output), "--update_card"]
+    monkeypatch.setattr(sys, "argv", flags)
+    script.main()
+    assert f"The model card: {checkpoint / 'README.md'}" in capsys.readouterr().out
+    results = json.loads((output / "metrics.json").read_text())
+    card = ModelCard.load(checkpoint / "README.md")
+    means = {name: round(score["all"]["mean"], 4) for name, score in results["scores"].items()}
+    assert {each.metric_type: each.metric_value for each in card.data.eval_results} == means
+    assert {(each.dataset_type, each.dataset_name) for each in card.data.eval_results} == {
+        ("test.jsonl", "jsonl, test.jsonl")
+    }
+    assert "On 10 conversations, 19 rounds. Answers are greedy, of at most 6 tokens; each round sees the" in card.text
+    assert f"| anls | {results['scores']['anls']['all']['mean']:.3f} | " in card.text and "not measured" in card.text
+
+    (checkpoint / "README.md").write_text(str(card).replace("## Use", "My own words.\n\n## Use"))
+    results = run(data, tmp_path / "part", robustness=["wrong_image"], limit=2, metrics=["anls"])
+    update_card(tmp_path / "part", checkpoint)
+    card = ModelCard.load(checkpoint / "README.md")
+    plain, wrong = card.data.eval_results
+    assert (plain.dataset_config, wrong.dataset_config) == (None, "wrong_image")
+    assert wrong.metric_value == round(results["robustness"]["wrong_image"]["scores"]["anls"]["all"]["mean"], 4)
+    assert plain.dataset_args == {"limit": 2} and card.data.model_name == "checkpoint"
+    assert "My own words." in card.text and "On the first 2 conversations" in card.text
+    assert card.text.count("### jsonl, test.jsonl\n") == 1 and "- `wrong_image`: other images;" in card.text
+    update_card(output, checkpoint)
+    assert "wrong_image`: other" not in (checkpoint / "README.md").read_text()
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "someone/model", "--suite", "blink", "--update_card"])
+    with pytest.raises(SystemExit, match="2"):
+        script.main()
+    assert "The model card of someone/model cannot be updated, since it is not a folder" in capsys.readouterr().err
 
 
 class PageParser(HTMLParser):

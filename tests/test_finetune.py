@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import draw_picture, make_model, make_processor
+from huggingface_hub import ModelCard
 from published_data import write_published_data
 from test_remote_code import REPOSITORY
 from transformers import AutoProcessor, LlamaConfig
@@ -105,6 +106,7 @@ def test_the_default_runs_and_leaves_everything(tmp_path):
     completed = finetune(*SHORT, "--output_dir", output)
     for name in (
         "accuracy.txt",
+        "README.md",
         "chats.png",
         "loss.png",
         "model.safetensors",
@@ -113,6 +115,9 @@ def test_the_default_runs_and_leaves_everything(tmp_path):
     ):
         assert (output / name).stat().st_size > 0, name
     table = (output / "accuracy.txt").read_text()
+    card = ModelCard.load(output / "README.md")
+    assert table in card.text and "Run 1 started from new weights." in card.text
+    assert [each.dataset_config for each in card.data.eval_results] == ["all about one image", "all across two images"]
     assert "what is their sum?" in table and "all across two images" in table and table in completed.stdout
     assert f"python examples/chat.py {output}" in completed.stdout
     assert len(losses(output)) == 2
@@ -169,6 +174,9 @@ def test_two_processes_with_deepspeed_run_the_main_job(tmp_path, stage):
     finetune(*SHORT, "--output_dir", tmp_path / "out", *flags, launcher=launcher)
     assert "all across two images" in (tmp_path / "out" / "accuracy.txt").read_text()
     assert len(losses(tmp_path / "out")) == 2
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"2 processes with ZeRO-{stage} on " in card
+    assert re.search(r"\| trained \| (\d{3},\d{3}) of \1 parameters", card)
     weights = VisualChatForConditionalGeneration.from_pretrained(tmp_path / "out").state_dict()
     assert not any("model.model" in name for name in weights)
     projection = weights["model.language_model.layers.0.self_attn.q_proj.weight"]
@@ -378,7 +386,7 @@ def test_over_length_conversations_are_refused_before_the_first_step(tmp_path, m
     assert first in str(refused.value) and "Set --overlong to drop_first_rounds" in str(refused.value)
     assert str(refused.value).count(" tokens)") == 3
     arguments.overlong = "skip"
-    train_dataset, eval_dataset, _ = load_data(arguments, training_arguments, collator)
+    train_dataset, eval_dataset, *_ = load_data(arguments, training_arguments, collator)
     assert len(train_dataset) >= 1 and (form != "evaluation" or len(eval_dataset) == 16)
 
 

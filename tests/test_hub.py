@@ -1,29 +1,38 @@
-"""Pushing to the Hub with the official client, and loading what was pushed in a process without the packages."""
+"""
+Pushing to the Hub with the official client, and running the code of the model card that was pushed, as it is written,
+in a process without the packages.
+"""
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import make_model, make_processor, pixels, tokens
+from conftest import draw_picture, make_model, make_processor, pixels, tokens
 from hub_stand_in import HubStandIn
 from test_remote_code import CODE, HIDE_PACKAGES, REPOSITORY
 
 
 PUSH = """
 from conftest import make_model, make_processor
-print(make_model().push_to_hub("someone/model", processor=make_processor(), tags=["digits"]))
+from modeling_visualchat import VisualChatForConditionalGeneration
+from modeling_visualchat.model_card_visualchat import make_card
+make_model().save_pretrained("trained")
+card = make_card(make_model(), "trained")
+card.write("data", "run 1", "Ten pictures of cats.")
+card.save("trained/README.md")
+model = VisualChatForConditionalGeneration.from_pretrained("trained")
+print(model.push_to_hub("someone/model", processor=make_processor(), tags=["digits"]))
 """
 
-LOAD = """
-import json, torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
-model = AutoModelForImageTextToText.from_pretrained("someone/model", trust_remote_code=True).eval()
-processor = AutoProcessor.from_pretrained("someone/model", trust_remote_code=True)
+# After the code of the card.
+CHECK = """
+import json
 ids, pixel_values = torch.load(sys.argv[1])
-print(json.dumps([type(processor).__name__, model(ids, pixel_values).logits.tolist()]))
+print(json.dumps([type(processor).__name__, model(ids, pixel_values).logits.tolist(), session.messages]))
 """
 
 
@@ -48,9 +57,14 @@ def test_one_commit_makes_a_repository_that_anyone_loads(tmp_path):
     (tmp_path / "push").mkdir()
     (tmp_path / "load").mkdir()
     torch.save((tokens(3, "I", 4), pixels(0)), tmp_path / "inputs.pt")
+    for seed, name in enumerate(("first", "second", "third")):
+        draw_picture(seed).save(tmp_path / "load" / f"{name}.png")
     with HubStandIn() as hub:
-        address = run(PUSH, hub=hub, folder=tmp_path / "push", python_path=REPOSITORY / "tests")
-        output = run(HIDE_PACKAGES + LOAD, tmp_path / "inputs.pt", hub=hub, folder=tmp_path / "load")
+        python_path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+        address = run(PUSH, hub=hub, folder=tmp_path / "push", python_path=python_path)
+        card = hub.files["someone/model"]["README.md"].decode()
+        code = "\n".join(re.findall(r"^```python\n(.*?)^```", card, re.DOTALL | re.MULTILINE))
+        output = run(HIDE_PACKAGES + code + CHECK, tmp_path / "inputs.pt", hub=hub, folder=tmp_path / "load")
         assert address.startswith(f"{hub.address}/someone/model/commit/")
         assert len(hub.commits) == 1
         files = hub.files["someone/model"]
@@ -62,12 +76,14 @@ def test_one_commit_makes_a_repository_that_anyone_loads(tmp_path):
         "tokenizer.json",
     } <= files.keys()
     assert {"chat_template.jinja", "tokenizer_config.json", *CODE} <= files.keys()
-    card = files["README.md"].decode()
-    assert "# someone/model" in card and 'from_pretrained("someone/model", trust_remote_code=True)' in card
+    assert "# someone/model\n" in card and 'checkpoint = "someone/model"\n' in card and code.count("session") == 3
+    assert "Ten pictures of cats." in card and "<!-- data: run 1 -->" in card
     assert "- digits\n" in card and "{repo_id}" not in card and "{attention}" not in card
     assert "two softmaxes whose results are summed; an image token attends only to itself." in card
-    name, logits = json.loads(output)
+    name, logits, messages = json.loads(output)
     assert name == "VisualChatProcessor"
+    assert [message["role"] for message in messages] == ["user", "assistant"]
+    assert "third.png" in str(messages[0]["content"]) and "second.png" not in str(messages[0]["content"])
     expected = make_model()(tokens(3, "I", 4), pixels(0)).logits
     torch.testing.assert_close(torch.tensor(logits), expected, rtol=1e-5, atol=1e-5)
 

@@ -43,6 +43,7 @@ CODE = [
     "image_states_visualchat.py",
     "kernels_visualchat.py",
     "key_rotation_visualchat.py",
+    "model_card_visualchat.py",
     "modeling_visualchat.py",
     "outputs_visualchat.py",
     "parts_visualchat.py",

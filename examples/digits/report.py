@@ -10,11 +10,13 @@ import matplotlib
 matplotlib.use("Agg")
 
 import torch
+from huggingface_hub import EvalResult
 from matplotlib import pyplot
 from tqdm.auto import tqdm
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from modeling_visualchat import VisualChatForConditionalGeneration
+from modeling_visualchat.model_card_visualchat import CARD, VisualChatCard
 from processing_visualchat import VisualChatProcessor
 
 from .conversations import OF_ONE, OF_TWO, DigitConversations, Question
@@ -157,6 +159,26 @@ def draw_loss(log_history: list[dict], path: Path) -> None:
     pyplot.close(figure)
 
 
+def add_to_card(folder: Path, rows: list) -> None:
+    """Adds the table to the model card of the checkpoint, and its sums to the metadata."""
+    card = VisualChatCard.load(folder / CARD)
+    card.write("results", "digits", f"Exact match on held-out scans:\n\n```\n{format_table(rows)}\n```")
+    card.data.model_name = folder.absolute().name
+    card.data.eval_results = [
+        EvalResult(
+            task_type="image-text-to-text",
+            dataset_type="digits",
+            dataset_name="questions about held-out scans of handwritten digits",
+            dataset_config=name,
+            metric_type="exact_match",
+            metric_value=round(match, 4),
+        )
+        for name, _, match, *_ in rows
+        if name.startswith("all")
+    ]
+    card.save(folder / CARD)
+
+
 def report(
     folder: str, train_scans: list, test_scans: list, log_history: list[dict], num_conversations: int = 300
 ) -> list:
@@ -168,6 +190,7 @@ def report(
     rows, chats = evaluate(model, processor, train_scans, test_scans, num_conversations)
     table = format_table(rows)
     (folder / "accuracy.txt").write_text(table + "\n")
+    add_to_card(folder, rows)
     draw_chats(chats, folder / "chats.png")
     draw_loss(log_history, folder / "loss.png")
     pictures = folder / "pictures"

@@ -1,10 +1,13 @@
 """Trains and evaluates the digits model; `accelerate launch examples/finetune.py` without a model runs it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from study.scans import load_scans
+from training_card import TrainerWithCard, TrainingRun
+from training_data import DataSource
 from training_processes import end_processes
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from processing_visualchat import DataCollatorForVisualChat, load_image
 from processing_visualchat.data.image_contents import save_training_images
@@ -16,6 +19,12 @@ from .report import report
 
 
 DIGITS_CONFIG = Path(__file__).parent / "digits.yaml"
+SCANS = DataSource(
+    "conversations drawn from scans of handwritten digits",
+    url="https://archive.ics.uci.edu/ml/datasets/Optical+Recognition+of+Handwritten+Digits",
+    license="BSD 3-Clause, of scikit-learn, which includes the scans",
+    attribution="Alpaydin and Kaynak, Cascading Classifiers, Kybernetika, 1998",
+)
 
 
 def train_digits(arguments, training_arguments: TrainingArguments, checkpoint: str | None) -> None:
@@ -34,16 +43,21 @@ def train_digits(arguments, training_arguments: TrainingArguments, checkpoint: s
         * training_arguments.gradient_accumulation_steps
         * training_arguments.world_size
     )
-    trainer = Trainer(
+    train_dataset = DigitConversations(train_scans, max(training_arguments.max_steps, 100) * conversations_per_step)
+    trainer = TrainerWithCard(
         model=model,
         args=training_arguments,
-        train_dataset=DigitConversations(train_scans, max(training_arguments.max_steps, 100) * conversations_per_step),
+        train_dataset=train_dataset,
         data_collator=DataCollatorForVisualChat(processor, arguments.max_length, arguments.overlong),
         processing_class=processor,
+        run=TrainingRun(
+            [replace(SCANS, num_train=len(train_dataset))], license=arguments.license, resumed_from=checkpoint
+        ),
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
+    trainer.create_model_card()
     if trainer.is_world_process_zero():
         digests = (digest_pixels(load_image(scan)) for scan, _ in train_scans)
         save_training_images(digests, training_arguments.output_dir)

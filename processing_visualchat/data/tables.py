@@ -1,4 +1,4 @@
-"""Tables of rows, the first being the head, as aligned text."""
+"""Tables of rows, the first being the head, as aligned text or Markdown."""
 
 from collections.abc import Sequence
 
@@ -24,3 +24,9 @@ def format_table(rows: Sequence[Row]) -> str:
         align = ">" if any(isinstance(cell, (int, float)) for cell in column) else "<"
         columns.append([f"{format_cell(cell):{align}{width}}" for cell in column])
     return "\n".join("  ".join(row).rstrip() for row in zip(*columns))
+
+
+def format_markdown(rows: Sequence[Row]) -> str:
+    """A table in Markdown."""
+    lines = [f"| {' | '.join(format_cell(cell).replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    return "\n".join([lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]])

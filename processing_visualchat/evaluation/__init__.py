@@ -1,5 +1,6 @@
 """Evaluation of a checkpoint on suites of conversations: see `examples/evaluate.py`."""
 
+from .card import update_card
 from .evaluation import SUITES, evaluate
 from .judge import Judge
 from .metrics import METRICS
@@ -20,4 +21,5 @@ __all__ = [
     "evaluate",
     "format_results",
     "score_answers",
+    "update_card",
 ]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..data.image_contents import TRAINING_IMAGES, load_training_images
-from ..data.tables import Row, format_cell, format_table
+from ..data.tables import Row, format_markdown, format_table
 from .answer_file import ANSWERS, SETTINGS, read_lines, write_whole
 from .answering import PLAIN
 from .edits import sum_up_tokens
@@ -230,11 +230,6 @@ def format_results(results: dict[str, Any], as_markdown: bool = False) -> str:
     title = f"{results['suite']}, {results['checkpoint']}: {counts}"
     parts = [f"# {title}" if as_markdown else title]
     for name, rows in tables(results).items():
-        parts.append(f"## {name}\n\n{_markdown(rows)}" if as_markdown else f"{name}\n{format_table(rows)}")
+        parts.append(f"## {name}\n\n{format_markdown(rows)}" if as_markdown else f"{name}\n{format_table(rows)}")
     parts += [f"- {note}" if as_markdown else note for note in results["notes"]]
     return "\n\n".join(parts) + "\n"
-
-
-def _markdown(rows: list[Row]) -> str:
-    lines = [f"| {' | '.join(format_cell(cell).replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
-    return "\n".join([lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]])

@@ -54,6 +54,7 @@ class Perturbation:
     """A change of an example, by its name."""
 
     name: str
+    meaning: str  # of its score, for a model card
     change: Callable[[Example, Example], Example | None]
     needs_other: bool = False  # takes images of the other example
 
@@ -219,14 +220,15 @@ def perturb(name: str, examples: Sequence[Example]) -> list[Example]:
     return changed
 
 
+MISSED = "what is still right was answered without"
 ROBUSTNESS = {
     perturbation.name: perturbation
     for perturbation in (
-        Perturbation("swap", swap),
-        Perturbation("distractor", add_distractor, needs_other=True),
-        Perturbation("wrong_image", use_wrong_images, needs_other=True),
-        Perturbation("removed", remove_image),
-        Perturbation("question_first", _order_question(is_first=True)),
-        Perturbation("question_last", _order_question(is_first=False)),
+        Perturbation("swap", "the images of a question in reverse order", swap),
+        Perturbation("distractor", "an image of another conversation at the end", add_distractor, needs_other=True),
+        Perturbation("wrong_image", f"other images; {MISSED} the right ones", use_wrong_images, needs_other=True),
+        Perturbation("removed", f"without the last image; {MISSED} it", remove_image),
+        Perturbation("question_first", "the words before the images", _order_question(is_first=True)),
+        Perturbation("question_last", "the words after the images", _order_question(is_first=False)),
     )
 }
