@@ -68,8 +68,12 @@ def parse_arguments(argv: list[str], finetune_class: type, description: str, dem
     parser.set_defaults(**defaults)
     if "--deepspeed" in names or defaults.get("deepspeed"):
         start_deepspeed(use_cpu=defaults.get("use_cpu", False) or "--use_cpu" in flags)
-    arguments, training_arguments = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)[:2]
-    for conflict in find_conflicts(arguments, training_arguments):
+    try:
+        arguments, training_arguments = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)[:2]
+    except ValueError as error:  # of TrainingArguments, or of a DeepSpeed file that cannot be read
+        parser.error(str(error))
+    conflicts = find_conflicts(arguments, training_arguments)
+    for conflict in [*conflicts, *find_deepspeed_conflicts(arguments, training_arguments)]:
         parser.error(conflict)
     training_arguments.remove_unused_columns = False  # the collator reads the columns, not the model
     return arguments, training_arguments
@@ -79,6 +83,10 @@ def find_conflicts(arguments, training_arguments: TrainingArguments) -> list[str
     """Messages about arguments that exclude or require each other, in the order of the table."""
     has_model = arguments.model is not None
     has_data = arguments.train_file is not None or arguments.mixture is not None
+    selections = arguments.trainable or ()
+    trains_decoder = any("language_model" in each for each in selections)
+    trains_tower = any("vision_tower" in each for each in (*selections, *(arguments.lora or ())))
+    chosen = [name for name in ("trainable", "lora", "learning_rates", "weight_decays") if getattr(arguments, name)]
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     conditions = (
         (
@@ -108,13 +116,28 @@ def find_conflicts(arguments, training_arguments: TrainingArguments) -> list[str
             "--packing requires --model; the conversations of the digits demo all have the same length",
         ),
         (
-            arguments.trainable and not has_model,
-            "--trainable requires --model; the digits demo trains all parameters",
+            chosen and not has_model,
+            f"--{', --'.join(chosen)} requires --model; the digits demo trains all parameters in one way",
         ),
         (
-            arguments.vision_features and (not has_model or "vision_tower" in (arguments.trainable or ())),
+            arguments.vision_features and (not has_model or trains_tower),
             "--vision_features requires --model and a frozen vision tower; leave it out, or remove vision_tower from "
-            "--trainable",
+            "--trainable and --lora",
+        ),
+        (
+            arguments.quantization and trains_decoder,
+            f"--quantization {arguments.quantization} requires a frozen decoder; train it by --lora language_model "
+            "instead of --trainable",
+        ),
+        (
+            arguments.lora_target and not arguments.lora,
+            "--lora_target requires --lora language_model, vision_tower or both",
+        ),
+        (
+            arguments.frozen_dtype in ("bfloat16", "float16")
+            and not (training_arguments.bf16 or training_arguments.fp16),
+            f"--frozen_dtype {arguments.frozen_dtype} requires --bf16 true or --fp16 true: weights of two dtypes meet "
+            "in a layer",
         ),
         (
             has_model and arguments.projector_type,
@@ -124,6 +147,33 @@ def find_conflicts(arguments, training_arguments: TrainingArguments) -> list[str
             training_arguments.world_size != num_processes,
             f"{num_processes} processes were started and each trains a model of its own. On a CPU, start them with "
             "`accelerate launch --use_deepspeed --num_processes N … --deepspeed FILE`, or with torchrun",
+        ),
+    )
+    return [message for is_conflict, message in conditions if is_conflict]
+
+
+def find_deepspeed_conflicts(arguments, training_arguments: TrainingArguments) -> list[str]:
+    """Messages about a DeepSpeed file that contradicts the arguments, before a model is loaded."""
+    deepspeed = getattr(training_arguments, "hf_deepspeed_config", None)
+    if deepspeed is None:
+        return []
+    name, mismatches = training_arguments.deepspeed, [each.removeprefix("- ds ") for each in deepspeed.mismatches]
+    by_group = [each for each in ("learning_rates", "weight_decays") if getattr(arguments, each)]
+    stage = deepspeed.config.get("zero_optimization", {}).get("stage", 0)
+    conditions = (
+        (
+            mismatches,
+            f'{name} contradicts the arguments: {"; ".join(mismatches)}. Set these keys of the file to "auto", or the '
+            "arguments to the same values",
+        ),
+        (
+            by_group and "optimizer" in deepspeed.config,
+            f"{name} has an optimizer of its own, with one learning rate for all parameters: remove its key optimizer "
+            f"for --{', --'.join(by_group)}",
+        ),
+        (
+            arguments.quantization and stage == 3,
+            f"{name} partitions the weights (ZeRO-3), which --quantization does not support; take stage 2 or lower",
         ),
     )
     return [message for is_conflict, message in conditions if is_conflict]

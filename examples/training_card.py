@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from training_data import DataSource
+from training_parameters import GROUPS, counted_parameters, group_of
 from transformers import Trainer
 from transformers.utils import cached_file
 
@@ -19,7 +21,6 @@ from modeling_visualchat.model_card_visualchat import (
     is_on_hub,
     make_card,
 )
-from modeling_visualchat.trainable_parts_visualchat import trained_parts
 from processing_visualchat.data.tables import Row, counted, format_markdown
 
 
@@ -57,7 +58,8 @@ class TrainerWithCard(Trainer):
             card = VisualChatCard.load(folder / CARD)
             card.rename(name)
         else:
-            card = make_card(self.accelerator.unwrap_model(self.model), name)
+            model = self.accelerator.unwrap_model(self.model)
+            card = make_card(model.get_base_model() if isinstance(model, PeftModel) else model, name)
             inherit(card, self.earlier)
         number = 1 + (len(self.earlier.read("training")) if self.earlier is not None else 0)
         for section, describe in SECTIONS.items():
@@ -113,13 +115,15 @@ def describe_training(trainer: TrainerWithCard, number: int) -> str:
     """The trained modules, hyperparameters and losses of a run."""
     args, state, collator = trainer.args, trainer.state, trainer.data_collator
     model = trainer.accelerator.unwrap_model(trainer.model)
-    trained = count_parameters(*(each for each in model.parameters() if each.requires_grad))
+    trained = [each for _, each in counted_parameters(model) if each.requires_grad]
+    groups = {group_of(model, name) for name, each in counted_parameters(model) if each.requires_grad}
+    names = ", ".join(group for group in GROUPS if group in groups)
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
     warmup = args.get_warmup_steps(state.max_steps)
     rows: list[Row] = [
         ("", ""),
-        ("trained", f"{trained:,} of {count_parameters(model):,} parameters: {', '.join(trained_parts(model))}"),
+        ("trained", f"{count_parameters(*trained):,} of {count_parameters(model):,} parameters: {names}"),
         ("steps", f"{state.global_step:,} optimizer steps, {state.epoch or 0:.2f} epochs"),
         ("batch", f"{batch:,} {'packed rows' if collator.packing else 'conversations'}"),
         ("optimizer", f"{args.optim.value}, betas {args.adam_beta1} and {args.adam_beta2}"),

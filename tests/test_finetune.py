@@ -29,6 +29,7 @@ EXAMPLES = REPOSITORY / "examples"
 DATA_ARGUMENTS = (
     "model", "train_file", "eval_file", "mixture", "data_root", "packing", "trainable", "vision_features",
     "attention_type", "merge", "image_attention", "cross_layer_interval", "projector_type", "image_root",
+    "lora", "lora_target", "learning_rates", "weight_decays", "frozen_dtype", "quantization",
 )  # fmt: skip
 SHORT = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--logging_steps", "1"]
 
@@ -324,7 +325,7 @@ def test_a_stream_trains_on_two_processes(tmp_path, data):
         (["--projector_type", "conv"], "argument --projector_type.*: invalid choice: 'conv'"),
         (["--config", "nowhere.yaml"], "no configuration file at nowhere.yaml"),
         (["--train_file", "x.jsonl"], r"--model and --train_file \(or --mixture\) require each other"),
-        (["--learning_rat", "1", "--nonsense", "2"], "nonsense"),
+        (["--max_step", "1", "--nonsense", "2"], "nonsense"),
         (["--resume_from_checkpoint", "true"], "holds no complete checkpoint"),
         (["--data_root", "x"], "--data_root requires --mixture"),
         (["--packing", "true"], "--packing requires --model"),

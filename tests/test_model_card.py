@@ -110,7 +110,7 @@ def test_a_training_run_writes_what_it_knows(trained):
     model = VisualChatForConditionalGeneration.from_pretrained(trained / "trained").set_trainable()
     counts = [model.num_parameters(only_trainable=True), model.num_parameters()]
     for name, value in {
-        "trained": "{:,} of {:,} parameters: multi_modal_projector, input_embeddings".format(*counts),
+        "trained": "{:,} of {:,} parameters: projector, embeddings".format(*counts),
         "steps": "6 optimizer steps, 6.00 epochs",
         "batch": "128 conversations",
         "optimizer": "adamw_torch_fused, betas 0.9 and 0.95",
