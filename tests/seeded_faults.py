@@ -50,7 +50,7 @@ FAULTS = (
         "key_rotation",
         "rotary(like, position_ids, *layer_type)",
         "rotary(like, position_ids + 1, *layer_type)",
-        ("test_image_memory.py", "-k", "those_without"),
+        ("test_image_memory.py", "-k", "exact_too"),
     ),
     Fault(
         "a wrong image reused",
