@@ -67,6 +67,13 @@ class FinetuneArguments:
         metadata={"choices": list(OVERLONG)},
     )
     packing: bool = HfArg(default=False, help="Pack conversations into rows of max_length tokens.")
+    group_by_image: bool = HfArg(
+        default=False,
+        help="Bring conversations about the same images into one row or batch, which computes them once.",
+    )
+    max_per_image: int | None = HfArg(
+        default=None, help="Maximum conversations about an image in an optimizer step, for group_by_image."
+    )
     max_broken: int = HfArg(default=100, help="Distinct broken images that each process may skip.")
     trainable: list[str] | None = field(
         default=None,
@@ -105,6 +112,7 @@ def main() -> None:
     model = VisualChatForConditionalGeneration.from_pretrained(
         arguments.model, dtype=torch.float32, **arguments.attention
     )
+    computes_images_once = model.model.supports_image_memory()
     model.set_trainable(*arguments.trainable or ())
     if arguments.vision_features is not None:
         max_disk_bytes = int(arguments.vision_features_gib * 2**30)
@@ -116,7 +124,7 @@ def main() -> None:
     collator = DataCollatorForVisualChat(
         processor, arguments.max_length, arguments.overlong, arguments.packing, arguments.max_broken
     )
-    train_dataset, eval_dataset, digests = load_data(arguments, training_arguments, collator)
+    train_dataset, eval_dataset, digests = load_data(arguments, training_arguments, collator, computes_images_once)
 
     trainer = Trainer(
         model=model,
