@@ -76,6 +76,13 @@ class FinetuneArguments:
         metadata={"choices": list(OVERLONG)},
     )
     packing: bool = HfArg(default=False, help="Pack conversations into rows of max_length tokens.")
+    group_by_image: bool = HfArg(
+        default=False,
+        help="Bring conversations about the same images into one row or batch, which computes them once.",
+    )
+    max_per_image: int | None = HfArg(
+        default=None, help="Maximum conversations about an image in an optimizer step, for group_by_image."
+    )
     max_broken: int = HfArg(default=100, help="Distinct broken images that each process may skip.")
     trainable: list[str] | None = field(
         default=None,
@@ -149,6 +156,7 @@ def main() -> None:
     model = VisualChatForConditionalGeneration.from_pretrained(
         arguments.model, **loading_options(arguments, training_arguments), **arguments.attention
     )
+    computes_images_once = model.model.supports_image_memory()
     if arguments.vision_features is not None:
         max_disk_bytes = int(arguments.vision_features_gib * 2**30)
         model.model.vision_cache = VisionFeatureCache(
@@ -160,25 +168,25 @@ def main() -> None:
     collator = DataCollatorForVisualChat(
         processor, arguments.max_length, arguments.overlong, arguments.packing, arguments.max_broken
     )
-    train_dataset, eval_dataset, digests, sources = load_data(arguments, training_arguments, collator)
+    data = load_data(arguments, training_arguments, collator, computes_images_once)
 
     report_parameters(model, options, training_arguments)
     trainer = FinetuneTrainer(
         model=model,
         group_options=options,
         args=training_arguments,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
         data_collator=collator,
         processing_class=processor,
-        run=TrainingRun(sources, arguments.model, arguments.license, checkpoint),
+        run=TrainingRun(data.sources, arguments.model, arguments.license, checkpoint),
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
-    if digests is not None and trainer.is_world_process_zero():
-        save_training_images(digests, training_arguments.output_dir)  # for `evaluate.py`
-    if eval_dataset is not None:
+    if data.digests is not None and trainer.is_world_process_zero():
+        save_training_images(data.digests, training_arguments.output_dir)  # for `evaluate.py`
+    if data.evaluation is not None:
         trainer.log_metrics("eval", trainer.evaluate())
     trainer.create_model_card()
     if training_arguments.push_to_hub:

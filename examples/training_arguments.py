@@ -120,6 +120,18 @@ def find_conflicts(arguments, training_arguments: TrainingArguments) -> list[str
             f"--{', --'.join(chosen)} requires --model; the digits demo trains all parameters in one way",
         ),
         (
+            arguments.group_by_image and not has_model,
+            "--group_by_image requires --model; the conversations of the digits demo have images of their own",
+        ),
+        (
+            arguments.group_by_image and training_arguments.train_sampling_strategy != "random",
+            "--group_by_image and --train_sampling_strategy both decide the order of the data; leave one out",
+        ),
+        (
+            arguments.max_per_image is not None and (arguments.max_per_image < 1 or not arguments.group_by_image),
+            f"--max_per_image {arguments.max_per_image} is a number from 1 up and requires --group_by_image true",
+        ),
+        (
             arguments.vision_features and (not has_model or trains_tower),
             "--vision_features requires --model and a frozen vision tower; leave it out, or remove vision_tower from "
             "--trainable and --lora",

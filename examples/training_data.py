@@ -1,11 +1,14 @@
 """The training and evaluation data of `finetune.py`: files, folders, mixtures and streams, measured and packed."""
 
 import os
+import random
 import sys
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from datasets import Dataset
 from training_arguments import FinetuneError
@@ -13,6 +16,7 @@ from transformers import TrainingArguments
 
 from processing_visualchat import (
     DatasetSpec,
+    ImageGroupedDataset,
     MixtureConfig,
     load_conversations,
     load_mixture,
@@ -24,9 +28,11 @@ from processing_visualchat import (
 )
 from processing_visualchat.data.custom import find_splits
 from processing_visualchat.data.files import suffix_of
+from processing_visualchat.data.grouping import read_digests
 from processing_visualchat.data.lengths import list_overlong
+from processing_visualchat.data.packing import BatchingStatistics, batching_table, measure_batches, plan_packs
 from processing_visualchat.data.published import SOURCES
-from processing_visualchat.data.tables import counted
+from processing_visualchat.data.tables import counted, format_table
 
 
 SAMPLING_BY_LENGTH = ("group_by_length", "batch_rebalance")  # of TrainingArguments.train_sampling_strategy
@@ -49,33 +55,40 @@ class TrainingData(NamedTuple):
 
     train: Any
     evaluation: Any
-    digests: set[str] | None
     sources: list[DataSource]
+    digests: set[str] | None = None
 
 
-def load_data(arguments, training_arguments: TrainingArguments, collator) -> TrainingData:
-    """The training data, packed or measured if the arguments ask for it, and the evaluation data or `None`."""
+def load_data(
+    arguments, training_arguments: TrainingArguments, collator, computes_images_once: bool = False
+) -> TrainingData:
+    """
+    The training data, packed, grouped by image or measured if the arguments ask for it, and the evaluation data or
+    `None`.
+
+    `computes_images_once` says whether the decoder of the model does that for the equal images of a batch.
+    """
     if arguments.mixture is not None:
         data = load_mixture_file(arguments, training_arguments, collator.processor)
     else:
         data = load_files(arguments, collator.processor)
-    return TrainingData(
-        pack_or_measure(data.train, arguments, training_arguments, collator),
-        limit_evaluation(data.evaluation, arguments, collator),
-        data.digests if arguments.check_images else None,
-        data.sources,
-    )
+    digests = None
+    if arguments.check_images and isinstance(data.train, Dataset):
+        digests = {digest for shown in read_digests(data.train) for digest in shown}
+    shared_length = collator.processor.image_seq_length if computes_images_once else 0
+    train_dataset = arrange(data.train, arguments, training_arguments, collator, shared_length)
+    return TrainingData(train_dataset, limit_evaluation(data.evaluation, arguments, collator), data.sources, digests)
 
 
 def load_files(arguments, processor) -> TrainingData:
     """The data of `--train_file` and `--eval_file`."""
-    train_dataset, digests = load_file(arguments.train_file, arguments, processor, ["train"])
+    train_dataset = load_file(arguments.train_file, arguments, processor, ["train"])
     sources = [DataSource(Path(arguments.train_file).name, len(train_dataset))]
     if arguments.eval_file is None:
-        return TrainingData(train_dataset, None, digests, sources)
-    eval_dataset, _ = load_file(arguments.eval_file, arguments, processor, ["validation", "test"])
+        return TrainingData(train_dataset, None, sources)
+    eval_dataset = load_file(arguments.eval_file, arguments, processor, ["validation", "test"])
     sources.append(DataSource(Path(arguments.eval_file).name, None, len(eval_dataset)))
-    return TrainingData(train_dataset, eval_dataset, digests, sources)
+    return TrainingData(train_dataset, eval_dataset, sources)
 
 
 def load_mixture_file(arguments, training_arguments: TrainingArguments, processor) -> TrainingData:
@@ -83,13 +96,16 @@ def load_mixture_file(arguments, training_arguments: TrainingArguments, processo
     config = read_mixture_config(arguments.mixture)
     if not config.streaming:
         mixture = load_mixture(config, arguments.data_root, arguments.check_images, processor)
+        report_mixture(mixture)
         sources = [describe_source(spec, *mixture.sizes[spec.name]) for spec in config.sources]
-        return TrainingData(*report_mixture(mixture), sources)
+        return TrainingData(mixture.train, mixture.evaluation if len(mixture.evaluation) else None, sources)
     if training_arguments.max_steps <= 0:
         raise FinetuneError("a stream has no known length; set the number of steps with --max_steps")
+    if arguments.group_by_image:
+        raise FinetuneError("--group_by_image has to see all data first; set streaming: false in the mixture")
     training_arguments.accelerator_config.dispatch_batches = False  # batches differ in shape
     train_dataset, eval_dataset = stream_mixture(config, arguments.data_root, processor=processor)
-    return TrainingData(train_dataset.repeat(None), eval_dataset, None, [*map(describe_source, config.sources)])
+    return TrainingData(train_dataset.repeat(None), eval_dataset, [*map(describe_source, config.sources)])
 
 
 def describe_source(spec: DatasetSpec, num_train: int | None = None, num_eval: int | None = None) -> DataSource:
@@ -101,29 +117,23 @@ def describe_source(spec: DatasetSpec, num_train: int | None = None, num_eval: i
     return DataSource(spec.name, num_train, num_eval, url)
 
 
-def report_mixture(mixture) -> tuple:
-    """Prints the ingestion reports once, and returns both sides and the digests of the training images."""
+def report_mixture(mixture) -> None:
+    """Prints the ingestion reports once."""
     print_once("\n".join(map(str, [*mixture.reports, mixture])))
-    images = {image for batch in mixture.train.iter(1000) for row in batch["images"] for image in row}
-    digests = {mixture.contents[image].digest for image in images}
-    return mixture.train, mixture.evaluation if len(mixture.evaluation) else None, digests
 
 
-def load_file(name: str, arguments, processor, splits: list[str]) -> tuple:
-    """
-    Conversations of a file or folder, and the digests of their images. In JSON lines every fault is an error,
-    elsewhere faults are counted.
-    """
+def load_file(name: str, arguments, processor, splits: list[str]) -> Dataset:
+    """Conversations of a file or folder. In JSON lines every fault is an error, elsewhere faults are counted."""
     path = Path(name)
     images = arguments.image_root and os.path.abspath(arguments.image_root)
     if suffix_of(name) == ".jsonl" or not path.exists():
-        dataset = load_conversations(path, processor, arguments.check_images, images)
-        return dataset, {digest for row in dataset["digests"] for digest in row}
+        return load_conversations(path, processor, arguments.check_images, images)
     path = Path(os.path.abspath(path))  # keeps links, whose targets may have other names
     source = DatasetSpec(str(path), path.name, split=choose_split(path, splits), images=images)
     config = MixtureConfig((source,), eval_share=0.0, max_images=sys.maxsize)
-    dataset, _, digests = report_mixture(load_mixture(config, path.parent, arguments.check_images, processor))
-    return dataset, digests
+    mixture = load_mixture(config, path.parent, arguments.check_images, processor)
+    report_mixture(mixture)
+    return mixture.train
 
 
 def choose_split(path: Path, wanted: list[str]) -> str:
@@ -137,24 +147,60 @@ def choose_split(path: Path, wanted: list[str]) -> str:
     return splits[0]
 
 
-def pack_or_measure(dataset, arguments, training_arguments: TrainingArguments, collator):
-    """Packs conversations, or measures their lengths if batches are made by length, or none may be over-length."""
+def arrange(dataset, arguments, training_arguments: TrainingArguments, collator, shared_length: int):
+    """
+    Packs conversations and groups them by image, or measures their lengths if batches are made by length, or none may
+    be over-length.
+    """
     is_stream = isinstance(dataset, torch.utils.data.IterableDataset)
     seed = training_arguments.seed if training_arguments.data_seed is None else training_arguments.data_seed
     if is_stream and arguments.packing:
         return pack_stream(dataset, collator.processor, collator.limit, seed=seed)
-    is_by_length = arguments.packing or training_arguments.train_sampling_strategy in SAMPLING_BY_LENGTH
-    if is_stream or not (is_by_length or arguments.overlong == "error"):
+    is_arranged = arguments.packing or arguments.group_by_image
+    is_by_length = training_arguments.train_sampling_strategy in SAMPLING_BY_LENGTH
+    if is_stream or not (is_arranged or is_by_length or arguments.overlong == "error"):
         return dataset
-    dataset = measure_lengths(dataset, collator.processor)
+    measured = dataset = measure_lengths(dataset, collator.processor)
     refuse_overlong(dataset, arguments, collator)
-    if not arguments.packing:
+    limits = {"shared_length": shared_length, "max_per_image": arguments.max_per_image}
+    if arguments.packing:
+        dataset = pack_conversations(
+            measured, collator.limit, seed=seed, group_by_image=arguments.group_by_image, **limits
+        )
+        print_once(
+            f"{counted(len(measured), 'conversation')} in {counted(len(dataset), 'pack')} of up to {collator.limit} "
+            "tokens"
+        )
+    if not arguments.group_by_image:
         return dataset
-    packs = pack_conversations(dataset, collator.limit, seed=seed)
-    print_once(
-        f"{counted(len(dataset), 'conversation')} in {counted(len(packs), 'pack')} of up to {collator.limit} tokens"
-    )
-    return packs
+    training_arguments.train_sampling_strategy = "sequential"  # the dataset has the order of each epoch
+    num_batches = training_arguments.gradient_accumulation_steps * training_arguments.world_size
+    batch_size = training_arguments.train_batch_size
+    grouped = ImageGroupedDataset(dataset, batch_size, num_batches, arguments.max_per_image, seed)
+    if is_first_process():
+        print(format_table(batching_table(compare_grouping(grouped, measured, collator, shared_length))))
+    return grouped
+
+
+def compare_grouping(
+    grouped: ImageGroupedDataset, measured: Dataset, collator, shared_length: int
+) -> dict[str, BatchingStatistics]:
+    """The batches of an epoch in random order, and grouped by image in the first epoch."""
+    lengths, num_images = (np.asarray(measured.with_format(None)[name][:]) for name in ("length", "num_images"))
+    if collator.packing:
+        packs = grouped.dataset.with_format(None)["members"][:]
+        random_order = plan_packs(lengths, num_images, collator.limit, seed=grouped.seed)
+    else:
+        packs = [[index] for index in range(len(lengths))]
+        random_order = random.Random(grouped.seed).sample(packs, len(packs))
+    statistics = {}
+    for name, rows in {"random order": random_order, "by image": [packs[index] for index in grouped.order]}.items():
+        slices = (rows[start : start + grouped.batch_size] for start in range(0, len(rows), grouped.batch_size))
+        batches = [list(chain.from_iterable(members)) for members in slices]
+        statistics[name] = measure_batches(
+            lengths, num_images, batches, not collator.packing, read_digests(measured), shared_length
+        )
+    return statistics
 
 
 def refuse_overlong(dataset, arguments, collator) -> None:
@@ -181,7 +227,11 @@ def limit_evaluation(dataset, arguments, collator):
     return dataset.select(kept)
 
 
+def is_first_process() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def print_once(text: str) -> None:
     """Prints in the first process only."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if is_first_process():
         print(text)

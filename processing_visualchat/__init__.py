@@ -7,6 +7,7 @@ from configuration_visualchat import VisualChatConfig
 from .conversation_visualchat import validate_conversation
 from .data.collator import OVERLONG, DataCollatorForVisualChat
 from .data.custom import CustomSource, load_custom_source
+from .data.grouping import ImageGroupedDataset
 from .data.images import ImageReference
 from .data.ingestion import IngestionReport
 from .data.lengths import measure_lengths
@@ -27,6 +28,7 @@ __all__ = [
     "CustomSource",
     "DataCollatorForVisualChat",
     "DatasetSpec",
+    "ImageGroupedDataset",
     "ImageReference",
     "IngestionReport",
     "Mixture",

@@ -6,7 +6,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from PIL.Image import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers.image_utils import make_flat_list_of_images
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .answers_visualchat import PIECES_TEMPLATE, split_answers
@@ -126,8 +128,21 @@ class VisualChatProcessor(ProcessorMixin):
         return inputs
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        """Opens every image before anything else happens."""
-        return super().prepare_inputs_layout(_load_images(images), text, videos, audio, **kwargs)
+        """Opens every image before anything else happens, the same object once."""
+        return super().prepare_inputs_layout(_load_images(images, {}), text, videos, audio, **kwargs)
+
+    def _process_images(self, images, **kwargs):
+        """Preprocesses an image that occurs several times, as the same object, once."""
+        flat = make_flat_list_of_images(images)
+        unique = {id(image): image for image in flat}
+        if len(unique) == len(flat):
+            return super()._process_images(images, **kwargs)
+        inputs, replacements = super()._process_images([*unique.values()], **kwargs)
+        numbers = dict(zip(unique, range(len(unique))))
+        index = [numbers[id(image)] for image in flat]
+        for name, values in inputs.items():
+            inputs[name] = [values[number] for number in index] if isinstance(values, list) else values[index]
+        return inputs, [replacements[number] for number in index]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """One `<image>` in the text becomes as many as the image takes tokens."""
@@ -228,14 +243,14 @@ class VisualChatProcessor(ProcessorMixin):
         )
 
 
-def _load_images(images):
+def _load_images(images, loaded: dict[int, Image]):
     if images is None:
         return None
     if isinstance(images, (list, tuple)):
-        return [_load_images(image) for image in images]
-    if isinstance(images, torch.Tensor):
-        images = images.numpy(force=True)
-    return load_image(images)
+        return [_load_images(image, loaded) for image in images]
+    if id(images) not in loaded:
+        loaded[id(images)] = load_image(images.numpy(force=True) if isinstance(images, torch.Tensor) else images)
+    return loaded[id(images)]
 
 
 VisualChatProcessor.register_for_auto_class("AutoProcessor")

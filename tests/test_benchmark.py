@@ -46,7 +46,8 @@ def test_whole_models_compute_the_same_with_images_known(monkeypatch, tmp_path):
     models = benchmark.Models((2, 4, 7), 2, SHAPE, others)
     names = [name for name in vars(benchmark.Models) if name.startswith("benchmark_")]
     rows = [row for name in names for row in getattr(models, name)(2)]
-    assert len(names) == 5 and {row["variant"] for row in rows} == set(others)
+    assert len(names) == 6 and {row["variant"] for row in rows} == set(ATTENTION_TYPES)
+    assert {row["variant"] for row in rows if "shared" not in row["measured"]} == set(others)
     known = [row["variant"] for row in rows if "cached" in row["measured"]]
     assert known == [kind for kind in others if ATTENTION_TYPES[kind].image_attention != "self_and_text"]
     assert all(row["ratio"] > 0 and row["mebibytes"] > 0 for row in rows)

@@ -491,7 +491,7 @@ def test_a_file_to_train_on_may_have_its_images_elsewhere(root, monkeypatch, nam
     with pytest.raises((FileNotFoundError, ValueError), match=r"the image 0.png|image path outside of its folder"):
         load_file(path, arguments, make_processor(), ["train"])
     arguments.image_root = root / "mine" / "pictures"
-    assert len(load_file(path, arguments, make_processor(), ["train"])[0]) == 2
+    assert len(load_file(path, arguments, make_processor(), ["train"])) == 2
 
 
 def test_parquet_that_breaks_in_the_middle_is_named(root):

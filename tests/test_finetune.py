@@ -30,6 +30,7 @@ DATA_ARGUMENTS = (
     "model", "train_file", "eval_file", "mixture", "data_root", "packing", "trainable", "vision_features",
     "attention_type", "merge", "image_attention", "cross_layer_interval", "projector_type", "image_root",
     "lora", "lora_target", "learning_rates", "weight_decays", "frozen_dtype", "quantization",
+    "group_by_image", "max_per_image",
 )  # fmt: skip
 SHORT = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--logging_steps", "1"]
 
@@ -336,6 +337,8 @@ def test_a_stream_trains_on_two_processes(tmp_path, data):
         (["--trainable", "lm_head"], "--trainable requires --model"),
         (["--model", "x", "--mixture", "x.yaml", "--image_root", "x"], "--image_root requires --train_file"),
         (["--eval_file", "x.jsonl"], "--eval_file requires --model and --train_file"),
+        (["--group_by_image", "true"], "--group_by_image requires --model"),
+        (["--max_per_image", "2"], "--max_per_image 2 is a number from 1 up and requires --group_by_image true"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -377,7 +380,7 @@ def test_over_length_conversations_are_refused_before_the_first_step(tmp_path, m
         mixture=tmp_path / "mixture.yaml" if form == "mixture" else None, data_root=str(tmp_path), check_images=True,
         train_file=str(tmp_path / ("short.jsonl" if form == "evaluation" else form)),
         eval_file=str(tmp_path / "own.json") if form == "evaluation" else None, packing=packing, overlong="error",
-        image_root=None,
+        image_root=None, group_by_image=False, max_per_image=None,
     )  # fmt: skip
     training_arguments = SimpleNamespace(train_sampling_strategy="random", seed=0, data_seed=None)
     collator = DataCollatorForVisualChat(make_processor(), 300)

@@ -3,7 +3,7 @@ Measures multi-modal causal attention against plain causal attention, in one run
 
     python examples/benchmarks/attention.py                # the quick table: attention alone
     python examples/benchmarks/attention.py --full         # all layouts, and whole models: prefill, decoding, training
-    python examples/benchmarks/attention.py --tables types # one table: attention, layer, types or images
+    python examples/benchmarks/attention.py --tables types # one table: attention, layer, types, images or shared
     python examples/benchmarks/attention.py --output DIR   # folder for benchmark.json and benchmark.png
 
 Each measurement is interleaved with the same computation under causal attention. Ratios compare medians, and quartiles
@@ -11,8 +11,9 @@ are those of the ratio. On a CPU, time is CPU time on one thread, in float32; on
 "of rate" is the fraction of the measured matrix multiplication rate that the counted operations reach. Memory is the
 peak allocation beyond inputs and weights. Layouts are images x tokens per image + text tokens, with the text in equal
 parts before, between and after the images. The floor is the number of query-key pairs of MMCA over that of causal
-attention. The original implementation computes both softmaxes over full float32 score matrices. The data pipeline is
-measured by data.py.
+attention. The original implementation computes both softmaxes over full float32 score matrices. The table "shared"
+is not against causal attention: for each attention type, it is a training step on eight conversations about the same
+images over one on eight about different images, per conversation. The data pipeline is measured by data.py.
 """
 
 import itertools
@@ -43,6 +44,7 @@ from modeling_visualchat.plan_visualchat import make_plan
 
 QUICK_LAYOUTS = [(1, 256, 128), (4, 256, 256), (8, 256, 512)]
 FULL_LAYOUTS = [*QUICK_LAYOUTS, (8, 576, 512)]
+NUM_SHARING = 8  # conversations about the same images
 MAX_ORIGINAL_LENGTH = 3000  # tokens; for longer sequences, its score matrices take minutes and gigabytes
 USES_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if USES_GPU else "cpu"
@@ -333,6 +335,29 @@ class Models:
 
         return self.compare("training step, frozen decoder", step, repeats)
 
+    def benchmark_shared(self, repeats):
+        """A packed row of conversations about the same images, over one about different images."""
+        ids, length = self.ids.repeat(1, NUM_SHARING), self.ids.shape[1]
+        inputs = {"input_ids": self.inputs["input_ids"].repeat(1, NUM_SHARING)}
+        inputs["position_ids"] = torch.arange(length, device=DEVICE).repeat(NUM_SHARING)[None]
+        inputs["labels"] = inputs["input_ids"].masked_fill(ids.bool(), -100)
+        shared = self.images.repeat(NUM_SHARING, 1, 1, 1)
+        different = shared + torch.arange(len(shared), device=DEVICE, dtype=DTYPE)[:, None, None, None]
+
+        def step(model, images):
+            model.train()
+            model(**inputs, pixel_values=images).loss.backward()
+            model.zero_grad()
+            model.eval()
+
+        rows = []
+        for kind, model in self.models.items():
+            variants = {"different": partial(step, model, different), kind: partial(step, model, shared)}
+            rows += compare(f"training, shared images ({self.name})", self.layout, variants, repeats)
+        for row in rows:
+            row |= {name: row[name] / NUM_SHARING for name in ("milliseconds", "causal_milliseconds")}
+        return rows
+
 
 def matrix_rate() -> float:
     """Floating-point operations per second of a large matrix multiplication on this machine."""
@@ -342,7 +367,7 @@ def matrix_rate() -> float:
     return 2 * size**3 / statistics.median(times[2:])
 
 
-TABLES = ("attention", "layer", "types", "images")
+TABLES = ("attention", "layer", "types", "images", "shared")
 
 
 def plan_jobs(arguments) -> list[Callable[[], list[dict]]]:
@@ -367,6 +392,7 @@ def plan_jobs(arguments) -> list[Callable[[], list[dict]]]:
         "layer": [partial(run, (8, 256, 512), 1, shape, "benchmark_layer")],
         "types": [partial(run, (8, 256, 200), *whole, *everything, others=others)],
         "images": [partial(run, (count, 256, 200), *whole, "benchmark_known") for count in (2, 4, 16)],
+        "shared": [partial(run, (1, 256, 48), *whole, "benchmark_shared", others=others)],
     }
     return [job for table in arguments.tables for job in jobs[table]]
 

@@ -10,6 +10,7 @@ Measures the data pipeline: loading a mixture, collation, packing, and cached vi
 - A later epoch over the first, with cached features of the frozen vision tower.
 - Start-up time of a mixture, and memory growth while it is read, each in its own process.
 - Padding of the paper's mixture: the number of samples of table 1 of arXiv 2309.14327, with simulated lengths.
+- The same for simulated questions, 5 to 20 about each image, and the images that are computed for each question.
 """
 
 import json
@@ -68,6 +69,13 @@ def draw_lengths(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
         lengths.append(num_images * IMAGE_LENGTH + text.astype(int))
         images.append(num_images)
     return np.concatenate(lengths), np.concatenate(images)
+
+
+def draw_questions(seed: int = 0) -> tuple[np.ndarray, list[list[str]]]:
+    """Tokens of each of 5 to 20 questions about 500 images, and their images; log-normal questions of about 40."""
+    rng = np.random.default_rng(seed)
+    images = [[str(image)] for image in range(500) for _ in range(rng.integers(5, 21))]
+    return IMAGE_LENGTH + rng.lognormal(3.6, 0.4, len(images)).astype(int), images
 
 
 def write_photographs(folder: Path, count: int) -> list[str]:
@@ -266,6 +274,12 @@ def main() -> None:
         f"\nThe paper's mixture, {len(lengths)} samples of simulated lengths, packs of 4096 tokens, else batches of 8:"
     )
     print(format_table(batching_table(waste)))
+    lengths, images = draw_questions()
+    for attention, shared_length in (("mmca", IMAGE_LENGTH), ("causal", 0)):
+        options = {"images": images, "shared_length": shared_length}
+        waste = compare_batching(lengths, [1] * len(lengths), max_length=4096, batch_size=8, **options)
+        print(f"\n{len(lengths)} simulated questions, 5 to 20 about each image, with {attention} attention:")
+        print(format_table(batching_table(waste)))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
+from PIL.Image import Image
 from torch.utils.data import get_worker_info
 from transformers import BatchFeature
 
@@ -24,7 +26,8 @@ MOST_BROKEN = 2**20  # images that are told apart
 @dataclass
 class DataCollatorForVisualChat:
     """
-    Renders, tokenizes and batches conversations; the loss is on answers and their end-of-sequence token.
+    Renders, tokenizes and batches conversations; the loss is on answers and their end-of-sequence token. An image that
+    several conversations of a batch show is opened and preprocessed once.
 
     An unusable conversation is left out and counted, so that it does not end a long run. An empty batch consists of
     one padding token without a label; in training its loss is zero.
@@ -86,9 +89,10 @@ class DataCollatorForVisualChat:
             has an image.
         """
         conversations, places = [], []
+        images: dict[ImageReference, Image] = {}  # opened for this batch
         for example in (part for entry in examples for part in entry.get("pack", [entry])):
             messages = self._shorten(messages_of(example))
-            if messages is not None and (opened := self._open_images(messages)) is not None:
+            if messages is not None and (opened := self._open_images(messages, images)) is not None:
                 conversations.append(opened)
                 places.append(" + ".join(example.get("where") or ["A conversation"]))
         if not conversations:
@@ -133,10 +137,10 @@ class DataCollatorForVisualChat:
         self._count("skipped")
         return None
 
-    def _open_images(self, messages: list[dict]) -> list[dict] | None:
+    def _open_images(self, messages: list[dict], images: dict[ImageReference, Image]) -> list[dict] | None:
         """Messages with all images opened, or `None` if one cannot be opened."""
         try:
-            return map_blocks(messages, self._open_image)
+            return map_blocks(messages, partial(self._open_image, images))
         except (ValueError, OSError) as error:
             self._count("broken")
             num_broken = int(self._broken.count_nonzero())
@@ -148,15 +152,18 @@ class DataCollatorForVisualChat:
             warnings.warn(f"A conversation is left out, {message}", stacklevel=2)
             return None
 
-    def _open_image(self, block):
+    def _open_image(self, images: dict[ImageReference, Image], block):
         if not is_image(block) or (source := image_source(block)) is None:
             return block
         reference = ImageReference.from_block(block)
         try:
-            return {"type": "image", "image": open_image(source) if reference is None else reference.open()}
+            image = open_image(source) if reference is None else images.get(reference) or reference.open()
         except (ValueError, OSError) as error:
             self._note_broken(str(reference or error))
             raise
+        if reference is not None:
+            images[reference] = image
+        return {"type": "image", "image": image}
 
     def _note_broken(self, name: str) -> None:
         """Counts a broken image once, in whichever worker and epoch."""

@@ -183,7 +183,7 @@ class ImageReference:
 
     def examine(self, decode: bool = True) -> ImageContent:
         """Reads the image; a digest of the reference stands for one that cannot be read, or is not downloaded."""
-        unread = ImageContent(digest_of(str(self).encode("utf-8", "replace")))
+        unread = ImageContent(self.digest_name())
         if self.kind == "url":
             return unread
         try:
@@ -216,6 +216,10 @@ class ImageReference:
     def digest(self) -> str:
         """The digest of its pixels, see [`examine`]."""
         return self.examine().digest
+
+    def digest_name(self) -> str:
+        """The digest of the reference."""
+        return digest_of(str(self).encode("utf-8", "replace"))
 
 
 def _is_below(path: str, folder: str) -> bool:

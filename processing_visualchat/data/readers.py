@@ -179,7 +179,7 @@ def load_conversations(
 
     Returns:
         `datasets.Dataset` with the columns `messages` (image paths absolute), `where` (file and record) and `digests`
-        (of the pixels of the images that were opened).
+        (of the different images: of their pixels, or of the names of those that were not opened).
 
     Raises:
         `FileNotFoundError`: the file, or an image that it names, does not exist.
@@ -204,7 +204,8 @@ def load_conversations(
                     raise ValueError(f"{record.where}: {error}") from error
         conversations.append(conversation.messages())
         places.append([record.where])
-        digests.append([opened[image] for image in conversation.images if image in opened])
+        shown = (opened.get(image) or image.digest_name() for image in conversation.images)
+        digests.append([*dict.fromkeys(shown)])
     if not conversations:
         raise ValueError(f"{path} holds no conversation; write one on every line.")
     texts = List(Value("string"))

@@ -147,7 +147,9 @@ class Diagnosis:
         note = " Tokens are words and marks, 256 for an image (no --model)." if self.is_estimated else ""
         content = "pixels" if self.is_checked else "bytes, as they were not opened (--skip_images)"
         spare, repeated = (sum(map(len, same)) - len(same) for same in (self.duplicates, self.repeats))
-        padded, *_, packed = (found.batches for found in self.batching.values()) if self.batching else (0, 0)
+        padded, packed = (
+            self.batching[name].batches if self.batching else 0 for name in ("random order, padded", "packed")
+        )
         return [
             f"{counted(len(lengths), 'conversation')} to train on, {counted(lengths.sum(), 'token')}, "
             f"{trained.sum():,} of them trained on.{note}",
@@ -215,7 +217,9 @@ def examine(
         is_checked=check_images,
         max_length=max_length,
         batch_size=batch_size,
-        batching=compare_batching(train["length"][:], train["num_images"][:], max_length, batch_size),
+        batching=compare_batching(
+            train["length"][:], train["num_images"][:], max_length, batch_size, images=train["digests"][:]
+        ),
         samples=draw_samples(mixture, processor, num_samples),
         is_estimated=is_estimated,
     )
