@@ -23,11 +23,19 @@ Every field of TrainingArguments is a flag and a key of the configuration file; 
 import sys
 from dataclasses import dataclass, field
 
-import torch
 from digits.train import DIGITS_CONFIG, train_digits
 from training_arguments import find_checkpoint, parse_arguments
 from training_card import TrainerWithCard, TrainingRun
 from training_data import load_data
+from training_parameters import (
+    GROUPS,
+    QUANTIZATIONS,
+    GroupedTrainer,
+    GroupOptions,
+    choose_parameters,
+    loading_options,
+    report_parameters,
+)
 from training_processes import end_processes, set_cpu_threads
 from transformers import AutoProcessor, set_seed
 from transformers.hf_argparser import HfArg
@@ -40,6 +48,10 @@ from modeling_visualchat import (
 )
 from processing_visualchat import OVERLONG, DataCollatorForVisualChat
 from processing_visualchat.data.image_contents import save_training_images
+
+
+class FinetuneTrainer(GroupedTrainer, TrainerWithCard):
+    """`Trainer` with a learning rate for each group of parameters, and with a model card."""
 
 
 def attention_option(name: str, description: str):
@@ -72,9 +84,35 @@ class FinetuneArguments:
     trainable: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Modules to train: vision_tower, multi_modal_projector, language_model, input_embeddings, "
-            "lm_head, cross_attention; by default multi_modal_projector, input_embeddings and any cross_attention."
+            "help": "What is trained: names joined by + (projector, embeddings, language_model, vision_tower, "
+            "lm_head), or patterns of parameters; +NAME adds to the default, projector+embeddings."
         },
+    )
+    lora: list[str] | None = field(
+        default=None, metadata={"help": "Towers to train by LoRA: language_model, vision_tower, or both."}
+    )
+    lora_r: int = HfArg(default=16, help="Rank of LoRA.")
+    lora_alpha: float = HfArg(default=32.0, help="Scale of LoRA, divided by its rank.")
+    lora_dropout: float = HfArg(default=0.0, help="Dropout of LoRA.")
+    lora_target: list[str] | None = field(
+        default=None, metadata={"help": "Names or patterns of linear layers that get LoRA; by default all of a tower."}
+    )
+    learning_rates: list[str] | None = field(
+        default=None,
+        metadata={"help": f"Learning rates, as in lora=0.0001, of {', '.join(GROUPS)}; by default learning_rate."},
+    )
+    weight_decays: list[str] | None = field(
+        default=None, metadata={"help": "Weight decays of groups, as in lora=0.01; by default weight_decay."}
+    )
+    frozen_dtype: str = HfArg(
+        default="float32",
+        help="Dtype of frozen weights; those that are trained are in float32, or as DeepSpeed has them.",
+        metadata={"choices": ["float32", "bfloat16", "float16"]},
+    )
+    quantization: str | None = HfArg(
+        default=None,
+        help="Quantization of the frozen decoder by bitsandbytes, for QLoRA.",
+        metadata={"choices": list(QUANTIZATIONS)},
     )
     vision_features: str | None = HfArg(default=None, help="Folder to cache the frozen vision tower's features in.")
     vision_features_gib: float = HfArg(default=64.0, help="Maximum size of that folder in GiB.")
@@ -106,16 +144,17 @@ def main() -> None:
     if arguments.model is None:
         return train_digits(arguments, training_arguments, checkpoint)
 
-    # Weights are trained in float32; with `--bf16`, they are cast to bfloat16 for computation.
+    # What is trained is in float32; with `--bf16`, it is cast to bfloat16 for computation.
+    options = GroupOptions.from_arguments(arguments, training_arguments)
     model = VisualChatForConditionalGeneration.from_pretrained(
-        arguments.model, dtype=torch.float32, **arguments.attention
+        arguments.model, **loading_options(arguments, training_arguments), **arguments.attention
     )
-    model.set_trainable(*arguments.trainable or ())
     if arguments.vision_features is not None:
         max_disk_bytes = int(arguments.vision_features_gib * 2**30)
         model.model.vision_cache = VisionFeatureCache(
             device="cpu", folder=arguments.vision_features, max_disk_bytes=max_disk_bytes
         )
+    model = choose_parameters(model, arguments, casts=training_arguments.deepspeed is None)
 
     processor = AutoProcessor.from_pretrained(arguments.model)
     collator = DataCollatorForVisualChat(
@@ -123,8 +162,10 @@ def main() -> None:
     )
     train_dataset, eval_dataset, digests, sources = load_data(arguments, training_arguments, collator)
 
-    trainer = TrainerWithCard(
+    report_parameters(model, options, training_arguments)
+    trainer = FinetuneTrainer(
         model=model,
+        group_options=options,
         args=training_arguments,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,

@@ -68,7 +68,10 @@ def parse_arguments(argv: list[str], finetune_class: type, description: str, dem
     parser.set_defaults(**defaults)
     if "--deepspeed" in names or defaults.get("deepspeed"):
         start_deepspeed(use_cpu=defaults.get("use_cpu", False) or "--use_cpu" in flags)
-    arguments, training_arguments = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)[:2]
+    try:
+        arguments, training_arguments = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)[:2]
+    except ValueError as error:  # of TrainingArguments, or of a DeepSpeed file that cannot be read
+        parser.error(str(error))
     for conflict in find_conflicts(arguments, training_arguments):
         parser.error(conflict)
     training_arguments.remove_unused_columns = False  # the collator reads the columns, not the model
@@ -79,6 +82,11 @@ def find_conflicts(arguments, training_arguments: TrainingArguments) -> list[str
     """Messages about arguments that exclude or require each other, in the order of the table."""
     has_model = arguments.model is not None
     has_data = arguments.train_file is not None or arguments.mixture is not None
+    selections = arguments.trainable or ()
+    trains_decoder = any("language_model" in each for each in selections)
+    trains_tower = any("vision_tower" in each for each in (*selections, *(arguments.lora or ())))
+    chosen = [name for name in ("trainable", "lora", "learning_rates", "weight_decays") if getattr(arguments, name)]
+    deepspeed = getattr(training_arguments, "hf_deepspeed_config", None)
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     conditions = (
         (
@@ -108,13 +116,40 @@ def find_conflicts(arguments, training_arguments: TrainingArguments) -> list[str
             "--packing requires --model; the conversations of the digits demo all have the same length",
         ),
         (
-            arguments.trainable and not has_model,
-            "--trainable requires --model; the digits demo trains all parameters",
+            chosen and not has_model,
+            f"--{', --'.join(chosen)} requires --model; the digits demo trains all parameters in one way",
         ),
         (
-            arguments.vision_features and (not has_model or "vision_tower" in (arguments.trainable or ())),
+            arguments.vision_features and (not has_model or trains_tower),
             "--vision_features requires --model and a frozen vision tower; leave it out, or remove vision_tower from "
-            "--trainable",
+            "--trainable and --lora",
+        ),
+        (
+            arguments.quantization and trains_decoder,
+            f"--quantization {arguments.quantization} requires a frozen decoder; train it by --lora language_model "
+            "instead of --trainable",
+        ),
+        (
+            arguments.lora_target and not arguments.lora,
+            "--lora_target requires --lora language_model, vision_tower or both",
+        ),
+        (
+            arguments.frozen_dtype in ("bfloat16", "float16")
+            and not (training_arguments.bf16 or training_arguments.fp16),
+            f"--frozen_dtype {arguments.frozen_dtype} requires --bf16 true or --fp16 true: weights of two dtypes meet "
+            "in a layer",
+        ),
+        (
+            deepspeed is not None and deepspeed.mismatches,
+            f"{training_arguments.deepspeed} contradicts the arguments: {describe_mismatches(deepspeed)}. Set these "
+            'keys of the file to "auto", or the arguments to the same values',
+        ),
+        (
+            deepspeed is not None
+            and "optimizer" in deepspeed.config
+            and (arguments.learning_rates or arguments.weight_decays),
+            f"{training_arguments.deepspeed} has an optimizer of its own, which has one learning rate for all "
+            "parameters: remove its optimizer for --learning_rates or --weight_decays",
         ),
         (
             has_model and arguments.projector_type,
@@ -127,6 +162,11 @@ def find_conflicts(arguments, training_arguments: TrainingArguments) -> list[str
         ),
     )
     return [message for is_conflict, message in conditions if is_conflict]
+
+
+def describe_mismatches(deepspeed) -> str:
+    """The keys of a DeepSpeed file that differ from the arguments, with both values."""
+    return "" if deepspeed is None else "; ".join(each.removeprefix("- ds ") for each in deepspeed.mismatches)
 
 
 def find_checkpoint(training_arguments: TrainingArguments) -> str | None:

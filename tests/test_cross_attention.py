@@ -384,7 +384,7 @@ def test_what_cannot_be_done_is_refused_with_the_reason():
         make_config(cross_image_scope="first")
     with pytest.raises(StrictDataclassError, match="cross_layer_interval must be at least 1, got 0"):
         make_config(cross_layer_interval=0)
-    with pytest.raises(ValueError, match="Unknown trainable part cross_attention"):
+    with pytest.raises(ValueError, match="Unknown trainable part 'cross_attention'"):
         make_model().set_trainable("cross_attention")
 
 

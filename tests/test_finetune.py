@@ -29,6 +29,7 @@ EXAMPLES = REPOSITORY / "examples"
 DATA_ARGUMENTS = (
     "model", "train_file", "eval_file", "mixture", "data_root", "packing", "trainable", "vision_features",
     "attention_type", "merge", "image_attention", "cross_layer_interval", "projector_type", "image_root",
+    "lora", "lora_target", "learning_rates", "weight_decays", "frozen_dtype", "quantization",
 )  # fmt: skip
 SHORT = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--logging_steps", "1"]
 
