@@ -72,7 +72,8 @@ def parse_arguments(argv: list[str], finetune_class: type, description: str, dem
         arguments, training_arguments = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)[:2]
     except ValueError as error:  # of TrainingArguments, or of a DeepSpeed file that cannot be read
         parser.error(str(error))
-    for conflict in find_conflicts(arguments, training_arguments):
+    conflicts = find_conflicts(arguments, training_arguments)
+    for conflict in [*conflicts, *find_deepspeed_conflicts(arguments, training_arguments)]:
         parser.error(conflict)
     training_arguments.remove_unused_columns = False  # the collator reads the columns, not the model
     return arguments, training_arguments
@@ -86,7 +87,6 @@ def find_conflicts(arguments, training_arguments: TrainingArguments) -> list[str
     trains_decoder = any("language_model" in each for each in selections)
     trains_tower = any("vision_tower" in each for each in (*selections, *(arguments.lora or ())))
     chosen = [name for name in ("trainable", "lora", "learning_rates", "weight_decays") if getattr(arguments, name)]
-    deepspeed = getattr(training_arguments, "hf_deepspeed_config", None)
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     conditions = (
         (
@@ -140,18 +140,6 @@ def find_conflicts(arguments, training_arguments: TrainingArguments) -> list[str
             "in a layer",
         ),
         (
-            deepspeed is not None and deepspeed.mismatches,
-            f"{training_arguments.deepspeed} contradicts the arguments: {describe_mismatches(deepspeed)}. Set these "
-            'keys of the file to "auto", or the arguments to the same values',
-        ),
-        (
-            deepspeed is not None
-            and "optimizer" in deepspeed.config
-            and (arguments.learning_rates or arguments.weight_decays),
-            f"{training_arguments.deepspeed} has an optimizer of its own, which has one learning rate for all "
-            "parameters: remove its optimizer for --learning_rates or --weight_decays",
-        ),
-        (
             has_model and arguments.projector_type,
             "--projector_type is for the digits demo; a checkpoint has its own",
         ),
@@ -164,9 +152,31 @@ def find_conflicts(arguments, training_arguments: TrainingArguments) -> list[str
     return [message for is_conflict, message in conditions if is_conflict]
 
 
-def describe_mismatches(deepspeed) -> str:
-    """The keys of a DeepSpeed file that differ from the arguments, with both values."""
-    return "" if deepspeed is None else "; ".join(each.removeprefix("- ds ") for each in deepspeed.mismatches)
+def find_deepspeed_conflicts(arguments, training_arguments: TrainingArguments) -> list[str]:
+    """Messages about a DeepSpeed file that contradicts the arguments, before a model is loaded."""
+    deepspeed = getattr(training_arguments, "hf_deepspeed_config", None)
+    if deepspeed is None:
+        return []
+    name, mismatches = training_arguments.deepspeed, [each.removeprefix("- ds ") for each in deepspeed.mismatches]
+    by_group = [each for each in ("learning_rates", "weight_decays") if getattr(arguments, each)]
+    stage = deepspeed.config.get("zero_optimization", {}).get("stage", 0)
+    conditions = (
+        (
+            mismatches,
+            f'{name} contradicts the arguments: {"; ".join(mismatches)}. Set these keys of the file to "auto", or the '
+            "arguments to the same values",
+        ),
+        (
+            by_group and "optimizer" in deepspeed.config,
+            f"{name} has an optimizer of its own, with one learning rate for all parameters: remove its key optimizer "
+            f"for --{', --'.join(by_group)}",
+        ),
+        (
+            arguments.quantization and stage == 3,
+            f"{name} partitions the weights (ZeRO-3), which --quantization does not support; take stage 2 or lower",
+        ),
+    )
+    return [message for is_conflict, message in conditions if is_conflict]
 
 
 def find_checkpoint(training_arguments: TrainingArguments) -> str | None:

@@ -325,7 +325,7 @@ def test_a_stream_trains_on_two_processes(tmp_path, data):
         (["--projector_type", "conv"], "argument --projector_type.*: invalid choice: 'conv'"),
         (["--config", "nowhere.yaml"], "no configuration file at nowhere.yaml"),
         (["--train_file", "x.jsonl"], r"--model and --train_file \(or --mixture\) require each other"),
-        (["--learning_rat", "1", "--nonsense", "2"], "nonsense"),
+        (["--max_step", "1", "--nonsense", "2"], "nonsense"),
         (["--resume_from_checkpoint", "true"], "holds no complete checkpoint"),
         (["--data_root", "x"], "--data_root requires --mixture"),
         (["--packing", "true"], "--packing requires --model"),

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import torch
 from conftest import draw_picture, make_model, make_processor, pixels, tokens
 from safetensors.torch import load_file
 from test_finetune import finetune_error
-from training_arguments import FinetuneError
+from training_arguments import FinetuneError, find_deepspeed_conflicts
 from training_parameters import (
     TABLE_NAME,
     GroupedTrainer,
@@ -20,6 +21,7 @@ from training_parameters import (
     tabulate_parameters,
 )
 from transformers import AutoProcessor, TrainingArguments
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from modeling_visualchat import VisualChatForConditionalGeneration
 from processing_visualchat import DataCollatorForVisualChat, load_conversations
@@ -300,3 +302,30 @@ def test_arguments_that_exclude_each_other_are_named(tmp_path, data, monkeypatch
     output = tmp_path / "out"
     assert message in finetune_error(monkeypatch, *data_flags(data), *flags, "--output_dir", output)
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {"train_micro_batch_size_per_gpu": 4, "gradient_clipping": 0.5, "bf16": {"enabled": True}},
+            r"train_micro_batch_size_per_gpu=4 vs hf per_device_train_batch_size=2; gradient_clipping=0.5 vs hf "
+            r"max_grad_norm=1.0; bf16.enabled=True vs hf bf16\|bf16_full_eval=False. Set these keys of the file to",
+        ),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}, "has an optimizer of its own, .* remove its key"),
+        (
+            {"zero_optimization": {"stage": 3}},
+            "partitions the weights .ZeRO-3., which --quantization does not support",
+        ),
+        ({"train_micro_batch_size_per_gpu": "auto", "bf16": {"enabled": "auto"}}, None),
+    ],
+    ids=["values", "optimizer", "quantized", "auto"],
+)
+def test_a_deepspeed_file_that_contradicts_the_arguments_is_refused(tmp_path, content, message):
+    settings = training_arguments(tmp_path)
+    settings.deepspeed, settings.hf_deepspeed_config = "zero.json", HfTrainerDeepSpeedConfig(content)
+    settings.hf_deepspeed_config.trainer_config_process(settings)
+    chosen = arguments(learning_rates=["lora=1e-4"], quantization="4bit" if message and "quant" in message else None)
+    conflicts = find_deepspeed_conflicts(chosen, settings)
+    assert len(conflicts) == bool(message)
+    assert not message or re.fullmatch(f"zero.json .*{message}.*", conflicts[0])
