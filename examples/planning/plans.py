@@ -173,8 +173,10 @@ def strategy_of(deepspeed: dict | None) -> Strategy:
 
 
 def cheapest(plans: list[Plan], limit: float) -> Plan | None:
-    """The fastest plan that fits, and of equally fast ones the simplest."""
-    return min((plan for plan in plans if plan.fits(limit)), key=lambda plan: round(plan.hours, 2), default=None)
+    """The fastest plan that fits, and of those within one percent of it the simplest."""
+    fitting = [plan for plan in plans if plan.fits(limit)]
+    fastest = min((plan.hours for plan in fitting), default=0.0)
+    return next((plan for plan in fitting if plan.hours <= 1.01 * fastest), None)
 
 
 def advise(planner: Planner, plans: list[Plan], machine: Machine, mixture: Mixture, limit: float) -> str:
