@@ -27,6 +27,7 @@ from digits.train import DIGITS_CONFIG, train_digits
 from training_arguments import find_checkpoint, parse_arguments
 from training_card import TrainerWithCard, TrainingRun
 from training_data import load_data
+from training_memory import check_memory, memory_advice
 from training_parameters import (
     GROUPS,
     QUANTIZATIONS,
@@ -37,7 +38,7 @@ from training_parameters import (
     report_parameters,
 )
 from training_processes import end_processes, set_cpu_threads
-from transformers import AutoProcessor, set_seed
+from transformers import AutoProcessor, TrainingArguments, set_seed
 from transformers.hf_argparser import HfArg
 
 from modeling_visualchat import (
@@ -48,6 +49,10 @@ from modeling_visualchat import (
 )
 from processing_visualchat import OVERLONG, DataCollatorForVisualChat
 from processing_visualchat.data.image_contents import save_training_images
+
+
+class FinetuneTrainer(GroupedTrainer, TrainerWithCard):
+    """`Trainer` with a learning rate for each group of parameters, and with a model card."""
 
 
 def attention_option(name: str, description: str):
@@ -120,6 +125,7 @@ class FinetuneArguments:
     vision_features: str | None = HfArg(default=None, help="Folder to cache the frozen vision tower's features in.")
     vision_features_gib: float = HfArg(default=64.0, help="Maximum size of that folder in GiB.")
     license: str | None = HfArg(default=None, help="License of the trained checkpoint, for its model card.")
+    device_memory: float | None = HfArg(default=None, help="Memory of a device in GiB; by default what it has.")
     cpu_threads: int = HfArg(default=0, help="Threads of each process on a CPU; 0 divides all cores among them.")
     attention_type: str | None = attention_option("attention_type", "The attention type")
     merge: str | None = attention_option("merge", "How text and images are merged in mmca")
@@ -139,10 +145,6 @@ class FinetuneArguments:
         return {option: value for option in options if (value := getattr(self, option)) is not None}
 
 
-class FinetuneTrainer(GroupedTrainer, TrainerWithCard):
-    """A Trainer with groups of parameters and a model card."""
-
-
 def main() -> None:
     arguments, training_arguments = parse_arguments(sys.argv[1:], FinetuneArguments, __doc__, DIGITS_CONFIG)
     checkpoint = find_checkpoint(training_arguments)
@@ -150,7 +152,13 @@ def main() -> None:
     set_seed(training_arguments.seed)
     if arguments.model is None:
         return train_digits(arguments, training_arguments, checkpoint)
+    check_memory(arguments, training_arguments)
+    with memory_advice(arguments, training_arguments):
+        train(arguments, training_arguments, checkpoint)
 
+
+def train(arguments: FinetuneArguments, training_arguments: TrainingArguments, checkpoint: str | None) -> None:
+    """Trains the model of `--model`, and saves it."""
     # What is trained is in float32; with `--bf16`, it is cast to bfloat16 for computation.
     options = GroupOptions.from_arguments(arguments, training_arguments)
     model = VisualChatForConditionalGeneration.from_pretrained(

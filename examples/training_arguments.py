@@ -1,8 +1,11 @@
 """The arguments of `finetune.py`: flags override a YAML file, and conflicts are found before anything is loaded."""
 
+import difflib
 import os
+import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -10,6 +13,7 @@ from training_processes import start_deepspeed
 from transformers import HfArgumentParser, TrainingArguments
 
 
+PATHS = ("model", "train_file", "eval_file", "mixture", "deepspeed")  # arguments that may name files
 DATA_FLAGS = ("--model", "--train_file", "--mixture")  # without any of them, the digits demo runs
 
 
@@ -17,7 +21,7 @@ class FinetuneError(SystemExit):
     """Ends the script with a message instead of a traceback."""
 
     def __init__(self, message: str):
-        super().__init__(f"finetune.py: error: {message}")
+        super().__init__(f"{Path(sys.argv[0]).name}: error: {message}")
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -60,29 +64,92 @@ def parse_arguments(argv: list[str], finetune_class: type, description: str, dem
     config_path = demo_config if known.config is None and names.isdisjoint(DATA_FLAGS) else known.config
     defaults = {} if torch.accelerator.is_available() else {"use_cpu": True}
     if config_path is not None:
-        if not config_path.is_file():
-            parser.error(f"no configuration file at {config_path}")
-        defaults |= yaml.safe_load(config_path.read_text()) or {}
-    if unknown := sorted(defaults.keys() - {action.dest for action in parser._actions}):
-        parser.error(f"{config_path} has the unknown argument {', '.join(unknown)}")
+        defaults |= read_recipe(config_path, {action.dest for action in parser._actions})
     parser.set_defaults(**defaults)
     if "--deepspeed" in names or defaults.get("deepspeed"):
         start_deepspeed(use_cpu=defaults.get("use_cpu", False) or "--use_cpu" in flags)
-    try:
-        arguments, training_arguments = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)[:2]
-    except ValueError as error:  # of TrainingArguments, or of a DeepSpeed file that cannot be read
-        parser.error(str(error))
-    conflicts = find_conflicts(arguments, training_arguments)
+    arguments, training_arguments = parse_values(parser, flags)
+    conflicts = find_data_conflicts(arguments) + find_conflicts(arguments, training_arguments)
     for conflict in [*conflicts, *find_deepspeed_conflicts(arguments, training_arguments)]:
         parser.error(conflict)
     training_arguments.remove_unused_columns = False  # the collator reads the columns, not the model
     return arguments, training_arguments
 
 
+def parse_recipe(config_path: Path, finetune_class: type, overrides: dict[str, Any]) -> tuple:
+    """
+    A recipe as [`parse_arguments`] reads it, but no process is started, and no GPU has to be there.
+
+    Returns:
+        An instance of `finetune_class`, `TrainingArguments`, and the path of the DeepSpeed file or `None`.
+    """
+    parser = TrainingArgumentParser((finetune_class, TrainingArguments))
+    values = read_recipe(config_path, {action.dest for action in parser._actions}) | overrides
+    deepspeed, is_half = values.pop("deepspeed", None), values.pop("fp16", False)
+    parser.set_defaults(**{"output_dir": "unused", **values, "use_cpu": True})
+    arguments, training_arguments = parse_values(parser, [])
+    training_arguments.fp16 = is_half
+    for conflict in find_conflicts(arguments, training_arguments):
+        parser.error(conflict)
+    return arguments, training_arguments, deepspeed
+
+
+def parse_values(parser: TrainingArgumentParser, flags: list[str]) -> tuple:
+    """Both instances, from flags and the defaults of a parser."""
+    try:
+        return parser.parse_args_into_dataclasses(flags, look_for_args_file=False)[:2]
+    except ValueError as error:  # of TrainingArguments, or of a DeepSpeed file that cannot be read
+        parser.error(str(error))
+
+
+def read_recipe(path: Path, known: set[str]) -> dict[str, Any]:
+    """
+    The arguments in a YAML file. Files may be named relative to its folder, and its key `base` is another such file,
+    which it overrides.
+
+    Raises:
+        `FinetuneError`: no such file, no YAML, or an unknown argument.
+    """
+    if not path.is_file():
+        raise FinetuneError(f"no configuration file at {path}")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise FinetuneError(f"{path} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise FinetuneError(f"{path} holds no arguments, as in `learning_rate: 0.001`, but a {type(values).__name__}")
+    base = values.pop("base", None)
+    if unknown := sorted(map(str, values.keys() - known)):
+        hints = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f" (did you mean {hints[0]}?)" if hints else ""
+        raise FinetuneError(f"{path} has the unknown argument {', '.join(unknown)}{hint}")
+    for name in PATHS:
+        if isinstance(values.get(name), str) and (path.parent / values[name]).exists():
+            values[name] = str(path.parent / values[name])
+    return values if base is None else read_recipe(path.parent / base, known) | values
+
+
+def find_data_conflicts(arguments) -> list[str]:
+    """Messages about a model without data, or data without a model."""
+    has_model = arguments.model is not None
+    has_data = arguments.train_file is not None or arguments.mixture is not None
+    conditions = (
+        (
+            has_model != has_data,
+            "--model and --train_file (or --mixture) require each other; without both, the digits demo runs",
+        ),
+        (
+            has_model and str(arguments.model).endswith(".json"),
+            f"--model {arguments.model} is a configuration, for examples/plan.py, and has no weights: pass --model "
+            "with a checkpoint, which examples/join.py makes of two pretrained parts",
+        ),
+    )
+    return [message for is_conflict, message in conditions if is_conflict]
+
+
 def find_conflicts(arguments, training_arguments: TrainingArguments) -> list[str]:
     """Messages about arguments that exclude or require each other, in the order of the table."""
     has_model = arguments.model is not None
-    has_data = arguments.train_file is not None or arguments.mixture is not None
     selections = arguments.trainable or ()
     trains_decoder = any("language_model" in each for each in selections)
     trains_tower = any("vision_tower" in each for each in (*selections, *(arguments.lora or ())))
@@ -102,10 +169,6 @@ def find_conflicts(arguments, training_arguments: TrainingArguments) -> list[str
         (
             arguments.image_root and not arguments.train_file,
             "--image_root requires --train_file; a source of a mixture has the key images",
-        ),
-        (
-            has_model != has_data,
-            "--model and --train_file (or --mixture) require each other; without both, the digits demo runs",
         ),
         (
             arguments.eval_file and not has_model,

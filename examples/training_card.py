@@ -5,11 +5,11 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import PeftModel
 from training_data import DataSource
-from training_parameters import GROUPS, counted_parameters, group_of
+from training_parameters import counted_parameters, trained_groups
 from transformers import Trainer
 from transformers.utils import cached_file
 
@@ -54,12 +54,11 @@ class TrainerWithCard(Trainer):
             return
         folder = Path(self.args.output_dir)
         name = self.hub_model_id or folder.absolute().name
-        if (folder / CARD).is_file():
-            card = VisualChatCard.load(folder / CARD)
+        card = VisualChatCard.load(folder / CARD) if (folder / CARD).is_file() else None
+        if card is not None and card.data.library_name != "peft":  # as PEFT writes one beside each adapter
             card.rename(name)
         else:
-            model = self.accelerator.unwrap_model(self.model)
-            card = make_card(model.get_base_model() if isinstance(model, PeftModel) else model, name)
+            card = make_card(base_model(self), name)
             inherit(card, self.earlier)
         number = 1 + (len(self.earlier.read("training")) if self.earlier is not None else 0)
         for section, describe in SECTIONS.items():
@@ -74,6 +73,12 @@ class TrainerWithCard(Trainer):
         card.data.license = self.run.license or card.data.license
         card.data.tags = sorted({*(card.data.tags or []), *([tags] if isinstance(tags, str) else tags or [])}) or None
         card.save(folder / CARD)
+
+
+def base_model(trainer: Trainer) -> Any:
+    """The model of a trainer, without wrappers of accelerate and PEFT."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def load_card(checkpoint: str) -> VisualChatCard | None:
@@ -114,21 +119,22 @@ def describe_data(trainer: TrainerWithCard, number: int) -> str:
 def describe_training(trainer: TrainerWithCard, number: int) -> str:
     """The trained modules, hyperparameters and losses of a run."""
     args, state, collator = trainer.args, trainer.state, trainer.data_collator
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    trained = [each for _, each in counted_parameters(model) if each.requires_grad]
-    groups = {group_of(model, name) for name, each in counted_parameters(model) if each.requires_grad}
-    names = ", ".join(group for group in GROUPS if group in groups)
+    model = base_model(trainer)
+    parameters = [each for _, each in counted_parameters(model)]
+    trained = count_parameters(*(each for each in parameters if each.requires_grad))
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
     warmup = args.get_warmup_steps(state.max_steps)
+    groups = ", ".join(trained_groups(model))
+    rate = f"{args.learning_rate}{describe_groups(trainer, 'learning_rates')}"
     rows: list[Row] = [
         ("", ""),
-        ("trained", f"{count_parameters(*trained):,} of {count_parameters(model):,} parameters: {names}"),
+        ("trained", f"{trained:,} of {count_parameters(*parameters):,} parameters: {groups}"),
         ("steps", f"{state.global_step:,} optimizer steps, {state.epoch or 0:.2f} epochs"),
         ("batch", f"{batch:,} {'packed rows' if collator.packing else 'conversations'}"),
         ("optimizer", f"{args.optim.value}, betas {args.adam_beta1} and {args.adam_beta2}"),
-        ("weight decay", f"{args.weight_decay}"),
-        ("learning rate", f"{args.learning_rate}, {args.lr_scheduler_type.value}, {counted(warmup, 'warm-up step')}"),
+        ("weight decay", f"{args.weight_decay}{describe_groups(trainer, 'weight_decays')}"),
+        ("learning rate", f"{rate}, {args.lr_scheduler_type.value}, {counted(warmup, 'warm-up step')}"),
         ("gradient clipping", f"{args.max_grad_norm}"),
         ("precision", f"weights in {str(model.dtype).removeprefix('torch.')}, computed in {precision}"),
         ("maximum length", f"{collator.limit:,} tokens; over-length conversations: {collator.overlong}"),
@@ -139,6 +145,12 @@ def describe_training(trainer: TrainerWithCard, number: int) -> str:
         if values and not (key == "train_loss" and trainer.run.resumed_from):  # the mean of a part, over all steps
             rows.append((name, f"{values[-1]:.4f} nats/token"))
     return f":\n\n{format_markdown(rows)}"
+
+
+def describe_groups(trainer: TrainerWithCard, name: str) -> str:
+    """The values of groups of parameters that have their own."""
+    values = getattr(getattr(trainer, "group_options", None), name, {})
+    return f" ({', '.join(f'{group} {value}' for group, value in values.items())})" if values else ""
 
 
 def describe_cost(trainer: TrainerWithCard, number: int) -> str:

@@ -195,6 +195,12 @@ def counted_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, each) for name, each in model.named_parameters() if ".original_module." not in name)
 
 
+def trained_groups(model: Any) -> list[str]:
+    """The groups of which parameters are trained."""
+    found = {group_of(model, name) for name, each in counted_parameters(model) if each.requires_grad}
+    return [group for group in GROUPS if group in found]
+
+
 def tabulate_parameters(model: Any, options: GroupOptions) -> str:
     """A Markdown table of what is trained, by group, and which of it is tied."""
     rows, total = [], [0, 0]

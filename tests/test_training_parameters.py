@@ -258,6 +258,9 @@ def test_lora_from_the_command_line_prints_and_saves_the_table(tmp_path, data, m
     adapter = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert adapter["r"] == 16 and adapter["modules_to_save"] == ["model.multi_modal_projector"]
     assert AutoProcessor.from_pretrained(tmp_path / "out").image_token == "<image>"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| trained | 15,968 of 64,928 parameters: projector, lora |" in card
+    assert "| learning rate | 5e-05 (lora 0.0002, embeddings 0.0001), linear" in card
 
 
 def test_frozen_weights_in_bfloat16_stay_so_and_trained_ones_are_float32(tmp_path, data, monkeypatch):

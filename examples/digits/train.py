@@ -18,7 +18,7 @@ from .model import build_digits_model
 from .report import report
 
 
-DIGITS_CONFIG = Path(__file__).parent / "digits.yaml"
+DIGITS_CONFIG = Path(__file__).parent.parent / "configs" / "digits.yaml"
 SCANS = DataSource(
     "conversations drawn from scans of handwritten digits",
     url="https://archive.ics.uci.edu/ml/datasets/Optical+Recognition+of+Handwritten+Digits",
@@ -33,7 +33,7 @@ def train_digits(arguments, training_arguments: TrainingArguments, checkpoint: s
 
     Args:
         arguments (`FinetuneArguments`): Those of `finetune.py`.
-        training_arguments (`TrainingArguments`): By default those of digits.yaml.
+        training_arguments (`TrainingArguments`): By default those of configs/digits.yaml.
         checkpoint (`str`, *optional*): The checkpoint to resume from.
     """
     model, processor = build_digits_model(projector_type=arguments.projector_type or "linear", **arguments.attention)

@@ -1,0 +1,81 @@
+"""The time of a training run, from the floating point operations and the bytes that move in a step."""
+
+from dataclasses import dataclass
+
+from .models import Parameters
+from .step_memory import Batch, StepMemory
+from .strategies import MASTER, MOMENTS, Strategy
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run has: devices and their speeds. The defaults are of an A100 with NVLink and PCIe 4."""
+
+    devices: int = 8
+    tflops: float = 312.0  # 10^12 operations per second of a device, in the dtype of computation
+    utilisation: float = 0.4  # the share of them that a run reaches
+    link: float = 200.0  # 10^9 bytes per second between devices
+    pcie: float = 20.0  # 10^9 bytes per second between a device and its host
+    nvme: float = 3.0  # 10^9 bytes per second of NVMe for each device
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The conversations of a run, with the means of what they hold."""
+
+    conversations: int
+    text_tokens: float
+    images: float
+
+
+def operations(step: StepMemory, text_only: StepMemory, batch: Batch, mixture: Mixture) -> float:
+    """The operations of the mean conversation, taken as linear in the tokens of text and in images."""
+    per_token = text_only.flops / (batch.rows * batch.text_tokens)
+    per_image = (step.flops - text_only.flops) / (batch.rows * max(batch.images, 1))
+    return mixture.text_tokens * per_token + mixture.images * per_image
+
+
+def hours(
+    strategy: Strategy,
+    parameters: Parameters,
+    machine: Machine,
+    width: int,
+    flops: float,
+    conversations: float,
+    rows: int,
+    micro_batches: int,
+    num_streams: int,
+) -> float:
+    """
+    Hours of a run. Communication overlaps with computation within a micro-batch; the update of offloaded weights does
+    not.
+
+    Args:
+        strategy ([`Strategy`]): How the run is spread.
+        parameters ([`Parameters`]): Those of the model.
+        machine ([`Machine`]): The devices.
+        width (`int`): Bytes of a number in the dtype of computation.
+        flops (`float`): Operations of a conversation.
+        conversations (`float`): Conversations of the whole run, over all epochs.
+        rows (`int`): Conversations of a micro-batch of one device.
+        micro_batches (`int`): Micro-batches of an optimizer step.
+        num_streams (`int`): How often a layer is gathered in a pass: twice where images go through it first.
+    """
+    share = parameters.trained / machine.devices
+    compute = rows * flops / (machine.tflops * 1e12 * machine.utilisation)
+    weights = parameters.frozen_bytes + width * parameters.trained
+    moved = 0.0  # seconds of a micro-batch
+    if strategy.partitions_weights and machine.devices > 1:
+        moved = 2 * num_streams * weights / (machine.link * 1e9)
+    if strategy.weights_on != "device":
+        speed = machine.pcie if strategy.weights_on == "cpu" else min(machine.pcie, machine.nvme)
+        moved = max(moved, 2 * num_streams * weights / machine.devices / (speed * 1e9))
+    update = 0.0  # seconds of an optimizer step
+    if machine.devices > 1 and not strategy.partitions_weights:
+        update += 2 * width * parameters.trained / (machine.link * 1e9)
+    if strategy.optimizer_on != "device":
+        update += (4 + width) * share / (machine.pcie * 1e9)
+    if strategy.optimizer_on == "nvme":
+        update += 2 * (MASTER + MOMENTS) * share / (machine.nvme * 1e9)
+    steps = conversations / (rows * machine.devices)
+    return steps * (max(compute, moved) + update / micro_batches) / 3600
