@@ -49,10 +49,10 @@ PUBLISHED = {"7b": 6_738_415_616, "13b": 13_015_864_320, "70b": 68_976_648_192} 
 
 def test_the_parts_have_their_parameters(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    import count_parameters
+    import plan
 
-    monkeypatch.setattr("sys.argv", ["count_parameters.py", *map(str, CONFIGS)])
-    count_parameters.main()
+    monkeypatch.setattr("sys.argv", ["plan.py", "--parameters", *map(str, CONFIGS)])
+    plan.main()
     table = capsys.readouterr().out.splitlines()
     assert table[0] == "| model | vision tower | projector | language model | total | trainable |"
     counts = {}

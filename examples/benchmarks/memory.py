@@ -4,12 +4,11 @@ Compares the memory that `plan.py` foresees with what training allocates, on sma
     python examples/benchmarks/memory.py                # one process: every attention type and several sizes
     python examples/benchmarks/memory.py --processes    # two processes: DeepSpeed ZeRO-1 to 3, FSDP2 and DDP
 
-What is measured is every allocation of PyTorch on the CPU, as its profiler records them: in one process two optimizer
-steps of two micro-batches each, in two processes those of `Trainer` after the first two steps. Planned is the peak of
+What is measured is every allocation of PyTorch on the CPU, as its profiler records them: in one process those of an
+optimizer step of two micro-batches, in two processes those of `Trainer` from its third step on. Planned is the peak of
 one device.
 """
 
-import gc
 import json
 import os
 import subprocess
@@ -29,7 +28,6 @@ from transformers import CLIPVisionConfig, LlamaConfig, TrainerCallback, Trainin
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from planning.hours import Machine, Mixture
 from planning.plans import Planner
 from planning.step_memory import Batch, make_inputs
 from planning.strategies import STRATEGIES
@@ -43,6 +41,7 @@ from modeling_visualchat import ATTENTION_TYPES, VisualChatForConditionalGenerat
 MIB = 2**20
 SIZES = {"small": (128, 4, 1000), "wide": (384, 3, 4000), "deep": (128, 12, 1000)}  # hidden size, layers, vocabulary
 BATCH = Batch(rows=2, text_tokens=200, images=2, label_share=0.5)
+STEADY = "steady"
 STAGES = {each.name: each for each in STRATEGIES if each.optimizer_on == "device"}
 
 
@@ -77,22 +76,16 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     return peak_of(profile)
 
 
-def peak_of(profile: Any) -> int:
-    """The peak of the allocations that a profiler recorded."""
-    current = peak = 0
-    for event in profile.kineto_results.events():
+def peak_of(profile: Any, mark: str | None = None) -> int:
+    """The peak of the allocations that a profiler recorded, from a named mark on."""
+    events = sorted(profile.kineto_results.events(), key=lambda event: event.start_ns())
+    current, peak, is_counted = 0, 0, mark is None
+    for event in events:
+        is_counted = is_counted or event.name() == mark
         if event.name() == "[memory]":
             current += event.nbytes()
-            peak = max(peak, current)
+            peak = max(peak, current) if is_counted else 0
     return peak
-
-
-def held_bytes() -> int:
-    """The bytes of all tensors that are reachable."""
-    gc.collect()
-    tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor) and not each.is_meta]
-    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
-    return sum(storages.values())
 
 
 def measure(config: VisualChatConfig, arguments: Any, settings: Any, checkpoints: bool) -> int:
@@ -100,7 +93,7 @@ def measure(config: VisualChatConfig, arguments: Any, settings: Any, checkpoints
     model = VisualChatForConditionalGeneration(config).to(getattr(torch, arguments.frozen_dtype))
     model = choose_parameters(model, arguments).train()
     if checkpoints:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     trained = [each for each in model.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
     inputs = make_inputs(config, BATCH)
@@ -127,10 +120,7 @@ def make_settings(**values) -> SimpleNamespace:
 
 def foresee(config, arguments, settings, checkpoints: bool, strategy: str = "DDP", processes: int = 1) -> float:
     """What the planner says of the same run, in bytes."""
-    planner = Planner(config, arguments, settings, BATCH)
-    machine = Machine(devices=processes)
-    plan = planner.plan(STAGES[strategy], checkpoints, machine, Mixture(1, BATCH.text_tokens, BATCH.images))
-    return plan.memory.total
+    return Planner(config, arguments, settings, BATCH).memory(STAGES[strategy], checkpoints, processes).total
 
 
 def compare_settings() -> list[dict]:
@@ -159,19 +149,13 @@ def compare_settings() -> list[dict]:
     return rows
 
 
-class PeakCallback(TrainerCallback):
-    """Profiles the third and the fourth optimizer step."""
-
-    def __init__(self):
-        self.peak = 0
+class MarkCallback(TrainerCallback):
+    """Marks the end of the second optimizer step, when every buffer is there."""
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 2:
-            self.held = held_bytes()
-            self.profile = torch.autograd.profiler.profile(profile_memory=True).__enter__()
-        elif state.global_step == 4:
-            self.profile.__exit__(None, None, None)
-            self.peak = self.held + peak_of(self.profile)
+            with torch.profiler.record_function(STEADY):
+                pass
 
 
 def train_in_process(strategy: str, values: dict, file: str | None, output: Path) -> None:
@@ -182,22 +166,22 @@ def train_in_process(strategy: str, values: dict, file: str | None, output: Path
     settings = TrainingArguments(
         str(output / "trainer"), use_cpu=True, report_to="none", save_strategy="no", max_steps=4, deepspeed=file,
         per_device_train_batch_size=BATCH.rows, gradient_accumulation_steps=2, remove_unused_columns=False,
-        disable_tqdm=True, gradient_checkpointing=True,
+        disable_tqdm=True, activation_checkpointing=True,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = choose_parameters(VisualChatForConditionalGeneration._from_config(config), arguments, casts=file is None)
-    inputs = make_inputs(config, BATCH)
-    callback = PeakCallback()
-    trainer = GroupedTrainer(
-        model=model,
-        group_options=GroupOptions(1e-3, 0.0, {}, {}),
-        args=settings,
-        train_dataset=[{}] * 1000,
-        data_collator=lambda rows: inputs,
-        callbacks=[callback],
-    )
-    trainer.train()
-    (output / f"{settings.process_index}.json").write_text(json.dumps(callback.peak))
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        model = VisualChatForConditionalGeneration._from_config(config)
+        inputs = make_inputs(config, BATCH)
+        trainer = GroupedTrainer(
+            model=choose_parameters(model, arguments, casts=file is None),
+            group_options=GroupOptions(1e-3, 0.0, {}, {}),
+            args=settings,
+            train_dataset=[{}] * 1000,
+            data_collator=lambda rows: inputs,
+            callbacks=[MarkCallback()],
+        )
+        trainer.train()
+    (output / f"{settings.process_index}.json").write_text(json.dumps(peak_of(profile, STEADY)))
     end_processes(trainer)
 
 

@@ -35,47 +35,40 @@ def operations(step: StepMemory, text_only: StepMemory, batch: Batch, mixture: M
     return mixture.text_tokens * per_token + mixture.images * per_image
 
 
-def hours(
-    strategy: Strategy,
-    parameters: Parameters,
-    machine: Machine,
-    width: int,
-    flops: float,
-    conversations: float,
-    rows: int,
-    micro_batches: int,
-    num_streams: int,
-) -> float:
-    """
-    Hours of a run. Communication overlaps with computation within a micro-batch; the update of offloaded weights does
-    not.
+@dataclass(frozen=True)
+class Run:
+    """What a run computes and moves."""
 
-    Args:
-        strategy ([`Strategy`]): How the run is spread.
-        parameters ([`Parameters`]): Those of the model.
-        machine ([`Machine`]): The devices.
-        width (`int`): Bytes of a number in the dtype of computation.
-        flops (`float`): Operations of a conversation.
-        conversations (`float`): Conversations of the whole run, over all epochs.
-        rows (`int`): Conversations of a micro-batch of one device.
-        micro_batches (`int`): Micro-batches of an optimizer step.
-        num_streams (`int`): How often a layer is gathered in a pass: twice where images go through it first.
+    parameters: Parameters  # in the dtype of computation
+    width: int  # bytes of a number in it
+    flops: float  # operations of a conversation
+    conversations: float  # of the whole run, over all epochs
+    rows: int  # conversations of a micro-batch of one device
+    micro_batches: int  # of an optimizer step
+    num_streams: int  # how often a layer is gathered in a pass: twice where images go through it first
+
+
+def hours(strategy: Strategy, machine: Machine, run: Run) -> float:
     """
-    share = parameters.trained / machine.devices
-    compute = rows * flops / (machine.tflops * 1e12 * machine.utilisation)
-    weights = parameters.frozen_bytes + width * parameters.trained
+    Hours of a run. Communication overlaps with computation within a micro-batch; the exchange of gradients and the
+    update of offloaded weights, once in an optimizer step, do not.
+    """
+    trained, share = run.parameters.trained, run.parameters.trained / machine.devices
+    weights = run.parameters.frozen_bytes + run.width * trained
+    gathers = 2 * run.num_streams  # forward and backward
+    compute = run.rows * run.flops / (machine.tflops * 1e12 * machine.utilisation)
     moved = 0.0  # seconds of a micro-batch
     if strategy.partitions_weights and machine.devices > 1:
-        moved = 2 * num_streams * weights / (machine.link * 1e9)
+        moved = gathers * weights / (machine.link * 1e9)
     if strategy.weights_on != "device":
         speed = machine.pcie if strategy.weights_on == "cpu" else min(machine.pcie, machine.nvme)
-        moved = max(moved, 2 * num_streams * weights / machine.devices / (speed * 1e9))
+        moved = max(moved, gathers * weights / machine.devices / (speed * 1e9))
     update = 0.0  # seconds of an optimizer step
-    if machine.devices > 1 and not strategy.partitions_weights:
-        update += 2 * width * parameters.trained / (machine.link * 1e9)
+    if machine.devices > 1:
+        update += 2 * run.width * trained / (machine.link * 1e9)
     if strategy.optimizer_on != "device":
-        update += (4 + width) * share / (machine.pcie * 1e9)
+        update += (4 + run.width) * share / (machine.pcie * 1e9)
     if strategy.optimizer_on == "nvme":
         update += 2 * (MASTER + MOMENTS) * share / (machine.nvme * 1e9)
-    steps = conversations / (rows * machine.devices)
-    return steps * (max(compute, moved) + update / micro_batches) / 3600
+    steps = run.conversations / (run.rows * machine.devices)  # of micro-batches
+    return steps * (max(compute, moved) + update / run.micro_batches) / 3600

@@ -8,6 +8,7 @@ import torch
 from digits.model import build_digits_model
 from torch import nn
 from training_parameters import NOT_QUANTIZED, choose_parameters, count, counted_parameters
+from transformers.initialization import no_init_weights
 
 from configuration_visualchat import VisualChatConfig
 from modeling_visualchat import VisualChatForConditionalGeneration
@@ -37,23 +38,43 @@ def build_model(config: VisualChatConfig, arguments, dtype: torch.dtype | None =
         dtype (`torch.dtype`, *optional*): Of all weights; by default float32 where they are trained, and the recipe's
             `frozen_dtype` elsewhere.
     """
-    with fake_tensors():
+    with torch.device("meta"), no_init_weights():
         model = VisualChatForConditionalGeneration(config)
         cast(model, dtype or getattr(torch, arguments.frozen_dtype if arguments.model is not None else "float32"))
         if arguments.quantization is not None:
             quantize(model, arguments.quantization)
         if arguments.model is not None:  # the digits demo trains all parameters
             model = choose_parameters(model, arguments, casts=dtype is None)
-        if dtype is not None:
-            cast(model, dtype)  # what PEFT adds
+    if dtype is not None:
+        cast(model, dtype)  # what PEFT adds
+    make_fake(model)
     return model.train()
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Casts the parameters of fake tensors, which `nn.Module.to` cannot swap; buffers stay as they are."""
+    """Casts the parameters; buffers stay as they are."""
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
+
+
+def make_fake(model: nn.Module) -> None:
+    """Replaces the parameters and buffers on the meta device by fake tensors on a CPU; shared ones stay shared."""
+    known: dict[int, tuple] = {}  # with the original, so that no other one gets its id
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in known:
+            new = torch.empty(tensor.shape, dtype=tensor.dtype)
+            if isinstance(tensor, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+                new.__dict__.update(tensor.__dict__)
+            known[id(tensor)] = (new, tensor)
+        return known[id(tensor)][0]
+
+    with fake_tensors():
+        for module in model.modules():
+            for store in (module._parameters, module._buffers):
+                store.update({name: fake(each) for name, each in store.items() if each is not None})
 
 
 class QuantizedLinear(nn.Linear):

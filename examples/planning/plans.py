@@ -10,7 +10,7 @@ import torch
 
 from modeling_visualchat.attention_types_visualchat import get_attention_type
 
-from .hours import Machine, Mixture, hours, operations
+from .hours import Machine, Mixture, Run, hours, operations
 from .models import Parameters, build_model
 from .step_memory import Batch, StepMemory, simulate_step
 from .strategies import STRATEGIES, DeviceMemory, Strategy, Zero, device_memory
@@ -40,7 +40,7 @@ class Plan:
         """What to start the script with."""
         launcher = f"--num_processes {self.devices}"
         file = f"examples/configs/{self.strategy.file}"
-        flags = f" --gradient_checkpointing {str(self.checkpoints).lower()}"
+        flags = f" --activation_checkpointing {str(self.checkpoints).lower()}"
         if self.strategy.is_deepspeed:
             return f"--use_deepspeed {launcher} examples/finetune.py --config RECIPE --deepspeed {file}{flags}"
         if self.strategy.is_fsdp:
@@ -122,32 +122,41 @@ class Planner:
             config.text_config.layer_types = config.text_config.layer_types[:length]
         model = build_model(config, self.arguments, (self.mixed or torch.float32) if is_cast else None)
         if checkpoints:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         batch = self.batch if has_images else replace(self.batch, images=0)
         autocast = None if is_cast else self.mixed
         return simulate_step(model, batch, self.micro_batches, autocast, keeps_gradients=not is_cast)
 
-    def plan(self, strategy: Strategy, checkpoints: bool, machine: Machine, mixture: Mixture) -> Plan:
-        """The plan of a strategy."""
-        is_cast = strategy.is_deepspeed or strategy.is_fsdp
+    def memory(self, strategy: Strategy, checkpoints: bool, devices: int) -> DeviceMemory:
+        """What a device needs in a strategy, with gradient checkpointing or without."""
         parameters = self.cast_parameters if strategy.is_deepspeed else self.parameters
         is_own = self.deepspeed is not None and strategy == strategy_of(self.deepspeed)
         zero = Zero.of(self.deepspeed if is_own else strategy.read(), parameters.hidden_size)
-        step = self.step(is_cast, checkpoints)
-        text_only = self.step(is_cast, checkpoints, has_images=False) if self.batch.images else step
-        is_split = self.batch.images and get_attention_type(self.config).two_streams is not None
-        flops = operations(step, text_only, self.batch, mixture)
+        step = self.step(strategy.casts, checkpoints)
+        return device_memory(strategy, parameters, step, devices, self.width, zero)
+
+    def plan(self, strategy: Strategy, checkpoints: bool, machine: Machine, mixture: Mixture) -> Plan:
+        """The plan of a strategy."""
+        step = self.step(strategy.casts, checkpoints)
+        text_only = self.step(strategy.casts, checkpoints, has_images=False) if self.batch.images else step
+        num_streams = 2 if self.batch.images and get_attention_type(self.config).two_streams is not None else 1
+        run = Run(
+            self.cast_parameters,
+            self.width,
+            operations(step, text_only, self.batch, mixture),
+            mixture.conversations * self.epochs,
+            self.batch.rows,
+            self.micro_batches,
+            num_streams,
+        )
         return Plan(
             strategy,
             checkpoints,
-            device_memory(strategy, parameters, step, machine.devices, self.width, zero),
+            self.memory(strategy, checkpoints, machine.devices),
             step.activations - text_only.activations,
-            hours(
-                strategy, parameters, machine, self.width, flops, mixture.conversations * self.epochs,
-                self.batch.rows, self.micro_batches, 2 if is_split else 1,
-            ),
+            hours(strategy, machine, run),
             machine.devices,
-        )  # fmt: skip
+        )
 
     def plans(self, machine: Machine, mixture: Mixture) -> list[Plan]:
         """All plans for a number of devices, in the order of the table of strategies."""

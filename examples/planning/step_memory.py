@@ -17,8 +17,8 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
-from transformers.initialization import no_init_weights
 
+from modeling_visualchat.attention_types_visualchat import get_attention_type
 from modeling_visualchat.parts_visualchat import image_shape
 
 
@@ -78,8 +78,8 @@ class StepMemory:
 
 @contextmanager
 def fake_tensors() -> Iterator[None]:
-    """Within it, new tensors and models have shapes, dtypes and devices, and no data."""
-    with FakeTensorMode(allow_non_fake_inputs=True), no_init_weights():
+    """Within it, new tensors have a shape and a dtype, and no data."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
         yield
 
 
@@ -184,7 +184,9 @@ def simulate_step(
     inputs = make_inputs(model.config, batch)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     head, number = model.get_output_embeddings(), min(micro_batches, 2)
-    decoder = next(module for path, module in model.named_modules() if path.endswith("model.language_model"))
+    inner = model.get_base_model().model if hasattr(model, "get_base_model") else model.model
+    if get_attention_type(model.config).two_streams is not None:
+        _ = inner.probe  # tries the decoder, once, on tensors with data
     context = nullcontext() if autocast is None else torch.autocast("cpu", autocast)
     with TensorBytes(iter([*model.parameters(), *model.buffers(), *inputs.values()])) as tensors:
 
@@ -195,8 +197,8 @@ def simulate_step(
                 parameter.grad = None
 
         hooks = [parameter.register_post_accumulate_grad_hook(take) for parameter in trained]
-        hooks.append(decoder.register_forward_pre_hook(tensors.end_phase))
-        hooks.append(decoder.register_forward_hook(tensors.end_phase))
+        hooks.append(inner.language_model.register_forward_pre_hook(tensors.end_phase))
+        hooks.append(inner.language_model.register_forward_hook(tensors.end_phase))
         hooks.append(head.register_full_backward_hook(tensors.end_phase))
         for _ in range(number):
             with context:

@@ -39,6 +39,11 @@ class Strategy:
         return self.stage > 0
 
     @property
+    def casts(self) -> bool:
+        """Whether layers see all weights in the dtype of computation."""
+        return self.is_deepspeed or self.is_fsdp
+
+    @property
     def partitions_weights(self) -> bool:
         """Whether a device holds a part of the weights only, and gathers layers as they run."""
         return self.is_fsdp or self.stage == 3
