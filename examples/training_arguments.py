@@ -69,7 +69,7 @@ def parse_arguments(argv: list[str], finetune_class: type, description: str, dem
     if "--deepspeed" in names or defaults.get("deepspeed"):
         start_deepspeed(use_cpu=defaults.get("use_cpu", False) or "--use_cpu" in flags)
     arguments, training_arguments = parse_values(parser, flags)
-    conflicts = find_data_conflicts(arguments) + find_conflicts(arguments, training_arguments)
+    conflicts = find_conflicts(arguments, training_arguments) + find_data_conflicts(arguments)
     for conflict in [*conflicts, *find_deepspeed_conflicts(arguments, training_arguments)]:
         parser.error(conflict)
     training_arguments.remove_unused_columns = False  # the collator reads the columns, not the model

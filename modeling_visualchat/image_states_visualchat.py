@@ -10,6 +10,7 @@ kept as before rotation, and [`KeyRotation`] rotates them where the images stand
 Dimensions: N images of a batch, U unique images among them, `length` tokens an image, K key/value heads, D head size.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -89,14 +90,11 @@ def same_images(pixel_values: torch.Tensor) -> list[int]:
         return list(range(len(pixel_values)))
     flat = pixel_values.detach().flatten(1)
     sums = list(zip(*(part.sum(dim=1, dtype=torch.float64).tolist() for part in (flat, flat[:, ::7]))))
-    unique: dict[tuple, list[int]] = {}  # the unique images by their sums, rarely several
-    index: list[int] = []
-    for number, pair in enumerate(sums):
-        others = (other for other in unique.get(pair, ()) if torch.equal(flat[other], flat[number]))
-        if (same := next(others, None)) is None:
-            unique.setdefault(pair, []).append(number)
-        index.append(max(index, default=-1) + 1 if same is None else index[same])
-    return index
+    # Equal sums are rare but for equal images, and are told apart by content.
+    repeated = {pair for pair, count in Counter(sums).items() if count > 1}
+    keys = [(pair, image_key(image) if pair in repeated else "") for pair, image in zip(sums, flat)]
+    numbers: dict[tuple, int] = {}
+    return [numbers.setdefault(key, len(numbers)) for key in keys]
 
 
 def self_attention(query, key, value, scaling: float | None) -> torch.Tensor:
