@@ -30,7 +30,8 @@ QUANTIZATIONS = {
     "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "8bit": {"load_in_8bit": True},
 }
-NOT_QUANTIZED = ["vision_tower", "multi_modal_projector", "lm_head", *ADDED_PARTS]
+# Prefixes of paths.
+NOT_QUANTIZED = ["lm_head", *(f"model.{part}" for part in ("vision_tower", "multi_modal_projector", *ADDED_PARTS))]
 
 
 def loading_options(arguments, training_arguments: TrainingArguments) -> dict[str, Any]:

@@ -105,9 +105,15 @@ def test_only_a_whole_model_is_saved_quantized(method, tmp_path):
         joined(method, tmp_path / "text").save_pretrained(tmp_path / "joined")
     plain = join(*parts())
     plain.save_pretrained(tmp_path / "plain")
-    config = METHODS[method](["vision_tower", "multi_modal_projector", "lm_head"])
+    config = METHODS[method](["model.vision_tower", "model.multi_modal_projector", "lm_head"])
     model = VisualChatForConditionalGeneration.from_pretrained(tmp_path / "plain", quantization_config=config)
     model.save_pretrained(tmp_path / "whole")
     loaded = VisualChatForConditionalGeneration.from_pretrained(tmp_path / "whole")
+    for each in (model, loaded):
+        assert {type(parameter.data) for parameter in each.model.vision_tower.parameters()} == {torch.Tensor}
+        assert {parameter.dtype for parameter in each.model.vision_tower.parameters()} <= {
+            torch.float32,
+            torch.float16,
+        }
     with torch.no_grad():
         torch.testing.assert_close(loaded(IDS, IMAGES).logits, model(IDS, IMAGES).logits, rtol=1e-4, atol=1e-4)

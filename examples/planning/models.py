@@ -111,7 +111,7 @@ class _QuantizedProduct(torch.autograd.Function):
 def quantize(model: VisualChatForConditionalGeneration, quantization: str) -> None:
     """Quantizes the linear layers of the decoder."""
     for path, module in list(model.named_modules()):
-        if type(module) is nn.Linear and not any(part in path.split(".") for part in NOT_QUANTIZED):
+        if type(module) is nn.Linear and not path.startswith(tuple(NOT_QUANTIZED)):
             model.set_submodule(path, QuantizedLinear(module, quantization))
 
 
