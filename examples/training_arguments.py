@@ -65,8 +65,13 @@ def parse_arguments(argv: list[str], finetune_class: type, description: str, dem
     defaults = {} if torch.accelerator.is_available() else {"use_cpu": True}
     if config_path is not None:
         defaults |= read_recipe(config_path, {action.dest for action in parser._actions})
-    parser.set_defaults(**defaults)
-    if "--deepspeed" in names or defaults.get("deepspeed"):
+    deepspeed_parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    deepspeed_parser.add_argument("--deepspeed", default=defaults.get("deepspeed"))
+    chosen, others = deepspeed_parser.parse_known_args(flags)
+    if chosen.deepspeed == "none":  # instead of the file that a recipe names
+        flags, chosen.deepspeed = others, None
+    parser.set_defaults(**{**defaults, "deepspeed": chosen.deepspeed})
+    if chosen.deepspeed is not None:
         start_deepspeed(use_cpu=defaults.get("use_cpu", False) or "--use_cpu" in flags)
     arguments, training_arguments = parse_values(parser, flags)
     conflicts = find_conflicts(arguments, training_arguments) + find_data_conflicts(arguments)

@@ -94,13 +94,9 @@ def test_the_code_of_the_readme_runs(folder, monkeypatch):
     assert model(tokens("I", 4), pixels(0)).logits.shape[1] == 9
 
 
-def test_the_code_of_the_examples_page_runs(folder):
-    of_another_program, lora = blocks("examples/README.md", "python")
+def test_the_code_for_another_program_has_a_test():
+    (of_another_program,) = blocks("examples/README.md", "python")
     assert "vlmeval" in of_another_program and (REPOSITORY / "tests" / "test_vlmevalkit.py").is_file()
-    exec(lora, names := {})
-    trainable = {name for name, each in names["model"].named_parameters() if each.requires_grad}
-    assert {"lora_A" in name or "lora_B" in name or "multi_modal_projector" in name for name in trainable} == {True}
-    assert sum("lora_A" in name for name in trainable) == 8  # four projections of two layers
 
 
 def test_the_examples_of_data_are_read(folder):
@@ -137,6 +133,7 @@ def parse(words: list[str], monkeypatch) -> tuple[str, object]:
 
     monkeypatch.setattr(ArgumentParser, "parse_args", stop)
     monkeypatch.setattr(training_arguments, "find_checkpoint", stop_finetune)
+    monkeypatch.setattr(training_arguments, "start_deepspeed", lambda use_cpu: stop_finetune(None))
     monkeypatch.setattr(sys, "argv", words)
     path = REPOSITORY / words[0]
     with pytest.raises(Parsed) as parsed:

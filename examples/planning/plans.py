@@ -43,6 +43,7 @@ class Plan:
         flags = f" --activation_checkpointing {str(self.checkpoints).lower()}"
         if self.strategy.is_deepspeed:
             return f"--use_deepspeed {launcher} examples/finetune.py --config RECIPE --deepspeed {file}{flags}"
+        flags = f"{flags} --deepspeed none"
         if self.strategy.is_fsdp:
             launcher = f"--config_file {file} {launcher}"
         elif self.devices > 1:
