@@ -120,9 +120,9 @@ def test_each_condition_takes_the_masked_route_with_its_reason(number):
         model(ids, images, **kwargs)
 
 
-def test_the_readme_lists_the_conditions_in_order():
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    table = re.search(r"<!-- routes -->\n(.*?)<!-- /routes -->", readme, re.DOTALL)
+def test_the_page_lists_the_conditions_in_order():
+    page = (Path(__file__).parent.parent / "modeling_visualchat" / "README.md").read_text()
+    table = re.search(r"<!-- routes -->\n(.*?)<!-- /routes -->", page, re.DOTALL)
     rows = [line.strip("| ").split(" | ") for line in table[1].strip().splitlines()[2:]]
     assert rows == [[row.condition, "masked", row.cost] for row in ROUTE_CONDITIONS]
 
