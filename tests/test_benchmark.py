@@ -63,7 +63,7 @@ def test_whole_models_compute_the_same_with_images_known(monkeypatch, tmp_path):
 
 def test_memory_is_the_peak_allocation(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from attention import peak_bytes
+    from measuring import peak_bytes
 
     def run():
         for _ in range(3):
@@ -92,6 +92,44 @@ def test_the_original_implementation_computes_the_same(monkeypatch):
     query, key, value = (torch.randn(1, heads, ids.shape[1], 8, generator=generator) for heads in (4, 2, 2))
     expected = mmca_attention(query, key, value, ids).transpose(1, 2)
     torch.testing.assert_close(original_attention(query, key, value, ids), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def llava_benchmark(monkeypatch):
+    """The comparison with the LLaVA class, on tiny models and images of four tokens."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import data
+
+    monkeypatch.setattr(data, "IMAGE_SIZE", 28)
+    monkeypatch.setattr(data, "IMAGE_LENGTH", 4)
+    config = data.make_model_config()
+    for part in (config.vision_config, config.text_config):
+        part.hidden_size, part.intermediate_size, part.num_hidden_layers, part.num_attention_heads = 32, 48, 2, 4
+    config.text_config.num_key_value_heads, config.text_config.head_dim = 4, 8
+    monkeypatch.setattr(data, "make_model_config", lambda: config)
+    monkeypatch.delitem(sys.modules, "llava", raising=False)
+    import llava
+
+    yield llava
+    del sys.modules["llava"]
+
+
+def test_a_step_computes_the_same_as_that_of_the_llava_class(llava_benchmark):
+    models = llava_benchmark.make_models()
+    assert len(models) == 3
+    for name in llava_benchmark.BATCH_SIZE:
+        losses = {
+            row: llava_benchmark.make_step(variant, models[variant.model], name, 8)()
+            for row, variant in llava_benchmark.VARIANTS.items()
+            if not variant.shared
+        }
+        llava, causal, mmca, *others = losses.values()
+        assert llava == pytest.approx(causal, rel=1e-5)
+        assert [mmca] * 2 == pytest.approx(others, rel=1e-5)
+        assert abs(mmca / causal - 1) > 1e-4
+        rows = llava_benchmark.measure_workload(name, models, 4, 2)
+        assert [row[0] for row in rows] == list(llava_benchmark.VARIANTS)[: len(rows)]
+        assert len(rows) == len(losses) + (name != "the paper's mixture")
 
 
 def test_the_data_pipeline_is_measured():

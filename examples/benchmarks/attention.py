@@ -21,7 +21,6 @@ import json
 import math
 import platform
 import statistics
-import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,10 +28,11 @@ from functools import partial
 from pathlib import Path
 
 import matplotlib
+import measuring
 import torch
 from matplotlib import pyplot
+from measuring import DEVICE, DTYPE, USES_GPU, measure
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 from transformers import CLIPVisionConfig, LlamaConfig
 
@@ -46,9 +46,6 @@ QUICK_LAYOUTS = [(1, 256, 128), (4, 256, 256), (8, 256, 512)]
 FULL_LAYOUTS = [*QUICK_LAYOUTS, (8, 576, 512)]
 NUM_SHARING = 8  # conversations about the same images
 MAX_ORIGINAL_LENGTH = 3000  # tokens; for longer sequences, its score matrices take minutes and gigabytes
-USES_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if USES_GPU else "cpu"
-DTYPE = torch.bfloat16 if USES_GPU else torch.float32
 
 
 def modalities(layout: tuple[int, int, int]) -> torch.Tensor:
@@ -93,36 +90,6 @@ def original_attention(query, key, value, ids):
     return output.transpose(1, 2).contiguous()
 
 
-def measure(function: Callable[[], object]) -> float:
-    """Seconds of one call: CPU time, or device time between two events."""
-    if not USES_GPU:
-        start = time.process_time()
-        function()
-        return time.process_time() - start
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    function()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000
-
-
-def peak_bytes(function: Callable[[], object]) -> int:
-    """Peak allocation of one call."""
-    if USES_GPU:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return max(itertools.accumulate(event.nbytes() for event in events), default=0)
-
-
 def compare(
     name: str,
     layout: tuple,
@@ -142,36 +109,27 @@ def compare(
         lower_bound (`float`, *optional*): The ratio of query-key pairs.
         operations (`float`, *optional*): Floating-point operations of MMCA.
     """
-    memory = {}
-    for variant, function in variants.items():
-        function()
-        memory[variant] = peak_bytes(function)
-    times = {variant: [] for variant in variants}
-    for _ in range(repeats):
-        for variant, function in variants.items():
-            times[variant].append(measure(function))
+    measured = measuring.compare(variants, repeats)
     baseline, *others = variants
-    rows = []
-    for variant in others:
-        ratios = [time / base for time, base in zip(times[variant], times[baseline])]
-        quartiles = statistics.quantiles(ratios, n=4)
-        seconds = statistics.median(times[variant])
-        rows.append(
-            {
-                "measured": name,
-                "layout": "{}x{}+{}".format(*layout),
-                "variant": variant,
-                "ratio": seconds / statistics.median(times[baseline]),
-                "spread": [quartiles[0], quartiles[2]],
-                "floor": lower_bound,
-                "milliseconds": 1000 * seconds,
-                "causal_milliseconds": 1000 * statistics.median(times[baseline]),
-                "mebibytes": memory[variant] / 2**20,
-                "causal_mebibytes": memory[baseline] / 2**20,
-                "operations_per_second": None if operations is None or variant != "mmca" else operations / seconds,
-            }
-        )
-    return rows
+    causal = measured[baseline]
+    return [
+        {
+            "measured": name,
+            "layout": "{}x{}+{}".format(*layout),
+            "variant": variant,
+            "ratio": measured[variant].ratio,
+            "spread": list(measured[variant].quartiles),
+            "floor": lower_bound,
+            "milliseconds": 1000 * measured[variant].seconds,
+            "causal_milliseconds": 1000 * causal.seconds,
+            "mebibytes": measured[variant].peak_bytes / 2**20,
+            "causal_mebibytes": causal.peak_bytes / 2**20,
+            "operations_per_second": (
+                None if operations is None or variant != "mmca" else operations / measured[variant].seconds
+            ),
+        }
+        for variant in others
+    ]
 
 
 def benchmark_attention(layout, num_heads, num_key_heads, head_dim, repeats, backward):

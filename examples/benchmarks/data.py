@@ -16,17 +16,16 @@ Measures the data pipeline: loading a mixture, collation, packing, and cached vi
 import json
 import os
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from measuring import compare
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig
@@ -114,10 +113,9 @@ def make_processor() -> VisualChatProcessor:
     return VisualChatProcessor(CLIPImageProcessor(size=size, crop_size=size), tokenizer, IMAGE_LENGTH)
 
 
-def make_model() -> VisualChatForConditionalGeneration:
+def make_model_config() -> VisualChatConfig:
     """A vision tower of the size of ViT-S and a decoder of 8 layers with a hidden size of 512."""
-    torch.manual_seed(0)
-    config = VisualChatConfig(
+    return VisualChatConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=384,
             intermediate_size=1536,
@@ -138,27 +136,17 @@ def make_model() -> VisualChatForConditionalGeneration:
         image_token_id=3,
         vision_feature_select_strategy="default",
     )
-    return VisualChatForConditionalGeneration(config).set_trainable().train()
 
 
-def compare(variants: dict[str, Callable], repeats: int) -> list[tuple]:
-    """CPU time of each variant over that of the first, in interleaved repeats, with quartiles."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for function in variants.values():
-        function()
-    for _ in range(repeats):
-        for name, function in variants.items():
-            start = time.process_time()
-            function()
-            times[name].append(time.process_time() - start)
+def compare_rows(variants: dict[str, Callable], repeats: int) -> list[tuple]:
+    """Rows of the table: CPU time of each variant over that of the first, with quartiles."""
+    measured = compare(variants, repeats)
     first, *others = variants
     rows = []
     for name in others:
-        ratios = [one / base for one, base in zip(times[name], times[first])]
-        low, _, high = statistics.quantiles(ratios, n=4)
-        medians = [statistics.median(times[variant]) for variant in (name, first)]
-        row = (f"{name} over {first}", f"{medians[0] / medians[1]:.3f}", f"{low:.3f} to {high:.3f}")
-        rows.append((*row, *(f"{1000 * median:.0f}" for median in medians)))
+        low, high = measured[name].quartiles
+        milliseconds = [f"{1000 * measured[variant].seconds:.0f}" for variant in (name, first)]
+        rows.append((f"{name} over {first}", f"{measured[name].ratio:.3f}", f"{low:.3f} to {high:.3f}", *milliseconds))
     return rows
 
 
@@ -166,7 +154,9 @@ def measure_batches(folder: Path, batch_size: int, repeats: int) -> list[tuple]:
     """Collation, packing and cached vision features, each against a training step on the same conversations."""
     torch.set_num_threads(1)
     conversations = make_conversations(write_photographs(folder / "photographs", 40), batch_size)
-    processor, model = make_processor(), make_model()
+    torch.manual_seed(0)
+    processor = make_processor()
+    model = VisualChatForConditionalGeneration(make_model_config()).set_trainable().train()
     padded = DataCollatorForVisualChat(processor)
     packed = DataCollatorForVisualChat(processor, packing=True)
     batches = {"padded": padded(conversations), "packed": packed(conversations)}
@@ -178,12 +168,12 @@ def measure_batches(folder: Path, batch_size: int, repeats: int) -> list[tuple]:
 
     cache = VisionFeatureCache()
     step(batches["padded"], cache)
-    rows = compare(
+    rows = compare_rows(
         {"a training step": lambda: step(batches["padded"]), "collation": lambda: padded(conversations)}, repeats
     )
     variants = {"padded": lambda: step(batches["padded"]), "a packed step": lambda: step(batches["packed"])}
-    rows += compare({"a padded one": variants["padded"], "a packed step": variants["a packed step"]}, repeats)
-    return rows + compare(
+    rows += compare_rows({"a padded one": variants["padded"], "a packed step": variants["a packed step"]}, repeats)
+    return rows + compare_rows(
         {"the first": lambda: step(batches["packed"]), "a later epoch": lambda: step(batches["packed"], cache)},
         repeats,
     )
