@@ -37,6 +37,7 @@ RUN_BY = {
     "extract_qwen_vl_vision.py": "test_qwen_vision.py",
     "finetune.py": "test_finetune.py",
     "join.py": "test_model_card.py",
+    "llava.py": "test_benchmark.py",
     "memory.py": "test_planner.py",
     "plan.py": "test_planner.py",
     "processing_visualchat.doctor": "test_doctor.py",
