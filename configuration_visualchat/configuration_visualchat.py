@@ -15,7 +15,7 @@ from .qwen_vision_configuration_visualchat import VisualChatQwenVisionConfig  # 
 
 
 # Increased with every change of the code that travels with a checkpoint: transformers tells versions apart by it.
-VERSION = "0.4.0"
+VERSION = "0.5.0"
 
 # `transformers serve` and the pipelines look classes up in these tables by model type.
 MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["visualchat"] = "VisualChatForConditionalGeneration"
@@ -73,9 +73,9 @@ class VisualChatConfig(PreTrainedConfig):
         cross_layer_interval (`int`, *optional*, defaults to 4):
             For `"cross"`, a cross-attention layer stands before every layer of this number: 4 is before the 4th, the
             8th, … layer of the decoder.
-        cross_image_scope (`str`, *optional*, defaults to `"all"`):
-            For `"cross"`, the images that a text token reads: `"all"` earlier ones, without their order, or the
-            `"last"` one before it, as in Flamingo; earlier ones then reach it through earlier text.
+        image_scope (`str`, *optional*, defaults to `"all"`):
+            The images that a text token reads in `"mmca"` and `"cross"`: `"all"` earlier ones, or only the `"last"`
+            one before it, as in Flamingo; earlier ones then reach it through earlier text.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
             Whether input and output embeddings are one table; taken from `text_config` when that says so.
 
@@ -124,10 +124,11 @@ class VisualChatConfig(PreTrainedConfig):
     merge: str = "sum"
     image_attention: str = "self"
     cross_layer_interval: int = 4
-    cross_image_scope: Literal["all", "last"] = "all"
+    image_scope: str = "all"
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
+        self.image_scope = kwargs.pop("cross_image_scope", self.image_scope)  # its name in version 0.4.0
         super().__post_init__(**kwargs)
         # The whole map at once: `register_for_auto_class` remembers one class a file.
         self.auto_map = {
@@ -188,6 +189,11 @@ class VisualChatConfig(PreTrainedConfig):
         """Part of `@strict` validation: layers can be counted by it."""
         if self.cross_layer_interval < 1:
             raise ValueError(f"cross_layer_interval must be at least 1, got {self.cross_layer_interval}.")
+
+    def validate_image_scope(self):
+        """Part of `@strict` validation: with causal attention, text reads everything."""
+        if self.attention_type == "causal" and self.image_scope != "all":
+            raise ValueError(f'attention_type="causal" has image_scope="all" only, got {self.image_scope!r}.')
 
     def validate_vision_feature_layer(self):
         """Part of `@strict` validation: every layer that is read exists."""

@@ -15,12 +15,11 @@ def add_attention_options(parser: ArgumentParser, **defaults: str) -> None:
         default = defaults.get(option, values[0])
         parser.add_argument(f"--{option}", default=default, choices=values, help=f"by default {default}")
     parser.add_argument("--cross_layer_interval", type=int, default=4, help="decoder layers per cross-attention layer")
-    parser.add_argument("--cross_image_scope", default="all", choices=["all", "last"], help="images that text reads")
 
 
 def attention_options(arguments: Namespace) -> dict[str, Any]:
     """The values of these flags."""
-    options = (*ATTENTION_OPTIONS, "cross_layer_interval", "cross_image_scope")
+    options = (*ATTENTION_OPTIONS, "cross_layer_interval")
     return {option: getattr(arguments, option) for option in options}
 
 

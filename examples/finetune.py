@@ -130,10 +130,8 @@ class FinetuneArguments:
     attention_type: str | None = attention_option("attention_type", "The attention type")
     merge: str | None = attention_option("merge", "How text and images are merged in mmca")
     image_attention: str | None = attention_option("image_attention", "What image tokens attend to in mmca")
+    image_scope: str | None = attention_option("image_scope", "Earlier images that text reads in mmca and cross")
     cross_layer_interval: int | None = HfArg(default=None, help="Decoder layers per cross-attention layer of cross.")
-    cross_image_scope: str | None = HfArg(
-        default=None, help="Earlier images that text reads in cross.", metadata={"choices": ["all", "last"]}
-    )
     projector_type: str | None = HfArg(
         default=None, help="Projector of the digits demo; by default linear.", metadata={"choices": list(PROJECTORS)}
     )
@@ -141,7 +139,7 @@ class FinetuneArguments:
     @property
     def attention(self) -> dict[str, str]:
         """The attention options that were chosen."""
-        options = (*ATTENTION_OPTIONS, "cross_layer_interval", "cross_image_scope")
+        options = (*ATTENTION_OPTIONS, "cross_layer_interval")
         return {option: value for option in options if (value := getattr(self, option)) is not None}
 
 

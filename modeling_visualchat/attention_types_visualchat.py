@@ -225,11 +225,17 @@ ATTENTION_TYPES = {
         ),
     )
 }
-# The values of `VisualChatConfig.attention_type`, `merge` and `image_attention`.
+# The values of `VisualChatConfig.image_scope`, and what they say in a model card.
+IMAGE_SCOPES = {
+    "all": "",
+    "last": " Text reads the last image before it; earlier images reach it through earlier text.",
+}
+# The values of the fields of `VisualChatConfig` that choose the attention.
 ATTENTION_OPTIONS = {
     "attention_type": list(dict.fromkeys(each.name for each in ATTENTION_TYPES.values())),
     "merge": list(dict.fromkeys(each.merge for each in ATTENTION_TYPES.values())),
     "image_attention": list(dict.fromkeys(each.image_attention for each in ATTENTION_TYPES.values())),
+    "image_scope": list(IMAGE_SCOPES),
 }
 
 for _type in ATTENTION_TYPES.values():

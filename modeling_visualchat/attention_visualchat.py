@@ -12,12 +12,14 @@ image token attends only to itself, so its output is its own value vector:
 zero. Two departures from the original implementation, on purpose: text before the first image gets nothing from images
 (there: a uniform softmax over past and future), and an image token does not attend to earlier text (there: it does).
 
-Two fields of [`VisualChatConfig`] vary the pattern:
+Three fields of [`VisualChatConfig`] vary the pattern:
 
 - `merge="joint"` weights the two softmaxes of a text token by their shares of the joint normaliser (D-Attn, arXiv
   2502.01906), which is one softmax over text and images: its mass is 1, that of the sum is 2.
 - `image_attention="image"` lets an image token attend to all tokens of its own image (MIMIC, arXiv 2601.07812);
   `"self_and_text"`, for old checkpoints, to itself and, in a softmax of its own, to earlier text.
+- `image_scope="last"` lets a text token read only the last image before it, as in Flamingo (arXiv 2204.14198, section
+  3.1.3).
 
 [`MultiModalCausalAttention`] replaces the attention function of every layer of an unmodified decoder, on one of two
 routes with the same result:
@@ -61,6 +63,7 @@ def mmca_attention_reference(
     scaling: float | None = None,
     merge: str = "sum",
     image_attention: str = "self",
+    image_scope: str = "all",
 ) -> torch.Tensor:
     """
     MMCA written out row by row from its definition, in at least float32. The measure of every faster form.
@@ -75,6 +78,7 @@ def mmca_attention_reference(
         merge (`str`, *optional*, defaults to `"sum"`): How text and images add up, `"sum"` or `"joint"`.
         image_attention (`str`, *optional*, defaults to `"self"`): What an image token attends to: `"self"`, `"image"`
             or `"self_and_text"`. An image is a run of image tokens.
+        image_scope (`str`, *optional*, defaults to `"all"`): The images that text reads, `"all"` or the `"last"` one.
 
     Returns:
         `torch.Tensor` of shape `(B, H, Q, D)` in the dtype of `query`.
@@ -99,6 +103,8 @@ def mmca_attention_reference(
                 text = [j for j in kept if j <= i and not mm_token_type_ids[b, j]]
                 image = [j for j in kept if j < i and mm_token_type_ids[b, j]]
                 own_image = [j for j in kept if image_ids[b, j] == image_ids[b, i]]
+                if image and image_scope == "last":
+                    image = [j for j in image if image_ids[b, j] == image_ids[b, image[-1]]]
                 if i not in kept:
                     key_sets = []
                 elif mm_token_type_ids[b, i]:
@@ -122,6 +128,7 @@ def mmca_attention(
     scaling: float | None = None,
     merge: str = "sum",
     image_attention: str = "self",
+    image_scope: str = "all",
 ) -> torch.Tensor:
     """
     MMCA on PyTorch's scaled dot product attention. Takes, returns and raises what [`mmca_attention_reference`] does.
@@ -129,7 +136,7 @@ def mmca_attention(
     _check_shapes(query, key, value, mm_token_type_ids, attention_mask)
     num_queries, num_keys = query.shape[2], key.shape[2]
     kept = None if attention_mask is None else attention_mask.bool()
-    pattern = mmca_mask_function(mm_token_type_ids, kept, None, image_attention)
+    pattern = mmca_mask_function(mm_token_type_ids, kept, None, image_attention, None, image_scope)
     reach = causal_mask_function
     if image_attention == "image":
         reach = or_masks(reach, own_image_function(number_images(mm_token_type_ids)))
@@ -191,6 +198,7 @@ def mmca_mask_function(
     sequence_ids: torch.Tensor | None = None,
     image_attention: str = "self",
     image_ids: torch.Tensor | None = None,
+    image_scope: str = "all",
 ) -> Callable:
     """
     The part of MMCA that is not plain causality, as a mask function of transformers: `(batch, head, query, key)`
@@ -201,8 +209,9 @@ def mmca_mask_function(
     is_image = mm_token_type_ids.bool()
     is_kept = None if attention_mask is None else attention_mask.bool()
     last = is_image.shape[1] - 1
-    if image_attention == "image":
-        own_image = own_image_function(number_images(is_image) if image_ids is None else image_ids)
+    image_ids = number_images(is_image) if image_ids is None else image_ids
+    own_image = own_image_function(image_ids)
+    last_image = image_ids.cummax(dim=1).values
 
     def mask_function(batch_idx, head_idx, q_idx, kv_idx):
         # A static cache has room beyond the last token; causality masks what is there.
@@ -213,6 +222,9 @@ def mmca_mask_function(
         if image_attention == "self_and_text":
             reads = reads | ~is_image_key
         allowed = allowed & (~is_image[batch_idx, query_idx] | reads)
+        if image_scope == "last":
+            is_last = last_image[batch_idx, query_idx] == image_ids[batch_idx, key_idx]
+            allowed = allowed & (~is_image_key | is_last)
         if is_kept is not None:
             allowed = allowed & is_kept[batch_idx, query_idx]
         if sequence_ids is not None:
@@ -274,9 +286,9 @@ def create_mmca_masks(
         `ValueError`: a mask of other tokens, or an image that is cut where its tokens attend to each other.
     """
     check_coverage(mm_token_type_ids, attention_mask)
-    image_ids, beyond_window = None, []  # what a window, as transformers makes it, would leave out
+    beyond_window = []  # what a window, as transformers makes it, would leave out
+    image_ids = number_images(mm_token_type_ids, config.image_seq_length)
     if config.image_attention == "image":
-        image_ids = number_images(mm_token_type_ids, config.image_seq_length)
         beyond_window.append(own_image_function(image_ids))
         check_whole_images(mm_token_type_ids[:, : -inputs_embeds.shape[1]], config.image_seq_length)
         check_whole_images(mm_token_type_ids[:, -inputs_embeds.shape[1] :], config.image_seq_length)
@@ -294,7 +306,7 @@ def create_mmca_masks(
         past_key_values=past_key_values,
         or_mask_function=or_masks(*beyond_window) if beyond_window else None,
         and_mask_function=mmca_mask_function(
-            mm_token_type_ids, attention_mask, sequence_ids, config.image_attention, image_ids
+            mm_token_type_ids, attention_mask, sequence_ids, config.image_attention, image_ids, config.image_scope
         ),
     )
 

@@ -14,7 +14,7 @@ nothing but the image. A text token before the first image reads nothing, and no
 With n for `cross_layer_interval`, the layers stand before the decoder layers n - 1, 2n - 1, …, counted from 0, as in
 OpenFlamingo (arXiv 2308.01390); IDEFICS, which gave the field its name, places them before 0, n, 2n, …, where the
 first one reads by embeddings. Departures from Flamingo, on purpose: no gated feed-forward follows, since it would
-change text before any image; a token reads all earlier images, as in MMCA, or with `cross_image_scope="last"` only the
+change text before any image; a token reads all earlier images, as in MMCA, or with `image_scope="last"` only the
 last one, as in Flamingo; no resampler belongs to it, which is the projector's part. Keys have no positions, so a token
 that reads several images cannot tell them apart by their order; with `"last"`, the text behind each image can.
 
@@ -259,8 +259,8 @@ def run_with_cross_attention(model: Any, inputs: Any) -> BaseModelOutputWithPast
     is_sharded = any(hasattr(parameter, "ds_id") for parameter in model.cross_attention.parameters())
     layers = _hook_layers(model) if reads_images or unread or is_sharded else {}
     image_keys_values: Any = plan.image_keys_values if reads_images else lambda number: (None, None)
-    is_limited = model.config.cross_image_scope == "last"
-    read_plan = _limit_to_last_image(plan, model.config.image_seq_length) if is_limited else plan
+    is_limited = model.config.image_scope == "last"
+    read_plan = plan.limit_to_last_image(model.config.image_seq_length) if is_limited else plan
     reads = ImageReads(layers, read_plan, image_keys_values)
     text_mask = _text_mask(text_config, plan, cache, embeds)
     if cache is None and sequence_ids is None and inputs.position_ids is not None:
@@ -287,19 +287,6 @@ def run_with_cross_attention(model: Any, inputs: Any) -> BaseModelOutputWithPast
     if outputs.hidden_states is not None:
         outputs.hidden_states = tuple(_scatter(plan, each, sequence_ids) for each in outputs.hidden_states)
     return outputs
-
-
-def _limit_to_last_image(plan: TwoStreamPlan, image_seq_length: int) -> TwoStreamPlan:
-    """The plan in which text reads only the last image before it."""
-    runs = [
-        [run._replace(first_key=max(run.first_key, run.end_key - image_seq_length)) for run in row]
-        for row in plan.runs
-    ]
-    image_mask = plan.image_mask
-    if image_mask is not None:  # of each row the slots before a number, for a single text token
-        slots = torch.arange(image_mask.shape[-1], device=image_mask.device)
-        image_mask = image_mask & (slots >= image_mask.sum(dim=-1, keepdim=True) - image_seq_length)
-    return replace(plan, runs=runs, image_mask=image_mask)
 
 
 def _check(inputs: Any, cache: Any, text_config: Any) -> None:

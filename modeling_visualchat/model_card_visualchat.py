@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 from torch import nn
 
-from .attention_types_visualchat import get_attention_type
+from .attention_types_visualchat import IMAGE_SCOPES, get_attention_type
 
 
 CARD = "README.md"  # beside a checkpoint
@@ -120,7 +120,7 @@ def make_card(model: Any, name: str) -> VisualChatCard:
 
 def fill_placeholders(card: VisualChatCard, model: Any, name: str) -> VisualChatCard:
     """Replaces `{repo_id}` and `{attention}`, in the template or in a copy of it."""
-    description = get_attention_type(model.config).description
+    description = get_attention_type(model.config).description + IMAGE_SCOPES[model.config.image_scope]
     card.text = card.text.replace("{repo_id}", name).replace("{attention}", description)
     return card
 

@@ -20,7 +20,7 @@ key/value heads, D head size.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -73,6 +73,16 @@ class TwoStreamPlan:
             return states
         is_image = (self.token_types == IMAGE).to(text.device)
         return states.masked_scatter(is_image.view(*is_image.shape, *[1] * (text.ndim - 2)), image.to(states.dtype))
+
+    def limit_to_last_image(self, image_seq_length: int) -> "TwoStreamPlan":
+        """The plan in which text reads only the last image before it."""
+        runs = [
+            [run._replace(first_key=max(run.first_key, run.end_key - image_seq_length)) for run in row]
+            for row in self.runs
+        ]
+        mask = self.image_mask
+        mask = None if mask is None else single_token_mask(runs, mask.shape[-1]).to(mask.device)
+        return replace(self, runs=runs, image_mask=mask)
 
     def joint_mask(self, num_images: int) -> torch.Tensor | None:
         """What the text reads, (B, 1, T, I + past + T), images first; `None` if all. Made once for all layers."""
@@ -146,9 +156,8 @@ def make_plan(
     text_mask = _text_mask(past_slots, past_token_types, num_past, num_text)
     image_mask = None
     if num_text == 1 and sequence_ids is None and any(row != runs[0] for row in runs):
-        num_keys = torch.tensor([row[0].end_key if row else 0 for row in runs])
         num_images = int((torch.tensor(num_past_images) + (token_types == IMAGE).sum(dim=1)).max())
-        image_mask = (torch.arange(num_images) < num_keys[:, None])[:, None, None].to(device)
+        image_mask = single_token_mask(runs, num_images).to(device)
     return TwoStreamPlan(
         token_types=token_types,
         slots=slots,
@@ -159,6 +168,13 @@ def make_plan(
         text_mask=None if text_mask is None else text_mask.to(device),
         image_mask=image_mask,
     )
+
+
+def single_token_mask(runs: list[list[Run]], num_images: int) -> torch.Tensor:
+    """(B, 1, 1, I): the image slots that the one text token of each row reads."""
+    bounds = torch.tensor([row[0][2:] if row else (0, 0) for row in runs])
+    slots = torch.arange(num_images)
+    return ((slots >= bounds[:, :1]) & (slots < bounds[:, 1:]))[:, None, None]
 
 
 def _text_mask(past_slots, past_token_types, num_past: int, num_text: int) -> torch.Tensor | None:

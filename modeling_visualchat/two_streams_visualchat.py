@@ -139,6 +139,8 @@ class TwoStreamMixin:
             embeds = embeds + 0.0 * sum(tensor.sum().to(embeds.device) for tensor in computed)
 
         form: Any = get_attention_type(self.config).two_streams
+        if self.config.image_scope == "last":
+            plan = plan.limit_to_last_image(self.config.image_seq_length)
         plan = replace(plan, text_attention=form.text_attention)
         rotation: Any = self.probe.rotation
         if states is not None:

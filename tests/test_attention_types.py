@@ -24,8 +24,13 @@ VARIANTS = {
     for key, each in ATTENTION_TYPES.items()
     if each.name == "mmca" and key != "mmca"
 }
-INDEPENDENT = {key: options for key, options in VARIANTS.items() if options["image_attention"] != "self_and_text"}
-WITHIN = {key: options for key, options in VARIANTS.items() if options["image_attention"] == "image"}
+VARIANTS |= {
+    "mmca, last image": {"image_scope": "last"},
+    "joint, last image": {"merge": "joint", "image_scope": "last"},
+    "joint within images, last image": {"merge": "joint", "image_attention": "image", "image_scope": "last"},
+}
+INDEPENDENT = {key: options for key, options in VARIANTS.items() if options.get("image_attention") != "self_and_text"}
+WITHIN = {key: options for key, options in VARIANTS.items() if options.get("image_attention") == "image"}
 DECODERS = list(TEXT_CONFIGS)
 variants = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 independent = pytest.mark.parametrize("options", INDEPENDENT.values(), ids=INDEPENDENT)

@@ -67,7 +67,7 @@ def literal_logits(model, ids, images):
         query = at(~is_image, layer.q_proj(rms_norm(layer.norm, hidden_states[0])))
         normed = rms_norm(layer.images.norm, features)
         key, value = at(is_image, layer.images.k_proj(normed)), at(is_image, layer.images.v_proj(normed))
-        num_tokens = 5 if model.config.cross_image_scope == "last" else None
+        num_tokens = 5 if model.config.image_scope == "last" else None
         output = cross_attention_reference(query, key, value, is_image.long()[None], num_tokens=num_tokens)
         output = output.transpose(1, 2)[0, ~is_image].flatten(1)
         return hidden_states + torch.tanh(layer.gate) * layer.o_proj(output)
@@ -129,7 +129,7 @@ def test_the_start_is_the_bare_language_model_on_the_text(decoder):
 
 @pytest.mark.parametrize(("decoder", "scope"), SCOPED)
 def test_loss_and_gradients_are_those_of_the_definition_padded_and_packed(decoder, scope):
-    model = make_cross(decoder, cross_image_scope=scope).train()
+    model = make_cross(decoder, image_scope=scope).train()
     losses = []
     for ids, images in zip(ROWS, IMAGES):
         text = ids[0, ids[0] != IMAGE_TOKEN_ID]
@@ -161,7 +161,7 @@ def test_text_before_the_first_image_is_unchanged_to_the_bit():
 
 @pytest.mark.parametrize(("decoder", "scope"), SCOPED)
 def test_decoding_with_a_cache_is_that_without(decoder, scope):
-    model = make_cross(decoder, cross_image_scope=scope)
+    model = make_cross(decoder, image_scope=scope)
     expected = [generate_uncached(model, ids, images, 6) for ids, images in zip(ROWS, IMAGES)]
     for row, ids, images in zip(expected, ROWS, IMAGES):
         assert torch.equal(model.generate(ids, pixel_values=images, **OPTIONS), row)
@@ -215,7 +215,7 @@ def test_other_ways_of_decoding():
 @pytest.mark.parametrize(("decoder", "scope"), SCOPED)
 def test_a_kept_cache_over_three_rounds_gives_what_a_fresh_one_does(decoder, scope):
     """A batch of unequal rounds, the second row without images until the last round, then beams."""
-    model, cache = make_cross(decoder, cross_image_scope=scope), ConversationCache()
+    model, cache = make_cross(decoder, image_scope=scope), ConversationCache()
     rounds = [
         ([tokens(3, "I", 6), tokens(5, seed=1)], pixels(0)),
         ([tokens(9, seed=2), tokens(2, seed=3)], None),
@@ -380,8 +380,11 @@ def test_what_cannot_be_done_is_refused_with_the_reason():
         model(ids, images)
     with pytest.raises(ValueError, match="cross_layer_interval=4 leaves a decoder of 2 layers without"):
         make_model(attention_type="cross")
-    with pytest.raises(StrictDataclassError, match="cross_image_scope"):
-        make_config(cross_image_scope="first")
+    with pytest.raises(ValueError, match=r"Unknown image_scope='lost' \(did you mean 'last'\?\)"):
+        make_cross(image_scope="lost")
+    with pytest.raises(StrictDataclassError, match='has image_scope="all" only'):
+        make_config(attention_type="causal", image_scope="last")
+    assert make_config(cross_image_scope="last").image_scope == "last"
     with pytest.raises(StrictDataclassError, match="cross_layer_interval must be at least 1, got 0"):
         make_config(cross_layer_interval=0)
     with pytest.raises(ValueError, match="Unknown trainable part 'cross_attention'"):

@@ -39,11 +39,12 @@ from processing_visualchat import DataCollatorForVisualChat
 FOLDER = Path(__file__).parent
 ARMS: dict[str, dict] = {
     "causal": {"attention_type": "causal"},
-    "cross": {"attention_type": "cross", "cross_layer_interval": 2, "cross_image_scope": "last"},
+    "cross": {"attention_type": "cross", "cross_layer_interval": 2, "image_scope": "last"},
     "mmca, sum": {},
     "mmca, joint": {"merge": "joint"},
     "mmca, sum, within images": {"image_attention": "image"},
     "text only": {"attention_type": "causal"},
+    "mmca, joint, last image": {"merge": "joint", "image_scope": "last"},  # added after the protocol
 }
 FLOOR = "text only"
 # Short, since most tokens of a conversation are those of its format: " image 1<image>", then " digit of image 1? two".
