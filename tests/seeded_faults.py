@@ -67,6 +67,13 @@ FAULTS = (
         ("test_plan.py", "-k", "packed"),
     ),
     Fault(
+        "text that reads an image before the last one",
+        "plan",
+        "max(run.first_key, run.end_key - image_seq_length)",
+        "max(run.first_key, run.end_key - image_seq_length - 1)",
+        ("test_attention_types.py", "-k", "both_routes and last"),
+    ),
+    Fault(
         "a window too long",
         "route",
         "_longest_sequence(inputs) >= window",
