@@ -38,6 +38,7 @@ RUN_BY = {
     "finetune.py": "test_finetune.py",
     "join.py": "test_model_card.py",
     "memory.py": "test_planner.py",
+    "merge_adapter.py": "test_merge_adapter.py",
     "plan.py": "test_planner.py",
     "processing_visualchat.doctor": "test_doctor.py",
     "run.py": "test_study.py",
