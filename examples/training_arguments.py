@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import yaml
+from huggingface_hub import get_token
 from training_processes import start_deepspeed
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -75,7 +76,8 @@ def parse_arguments(argv: list[str], finetune_class: type, description: str, dem
         start_deepspeed(use_cpu=defaults.get("use_cpu", False) or "--use_cpu" in flags)
     arguments, training_arguments = parse_values(parser, flags)
     conflicts = find_conflicts(arguments, training_arguments) + find_data_conflicts(arguments)
-    for conflict in [*conflicts, *find_deepspeed_conflicts(arguments, training_arguments)]:
+    conflicts += find_deepspeed_conflicts(arguments, training_arguments) + find_saving_conflicts(training_arguments)
+    for conflict in conflicts:
         parser.error(conflict)
     training_arguments.remove_unused_columns = False  # the collator reads the columns, not the model
     return arguments, training_arguments
@@ -254,6 +256,32 @@ def find_deepspeed_conflicts(arguments, training_arguments: TrainingArguments) -
         (
             arguments.quantization and stage == 3,
             f"{name} partitions the weights (ZeRO-3), which --quantization does not support; take stage 2 or lower",
+        ),
+    )
+    return [message for is_conflict, message in conditions if is_conflict]
+
+
+def find_saving_conflicts(training_arguments: TrainingArguments) -> list[str]:
+    """Messages about checkpoints that would be incomplete, and about a push to the Hub that would be refused."""
+    deepspeed = getattr(training_arguments, "hf_deepspeed_config", None)
+    zero = {} if deepspeed is None else deepspeed.config.get("zero_optimization", {})
+    uses_fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    has_token = training_arguments.hub_token is not None or get_token() is not None
+    conditions = (
+        (
+            zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"),
+            f"{training_arguments.deepspeed} would write checkpoints without weights: set "
+            '"stage3_gather_16bit_weights_on_model_save" to true in its "zero_optimization"',
+        ),
+        (
+            uses_fsdp and os.environ.get("FSDP_STATE_DICT_TYPE") != "FULL_STATE_DICT",
+            "the file of accelerate would write checkpoints without weights: set fsdp_state_dict_type to "
+            "FULL_STATE_DICT in its fsdp_config",
+        ),
+        (
+            training_arguments.push_to_hub and not has_token,
+            "--push_to_hub requires a token that may write to the Hub: run `hf auth login`, or set HF_TOKEN or "
+            "--hub_token",
         ),
     )
     return [message for is_conflict, message in conditions if is_conflict]

@@ -1,13 +1,17 @@
 """The model card of a training run: its data and their terms, hyperparameters, losses and cost."""
 
+import os
 import platform
 import re
+import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from training_data import DataSource
 from training_parameters import counted_parameters, trained_groups
 from transformers import Trainer
@@ -41,21 +45,42 @@ class TrainingRun:
 
 
 class TrainerWithCard(Trainer):
-    """A `Trainer` with the model card of VisualChat, also where `push_to_hub` makes one."""
+    """
+    A `Trainer` that writes complete repositories: the model card of VisualChat beside the weights of every checkpoint,
+    and the code, too, where it pushes one in the middle of training.
+    """
 
     def __init__(self, *arguments, run: TrainingRun, **options):
         super().__init__(*arguments, **options)
         self.run = run
         self.earlier = load_card(run.start) if run.start is not None else None
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in `Trainer`, with the model card."""
+        folder = Path(output_dir or self.args.output_dir)
+        card = read_card(folder)  # PEFT overwrites it
+        super().save_model(output_dir, _internal_call)
+        self.write_card(folder, card)
+
     def create_model_card(self, tags: str | list[str] | None = None, **_) -> None:
-        """Writes the card beside the checkpoint, or into the one that is there, whose other text stays."""
+        """Writes the card beside the checkpoint in the output folder."""
+        folder = Path(self.args.output_dir)
+        self.write_card(folder, read_card(folder), [tags] if isinstance(tags, str) else tags or [])
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As in `Trainer`, which copies weights to the output folder and pushes it, with the code and the card."""
+        if self.is_world_process_zero():
+            for path in Path(checkpoint_folder).glob("*.py"):
+                shutil.copy(path, self.args.output_dir)
+            self.create_model_card()
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def write_card(self, folder: Path, card: VisualChatCard | None, tags: Sequence[str] = ()) -> None:
+        """Writes the card beside a checkpoint, from the one that was there, whose other text stays."""
         if not self.is_world_process_zero():
             return
-        folder = Path(self.args.output_dir)
-        name = self.hub_model_id or folder.absolute().name
-        card = VisualChatCard.load(folder / CARD) if (folder / CARD).is_file() else None
-        if card is not None and card.data.library_name != "peft":  # as PEFT writes one beside each adapter
+        name = self.hub_model_id or os.path.relpath(folder, Path(self.args.output_dir).absolute().parent)
+        if card is not None:
             card.rename(name)
         else:
             card = make_card(base_model(self), name)
@@ -71,14 +96,26 @@ class TrainerWithCard(Trainer):
         names = [match[1] for source in self.run.sources for match in HUB_DATASET.finditer(source.url)]
         card.data.datasets = list(dict.fromkeys([*(card.data.datasets or []), *names])) or None
         card.data.license = self.run.license or card.data.license
-        card.data.tags = sorted({*(card.data.tags or []), *([tags] if isinstance(tags, str) else tags or [])}) or None
+        card.data.tags = sorted({*(card.data.tags or []), *tags}) or None
+        if is_adapter(self):
+            mark_adapter(card, self.run.start)
         card.save(folder / CARD)
+
+
+def is_adapter(trainer: Trainer) -> bool:
+    """Whether a trainer saves an adapter of PEFT."""
+    return isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
 
 
 def base_model(trainer: Trainer) -> Any:
     """The model of a trainer, without wrappers of accelerate and PEFT."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def read_card(folder: Path) -> VisualChatCard | None:
+    """The card in a folder, if it has one."""
+    return VisualChatCard.load(folder / CARD) if (folder / CARD).is_file() else None
 
 
 def load_card(checkpoint: str) -> VisualChatCard | None:
@@ -98,6 +135,25 @@ def inherit(card: VisualChatCard, earlier: VisualChatCard | None) -> None:
                 if key.startswith("run "):
                     card.write(section, key, text)
         card.data.datasets = earlier.data.datasets
+
+
+def mark_adapter(card: VisualChatCard, base: str) -> None:
+    """Says in a card that its checkpoint is an adapter, and of which checkpoint."""
+    text = (
+        f"- Adapter: LoRA and the other trained modules, for {describe_origin(base)}, which `from_pretrained` loads "
+        "too; `examples/merge_adapter.py` of VisualChat merges both into one checkpoint."
+    )
+    card.write("model", "adapter", text)
+    card.data.library_name = "peft"
+    card.data.base_model_relation = "adapter" if is_on_hub(base) else None
+    card.data.tags = sorted({*(card.data.tags or []), "lora"})
+
+
+def mark_merged(card: VisualChatCard, base: str) -> VisualChatCard:
+    """Says in the card of an adapter that it was merged."""
+    card.write("model", "adapter", f"- Merged: a LoRA adapter is part of the weights of {describe_origin(base)}.")
+    card.data.library_name, card.data.base_model_relation = "transformers", None
+    return card
 
 
 def describe_data(trainer: TrainerWithCard, number: int) -> str:

@@ -39,6 +39,7 @@ RUN_BY = {
     "join.py": "test_model_card.py",
     "llava.py": "test_benchmark.py",
     "memory.py": "test_planner.py",
+    "merge_adapter.py": "test_merge_adapter.py",
     "plan.py": "test_planner.py",
     "processing_visualchat.doctor": "test_doctor.py",
     "run.py": "test_study.py",

@@ -13,7 +13,10 @@ import pytest
 import torch
 from conftest import draw_picture, make_model, make_processor, pixels, tokens
 from hub_stand_in import HubStandIn
+from huggingface_hub import HfApi
 from test_remote_code import CODE, HIDE_PACKAGES, REPOSITORY
+from test_training_parameters import COMMON, data, data_flags, run_finetune  # noqa: F401
+from transformers import trainer
 
 
 PUSH = """
@@ -91,3 +94,25 @@ def test_one_commit_makes_a_repository_that_anyone_loads(tmp_path):
 def test_a_missing_card_is_refused_before_anything_is_sent(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"No model card at .*nowhere\.md"):
         make_model().push_to_hub("someone/model", processor=make_processor(), card=str(tmp_path / "nowhere.md"))
+
+
+@pytest.mark.parametrize("lora", [[], ["--lora", "language_model"]], ids=["weights", "adapter"])
+def test_every_push_in_the_middle_of_training_is_complete(tmp_path, data, monkeypatch, lora):  # noqa: F811
+    flags = [*COMMON, *data_flags(data), *lora, "--save_strategy", "steps", "--save_steps", "1"]
+    flags += ["--push_to_hub", "true", "--hub_model_id", "someone/model", "--hub_token", "hf_x"]
+    flags += ["--hub_strategy", "all_checkpoints", "--hub_always_push", "true"]
+    with HubStandIn() as hub:
+        api = HfApi(endpoint=hub.address)
+        monkeypatch.setattr(trainer, "hf_api", lambda: api)
+        run_finetune(monkeypatch, *flags, "--output_dir", tmp_path / "out")
+    processor_code = {name for name in CODE if (REPOSITORY / "processing_visualchat" / name).is_file()}
+    wanted = {"README.md", "chat_template.jinja", "processor_config.json", "tokenizer.json"}
+    wanted |= {"adapter_config.json", "adapter_model.safetensors", *processor_code} if lora else set()
+    wanted |= set() if lora else {"config.json", "generation_config.json", "model.safetensors", *CODE}
+    pushed = [set(names) for _, names in hub.commits]
+    for number in (1, 2):
+        root, checkpoint = pushed[2 * number - 2 : 2 * number]
+        assert wanted <= root and {f"checkpoint-{number}/{name}" for name in wanted} <= checkpoint
+        card = hub.files["someone/model"][f"checkpoint-{number}/README.md"].decode()
+        assert "# someone/model\n" in card and f"| {number} optimizer step" in card
+    assert len(pushed) == 6 and wanted <= pushed[-1]

@@ -11,7 +11,7 @@ import torch
 from conftest import draw_picture, make_model, make_processor, pixels, tokens
 from safetensors.torch import load_file
 from test_finetune import finetune_error
-from training_arguments import FinetuneError, find_deepspeed_conflicts
+from training_arguments import FinetuneError, find_deepspeed_conflicts, find_saving_conflicts
 from training_parameters import (
     TABLE_NAME,
     GroupedTrainer,
@@ -332,3 +332,41 @@ def test_a_deepspeed_file_that_contradicts_the_arguments_is_refused(tmp_path, co
     conflicts = find_deepspeed_conflicts(chosen, settings)
     assert len(conflicts) == bool(message)
     assert not message or re.fullmatch(f"zero.json .*{message}.*", conflicts[0])
+
+
+@pytest.mark.parametrize(
+    ("values", "zero", "variables", "message"),
+    [
+        (
+            {"push_to_hub": True},
+            {},
+            {},
+            "--push_to_hub requires a token that may write to the Hub: run `hf auth login`",
+        ),
+        ({"push_to_hub": True, "hub_token": "hf_x"}, {}, {}, None),
+        (
+            {},
+            {"stage": 3},
+            {},
+            'zero.json would write checkpoints without weights: set "stage3_gather_16bit_weights_on',
+        ),
+        ({}, {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}, {}, None),
+        ({}, {"stage": 2}, {}, None),
+        ({}, {}, {"ACCELERATE_USE_FSDP": "true"}, "set fsdp_state_dict_type to FULL_STATE_DICT"),
+        ({}, {}, {"ACCELERATE_USE_FSDP": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}, None),
+    ],
+    ids=str,
+)
+def test_a_run_that_would_save_no_weights_or_not_push_is_refused(
+    tmp_path, monkeypatch, values, zero, variables, message
+):
+    settings = training_arguments(tmp_path, **values)
+    settings.deepspeed, settings.hf_deepspeed_config = (
+        "zero.json",
+        HfTrainerDeepSpeedConfig({"zero_optimization": zero}),
+    )
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("training_arguments.get_token", lambda: None)
+    conflicts = find_saving_conflicts(settings)
+    assert len(conflicts) == bool(message) and (not message or message in conflicts[0])
