@@ -72,9 +72,12 @@ def finetune_error(monkeypatch, *flags):
     return str(ended.value)
 
 
+def read_logs(folder):
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
 def losses(folder):
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
+    return [entry["loss"] for entry in read_logs(folder) if "loss" in entry]
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +207,13 @@ def test_two_processes_with_deepspeed_learn_what_one_learns(tmp_path, data, stag
     assert len(two) == 10
     # The last step has one conversation; two processes pad it with a repeated one.
     torch.testing.assert_close(torch.tensor(two[:4]), torch.tensor(one[:4]), rtol=1e-4, atol=1e-4)
+    accounts = [read_logs(tmp_path / name) for name in ("two", "one")]
+    for logs, expected in [*zip(*accounts)][:4]:
+        for key in ("loss_source/train.jsonl", "loss_round/1"):
+            assert logs[key] == pytest.approx(expected[key], rel=1e-4) == pytest.approx(logs["loss"], rel=1e-4)
+    assert [logs["step"] for logs in accounts[0] if "eval_loss_round/1" in logs] == [5, 10]
+    answers = [(tmp_path / name / "_samples" / "step-5.md").read_text() for name in ("two", "one")]
+    assert answers[0].count("**Answer**") == answers[1].count("**Answer**") == 4
     assert AutoProcessor.from_pretrained(tmp_path / "two").image_token == "<image>"
 
 
