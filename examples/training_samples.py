@@ -1,6 +1,7 @@
 """A handful of evaluation conversations that are answered at each evaluation, as text and as a picture."""
 
 import textwrap
+import warnings
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -116,9 +117,11 @@ def draw_chats(chats: Sequence[Chat], path: Path) -> None:
     for axis in axes.flat:
         axis.set_axis_off()
         axis.set(xlim=(0, 1), ylim=(-max(heights), 0))
-    figure.set_size_inches(3.6 * num_columns, LINE * max(heights) * len(axes) + 0.5)
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
+    figure.set_size_inches(3.6 * num_columns, LINE * max(heights) * len(axes))
+    figure.subplots_adjust(0.01, 0, 1, 0.99, wspace=0.02, hspace=0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # that the font lacks; the text has it
+        figure.savefig(path, dpi=100)
     pyplot.close(figure)
 
 
@@ -142,7 +145,7 @@ def draw_chat(axis: Any, rounds: Sequence[tuple[str, list, str]], answers: Seque
             (shown, {"color": "green" if is_right else "red", "weight": "bold"}),
         ):
             lines = [line for part in text.splitlines() for line in textwrap.wrap(part, WIDTH)] or [""]
-            axis.text(0, -height, "\n".join(lines), fontsize=10, va="top", parse_math=False, **style)
+            axis.text(0, -height, "\n".join(lines), fontsize=10, va="top", parse_math=False, clip_on=True, **style)
             height += len(lines)
         height += 0.5
     return height
