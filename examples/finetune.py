@@ -24,6 +24,7 @@ import sys
 from dataclasses import dataclass, field
 
 from digits.train import DIGITS_CONFIG, train_digits
+from training_accounts import TrainerWithAccounts
 from training_arguments import find_checkpoint, parse_arguments
 from training_card import TrainerWithCard, TrainingRun
 from training_data import load_data
@@ -38,6 +39,7 @@ from training_parameters import (
     report_parameters,
 )
 from training_processes import end_processes, set_cpu_threads
+from training_samples import Samples
 from transformers import AutoProcessor, TrainingArguments, set_seed
 from transformers.hf_argparser import HfArg
 
@@ -51,8 +53,8 @@ from processing_visualchat import OVERLONG, DataCollatorForVisualChat
 from processing_visualchat.data.image_contents import save_training_images
 
 
-class FinetuneTrainer(GroupedTrainer, TrainerWithCard):
-    """`Trainer` with a learning rate for each group of parameters, and with a model card."""
+class FinetuneTrainer(GroupedTrainer, TrainerWithAccounts, TrainerWithCard):
+    """`Trainer` with a learning rate for each group of parameters, accounts, and a model card."""
 
 
 def attention_option(name: str, description: str):
@@ -124,6 +126,7 @@ class FinetuneArguments:
     )
     vision_features: str | None = HfArg(default=None, help="Folder to cache the frozen vision tower's features in.")
     vision_features_gib: float = HfArg(default=64.0, help="Maximum size of that folder in GiB.")
+    samples: int = HfArg(default=4, help="Evaluation conversations that are answered at each evaluation.")
     license: str | None = HfArg(default=None, help="License of the trained checkpoint, for its model card.")
     device_memory: float | None = HfArg(default=None, help="Memory of a device in GiB; by default what it has.")
     cpu_threads: int = HfArg(default=0, help="Threads of each process on a CPU; 0 divides all cores among them.")
@@ -172,9 +175,11 @@ def train(arguments: FinetuneArguments, training_arguments: TrainingArguments, c
 
     processor = AutoProcessor.from_pretrained(arguments.model)
     collator = DataCollatorForVisualChat(
-        processor, arguments.max_length, arguments.overlong, arguments.packing, arguments.max_broken
+        processor, arguments.max_length, arguments.overlong, arguments.packing, arguments.max_broken, return_facts=True
     )
     data = load_data(arguments, training_arguments, collator, computes_images_once)
+    if data.evaluation is None:
+        training_arguments.eval_strategy = "no"
 
     report_parameters(model, options, training_arguments)
     trainer = FinetuneTrainer(
@@ -186,6 +191,8 @@ def train(arguments: FinetuneArguments, training_arguments: TrainingArguments, c
         data_collator=collator,
         processing_class=processor,
         run=TrainingRun(data.sources, arguments.model, arguments.license, checkpoint),
+        arguments=arguments,
+        samples=None if data.evaluation is None else Samples(data.evaluation, processor, arguments.samples),
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()

@@ -265,6 +265,7 @@ class GroupedTrainer(Trainer):
                     weight_decay *= name in decay
                     key = (place, group_name, weight_decay)
                     options = {**group, "params": [], "lr": learning_rate, "weight_decay": weight_decay}
+                    options["group"] = group_name  # for the logs
                     groups.setdefault(key, options)["params"].append(parameter)
             optimizer.param_groups[:] = groups.values()
         return optimizer

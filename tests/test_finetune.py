@@ -72,9 +72,12 @@ def finetune_error(monkeypatch, *flags):
     return str(ended.value)
 
 
+def read_logs(folder):
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
 def losses(folder):
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
+    return [entry["loss"] for entry in read_logs(folder) if "loss" in entry]
 
 
 @pytest.fixture(scope="module")
@@ -198,12 +201,20 @@ def test_two_processes_with_deepspeed_learn_what_one_learns(tmp_path, data, stag
         "--save_strategy", "no", "--logging_steps", "1",
     ]  # fmt: skip
     flags, launcher = deepspeed(stage)
+    flags += ["--samples", "4" if stage == 3 else "0"]
     finetune(*common, "--output_dir", tmp_path / "two", *flags, launcher=launcher)
-    finetune(*common, "--output_dir", tmp_path / "one", "--per_device_train_batch_size", "2")
+    finetune(*common, "--output_dir", tmp_path / "one", "--per_device_train_batch_size", "2", "--samples", "0")
     two, one = losses(tmp_path / "two"), losses(tmp_path / "one")
     assert len(two) == 10
     # The last step has one conversation; two processes pad it with a repeated one.
     torch.testing.assert_close(torch.tensor(two[:4]), torch.tensor(one[:4]), rtol=1e-4, atol=1e-4)
+    accounts = [read_logs(tmp_path / name) for name in ("two", "one")]
+    for logs, expected in [*zip(*accounts)][:4]:
+        for key in ("loss_source/train.jsonl", "loss_round/1"):
+            assert logs[key] == pytest.approx(expected[key], rel=1e-4) == pytest.approx(logs["loss"], rel=1e-4)
+    assert [logs["step"] for logs in accounts[0] if "eval_loss_round/1" in logs] == [5, 10]
+    if stage == 3:
+        assert (tmp_path / "two" / "_samples" / "step-5.md").read_text().count("**Answer**") == 4
     assert AutoProcessor.from_pretrained(tmp_path / "two").image_token == "<image>"
 
 
@@ -215,7 +226,7 @@ def test_custom_data_trains_only_trainable_modules_and_resumes(tmp_path, data):
         "--model", data / "checkpoint", "--train_file", data / "train.jsonl",
         "--eval_file", data / "train.jsonl", "--max_length", "400", "--per_device_train_batch_size", "3",
         "--gradient_accumulation_steps", "1", "--logging_steps", "1", "--save_strategy", "steps", "--save_steps", "2",
-        "--num_train_epochs", "2",
+        "--num_train_epochs", "2", "--samples", "0",
     ]  # fmt: skip
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     finetune(*flags, "--output_dir", straight)

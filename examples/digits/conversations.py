@@ -84,4 +84,4 @@ class DigitConversations(Dataset):
         else:
             rounds = [([image_a, image_b], together[0], (a, b))]
             rounds += [([], question, (a, b)) for question in together[1:]]
-        return {"messages": converse(rounds)}
+        return {"messages": converse(rounds), "where": [f"digits, conversation {index}"]}

@@ -4,15 +4,11 @@ import random
 from collections import Counter, defaultdict
 from pathlib import Path
 
-import matplotlib
-
-
-matplotlib.use("Agg")
-
 import torch
 from huggingface_hub import EvalResult
 from matplotlib import pyplot
 from tqdm.auto import tqdm
+from training_samples import draw_chats
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from modeling_visualchat import VisualChatForConditionalGeneration
@@ -122,30 +118,6 @@ def format_table(rows: list) -> str:
     return "\n".join(lines)
 
 
-def draw_chats(chats: list, path: Path, num_chats: int = 8) -> None:
-    """Draws chats: images where they are shown, questions, and answers in green or red."""
-    figure, axes = pyplot.subplots(2, num_chats // 2, figsize=(3.6 * num_chats / 2, 9))
-    for axis, (rounds, answers) in zip(axes.flat, chats[:num_chats]):
-        axis.set_axis_off()
-        height, number = 0.97, 0
-        for (question, images, expected), answer in zip(rounds, answers):
-            for column, image in enumerate(images):
-                number += 1
-                inset = axis.inset_axes([0.02 + 0.36 * column, height - 0.15, 0.26, 0.13])
-                inset.imshow(image, cmap="gray", interpolation="nearest")
-                inset.set(xticks=[], yticks=[])
-                inset.set_title(f"Image {number}", fontsize=8, pad=2)
-            height -= 0.18 if images else 0.01
-            shown = answer if answer == expected else f"{answer or '(nothing)'}  (expected: {expected})"
-            color = "green" if answer == expected else "red"
-            axis.text(0.02, height, question, fontsize=10, va="top", family="monospace")
-            axis.text(0.02, height - 0.04, shown, fontsize=10, va="top", color=color, weight="bold")
-            height -= 0.09
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    pyplot.close(figure)
-
-
 def draw_loss(log_history: list[dict], path: Path) -> None:
     points = [(entry["step"], entry["loss"]) for entry in log_history if "loss" in entry]
     figure, axis = pyplot.subplots(figsize=(7, 4))
@@ -191,7 +163,7 @@ def report(
     table = format_table(rows)
     (folder / "accuracy.txt").write_text(table + "\n")
     add_to_card(folder, rows)
-    draw_chats(chats, folder / "chats.png")
+    draw_chats(chats[:8], folder / "chats.png")
     draw_loss(log_history, folder / "loss.png")
     pictures = folder / "pictures"
     pictures.mkdir(exist_ok=True)

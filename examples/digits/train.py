@@ -4,9 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from study.scans import load_scans
+from training_accounts import TrainerWithAccounts
 from training_card import TrainerWithCard, TrainingRun
 from training_data import DataSource
 from training_processes import end_processes
+from training_samples import Samples
 from transformers import TrainingArguments
 
 from processing_visualchat import DataCollatorForVisualChat, load_image
@@ -27,6 +29,10 @@ SCANS = DataSource(
 )
 
 
+class DigitsTrainer(TrainerWithAccounts, TrainerWithCard):
+    """`Trainer` with accounts, and with a model card."""
+
+
 def train_digits(arguments, training_arguments: TrainingArguments, checkpoint: str | None) -> None:
     """
     Trains all parameters of the model, saves it, and writes the report beside it.
@@ -44,15 +50,21 @@ def train_digits(arguments, training_arguments: TrainingArguments, checkpoint: s
         * training_arguments.world_size
     )
     train_dataset = DigitConversations(train_scans, max(training_arguments.max_steps, 100) * conversations_per_step)
-    trainer = TrainerWithCard(
+    eval_dataset = DigitConversations(test_scans, 64, seed=1)
+    trainer = DigitsTrainer(
         model=model,
         args=training_arguments,
         train_dataset=train_dataset,
-        data_collator=DataCollatorForVisualChat(processor, arguments.max_length, arguments.overlong),
+        eval_dataset=eval_dataset,
+        data_collator=DataCollatorForVisualChat(
+            processor, arguments.max_length, arguments.overlong, return_facts=True
+        ),
         processing_class=processor,
         run=TrainingRun(
             [replace(SCANS, num_train=len(train_dataset))], license=arguments.license, resumed_from=checkpoint
         ),
+        arguments=arguments,
+        samples=Samples(eval_dataset, processor, arguments.samples, max_new_tokens=8),
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()

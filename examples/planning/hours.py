@@ -1,10 +1,26 @@
 """The time of a training run, from the floating point operations and the bytes that move in a step."""
 
+import re
 from dataclasses import dataclass
 
 from .models import Parameters
 from .step_memory import Batch, StepMemory
 from .strategies import MASTER, MOMENTS, Strategy
+
+
+# 10^12 dense operations per second in bfloat16, from the data sheets of NVIDIA and AMD, by words of a device's name;
+# the first entry counts whose words are all there.
+CHIPS = {
+    "A100": 312.0, "A10": 125.0, "A30": 165.0, "A40": 149.7,
+    "H100 PCIe": 756.0, "H100 NVL": 835.0, "H200 NVL": 835.0, "H100": 989.0, "H200": 989.0, "GH200": 989.0,
+    "B200": 2250.0, "L4": 121.0, "L40S": 362.0, "MI300X": 1307.0,
+}  # fmt: skip
+
+
+def peak_tflops(device: str) -> float | None:
+    """The peak of a device by its name, as in `torch.cuda.get_device_name()`; `None` if it is not known."""
+    words = set(re.split(r"\W+", device))
+    return next((peak for chip, peak in CHIPS.items() if words.issuperset(chip.split())), None)
 
 
 @dataclass(frozen=True)

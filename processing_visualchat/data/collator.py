@@ -3,6 +3,7 @@
 import warnings
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from PIL.Image import Image
@@ -11,6 +12,7 @@ from transformers import BatchFeature
 
 from ..conversation_visualchat import has_loss, image_source, is_image, map_blocks
 from ..processing_visualchat import IGNORE_INDEX, VisualChatProcessor
+from .batch_facts import BatchFacts, measure_answers
 from .conversation import messages_of
 from .files import digest_of
 from .images import ImageReference, open_image
@@ -19,6 +21,7 @@ from .lengths import count_tokens
 
 OVERLONG = ("error", "drop_first_rounds", "drop_last_rounds", "skip")
 COUNTS = ("shortened", "skipped", "broken")
+ORIGIN = ("where", "source")  # keys of an example that say where it is from
 MAX_WORKERS = 256  # beyond, workers share their counters
 MOST_BROKEN = 2**20  # images that are told apart
 
@@ -43,6 +46,8 @@ class DataCollatorForVisualChat:
         max_broken (`int`, *optional*, defaults to 100): Maximum images of a rank that are missing, broken or one pixel
             wide, each counted once, however many conversations and epochs show it. Their conversations are left out,
             each with a warning, and one image more is an error.
+        return_facts (`bool`, *optional*, defaults to `False`): Adds `facts`, the [`BatchFacts`] of the batch, which
+            are not for the model.
 
     Raises:
         `ValueError`: a conversation longer than `max_length`, or without an answer; or one broken image too many.
@@ -53,6 +58,7 @@ class DataCollatorForVisualChat:
     overlong: str = "error"
     packing: bool = False
     max_broken: int = 100
+    return_facts: bool = False
     # One row per data loader worker, in shared memory, so that their counts are seen here.
     _counts: torch.Tensor = field(init=False, repr=False)
     # Hashes of broken images, 0 where there is room; also shared.
@@ -88,15 +94,16 @@ class DataCollatorForVisualChat:
             packing, `position_ids` (1, S), and `pixel_values` (images, channels, height, width) if any conversation
             has an image.
         """
-        conversations, places = [], []
-        images: dict[ImageReference, Image] = {}  # opened for this batch
+        conversations, used = [], []
+        images: dict[ImageReference | int, Image] = {}  # opened for this batch
         for example in (part for entry in examples for part in entry.get("pack", [entry])):
             messages = self._shorten(messages_of(example))
             if messages is not None and (opened := self._open_images(messages, images)) is not None:
                 conversations.append(opened)
-                places.append(" + ".join(example.get("where") or ["A conversation"]))
+                used.append({"messages": messages, **{key: example[key] for key in ORIGIN if key in example}})
         if not conversations:
             return self._empty_batch()
+        places = [" + ".join(example.get("where") or ["A conversation"]) for example in used]
         padding = {"padding": True, "padding_side": "right"}
         try:
             batch: BatchFeature = self.processor.apply_chat_template(
@@ -111,7 +118,19 @@ class DataCollatorForVisualChat:
         for place, messages, has_answer in zip(places, conversations, has_answers):
             if not has_answer:
                 raise ValueError(f"{place} has no answer to learn from: {messages!r:.200}…")
+        if self.return_facts:
+            batch["facts"] = self._describe(batch, used, conversations)
         return _pack(batch) if self.packing else batch
+
+    def _describe(self, batch: BatchFeature, used: list[dict], conversations: list[list[dict]]) -> BatchFacts:
+        """The facts of a padded batch, of examples and the same conversations with their images opened."""
+        contents = [message["content"] for messages in conversations for message in messages]
+        blocks = [block for content in contents if not isinstance(content, str) for block in content]
+        images = [id(block["image"]) for block in blocks if is_image(block)]
+        num_tokens = int(batch["attention_mask"].sum())
+        num_padding = 0 if self.packing else batch["attention_mask"].numel() - num_tokens
+        answers = measure_answers(batch["labels"], IGNORE_INDEX)
+        return BatchFacts(used, answers, num_tokens, num_padding, len(images), len(set(images)))
 
     def _refuse_overlong(self, places: list[str], lengths: list[int]) -> None:
         for place, length in zip(places, lengths):
@@ -137,7 +156,7 @@ class DataCollatorForVisualChat:
         self._count("skipped")
         return None
 
-    def _open_images(self, messages: list[dict], images: dict[ImageReference, Image]) -> list[dict] | None:
+    def _open_images(self, messages: list[dict], images: dict[ImageReference | int, Image]) -> list[dict] | None:
         """Messages with all images opened, or `None` if one cannot be opened."""
         try:
             return map_blocks(messages, partial(self._open_image, images))
@@ -152,17 +171,17 @@ class DataCollatorForVisualChat:
             warnings.warn(f"A conversation is left out, {message}", stacklevel=2)
             return None
 
-    def _open_image(self, images: dict[ImageReference, Image], block):
+    def _open_image(self, images: dict[ImageReference | int, Image], block):
         if not is_image(block) or (source := image_source(block)) is None:
             return block
         reference = ImageReference.from_block(block)
+        key = id(source) if reference is None else reference  # an open image is the same object
         try:
-            image = open_image(source) if reference is None else images.get(reference) or reference.open()
+            image = images.get(key) or (open_image(source) if reference is None else reference.open())
         except (ValueError, OSError) as error:
             self._note_broken(str(reference or error))
             raise
-        if reference is not None:
-            images[reference] = image
+        images[key] = image
         return {"type": "image", "image": image}
 
     def _note_broken(self, name: str) -> None:
@@ -179,9 +198,11 @@ class DataCollatorForVisualChat:
 
     def _empty_batch(self) -> BatchFeature:
         row = torch.tensor([[self.processor.tokenizer.pad_token_id]])
-        batch = {"input_ids": row, "mm_token_type_ids": torch.zeros_like(row)}
+        batch: dict[str, Any] = {"input_ids": row, "mm_token_type_ids": torch.zeros_like(row)}
         batch["labels"] = torch.full_like(row, IGNORE_INDEX)
         batch |= {"position_ids": torch.zeros_like(row)} if self.packing else {"attention_mask": torch.ones_like(row)}
+        if self.return_facts:
+            batch["facts"] = BatchFacts([], [], 0, 1, 0, 0)
         return BatchFeature(batch)
 
 

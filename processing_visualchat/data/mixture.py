@@ -150,7 +150,8 @@ class Mixture:
     Args:
         train, evaluation (`datasets.Dataset`): The two sides of the split. Each example is a group of conversations,
             read as one: `messages` (`list[dict]`), `images` (references as text, relative to the data root), `where`
-            (files and records), `digests` (of the different images), and the number `num_images`.
+            (files and records), `digests` (of the different images), `source` (the name of the dataset), and the
+            number `num_images`.
         reports (`list` of [`IngestionReport`]): The report of each dataset; conversations with too many images or
             broken ones are counted as dropped.
         sizes (`dict`): The number of groups for training and for evaluation, by dataset.
@@ -186,11 +187,13 @@ def _read_groups(rows: Dataset, batch: dict[str, list]) -> dict[str, list]:
     }
 
 
-def _as_dataset(rows: Dataset, groups: list[list[int]], digests: list[list[str]]) -> Dataset:
+def _as_dataset(rows: Dataset, groups: list[list[int]], digests: list[list[str]], sources: list[str]) -> Dataset:
     digests_of = [[digest for row in group for digest in digests[row]] for group in groups]
     columns = {"rows": groups, "num_images": [*map(len, digests_of)]}
     columns["digests"] = [[*dict.fromkeys(shown)] for shown in digests_of]
+    columns["source"] = [sources[group[0]] for group in groups]
     features = Features({"rows": List(Value("int64")), "num_images": Value("int32"), "digests": List(Value("string"))})
+    features["source"] = Value("string")
     numbers = Dataset.from_dict(columns, features=features)
     return numbers.with_transform(partial(_read_groups, rows), columns=["rows"], output_all_columns=True)
 
@@ -279,7 +282,7 @@ def load_mixture(
             for taken in _passes([index for index in chosen if side_of[index] == side], weight, rng):
                 groups += group(taken, spec.concatenate, config.max_images, rng, num_images.__getitem__, systems.get)
         sizes[spec.name] = (len(train) - before[0], len(evaluation) - before[1])
-    sides = [_as_dataset(rows, groups, digests_of) for groups in (train, evaluation)]
+    sides = [_as_dataset(rows, groups, digests_of, source_of) for groups in (train, evaluation)]
     conversations = rows.select([index for indices in usable.values() for index in indices])
     return Mixture(sides[0], sides[1], reports, sizes, contents, conversations)
 

@@ -31,7 +31,7 @@ from .readers import read_conversations
 from .tables import counted
 
 
-FEATURES = Features({"messages": Json(), "where": List(Value("string"))})
+FEATURES = Features({"messages": Json(), "where": List(Value("string")), "source": Value("string")})
 STREAMED = (".jsonl", ".parquet", ".arrow", ".tar")
 EACH_ONCE = "all_exhausted_without_replacement"
 
@@ -52,9 +52,9 @@ def stream_mixture(
         processor (`VisualChatProcessor`, *optional*): As for [`load_mixture`].
 
     Returns:
-        Two `datasets.IterableDataset` of examples with `messages` and `where`, for training and for evaluation; `None`
-        for the second if `eval_share` is 0. Each ends after one epoch; `repeat()` continues in the same order, which
-        is the same on any number of processes. With `Trainer`, set `max_steps` and
+        Two `datasets.IterableDataset` of examples with `messages`, `where` and `source` (the name of the dataset), for
+        training and for evaluation; `None` for the second if `eval_share` is 0. Each ends after one epoch; `repeat()`
+        continues in the same order, which is the same on any number of processes. With `Trainer`, set `max_steps` and
         `accelerator_config={"dispatch_batches": False}`. Left out conversations are counted in warnings.
 
     Raises:
@@ -143,7 +143,7 @@ class SourceStream:
             members = self._read_side()
             for joined in group(members, self.spec.concatenate, self.config.max_images, rng, count, system):
                 messages = join_messages([conversation.messages() for _, conversation in joined])
-                yield {"messages": messages, "where": [where for where, _ in joined]}
+                yield {"messages": messages, "where": [where for where, _ in joined], "source": self.spec.name}
 
     def _read_side(self) -> Iterator[tuple[str, Conversation]]:
         """The conversations of the side, of the first `samples` of both; what is left out is counted in warnings."""
