@@ -155,6 +155,8 @@ class TrainerWithAccounts(Trainer):
         samples ([`Samples`], *optional*): Conversations to answer at each evaluation.
     """
 
+    group_names: Sequence[str] = ()  # of the parameter groups of the optimizer, if they have names
+
     def __init__(self, *positional, arguments: Any, samples: Samples | None = None, **options):
         super().__init__(*positional, **options)
         self.arguments, self.samples = arguments, samples
@@ -178,8 +180,8 @@ class TrainerWithAccounts(Trainer):
             means = self.sums[model.training].add(facts, losses)
             if model.training:
                 self.check_losses(facts, losses, means)
-                groups = self.optimizer.param_groups
-                self.group_rates = {f"learning_rate/{each['group']}": each["lr"] for each in groups if "group" in each}
+                groups = zip(self.group_names, self.optimizer.param_groups)
+                self.group_rates = {f"learning_rate/{name}": options["lr"] for name, options in groups}
         return outputs
 
     def check_losses(self, facts: BatchFacts, losses: np.ndarray, means: list[float]) -> None:

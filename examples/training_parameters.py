@@ -248,6 +248,7 @@ class GroupedTrainer(Trainer):
     def __init__(self, *args, group_options: GroupOptions, **kwargs):
         super().__init__(*args, **kwargs)
         self.group_options = group_options
+        self.group_names: list[str] = []  # of the parameter groups of the optimizer
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As in `Trainer`, its parameter groups split further; biases and norms have no weight decay."""
@@ -265,7 +266,7 @@ class GroupedTrainer(Trainer):
                     weight_decay *= name in decay
                     key = (place, group_name, weight_decay)
                     options = {**group, "params": [], "lr": learning_rate, "weight_decay": weight_decay}
-                    options["group"] = group_name  # for the logs
                     groups.setdefault(key, options)["params"].append(parameter)
             optimizer.param_groups[:] = groups.values()
+            self.group_names = [name for _, name, _ in groups]
         return optimizer

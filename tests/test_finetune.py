@@ -275,7 +275,8 @@ def test_a_mixture_trains_on_two_processes(tmp_path, data):
         "--save_strategy", "no", "--logging_steps", "1", "--output_dir", tmp_path / "out", *flags, launcher=launcher,
     )  # fmt: skip
     assert completed.stdout.count("otter_mimicit_sd: 3 records read") == 1 and "eval_loss" in completed.stdout
-    assert losses(tmp_path / "out")
+    sources = {key for logs in read_logs(tmp_path / "out") for key in logs if key.startswith("loss_source/")}
+    assert sources == {f"loss_source/{name}" for name in ("llava_dial", "otter_mimicit_sd", "aokvqa")}
 
 
 def write_custom_data(folder):
@@ -324,7 +325,7 @@ def test_a_stream_trains_on_two_processes(tmp_path, data):
         "--save_strategy", "no", "--logging_steps", "1",
     ]  # fmt: skip
     completed = finetune(*common, "--max_steps", "20", "--output_dir", tmp_path / "out", *flags, launcher=launcher)
-    assert len(losses(tmp_path / "out")) == 20 and "eval_loss" in completed.stdout
+    assert len(losses(tmp_path / "out")) == 20 and "eval_loss_source/own" in completed.stdout
     refused = finetune(*common, "--output_dir", tmp_path / "other", check=False)
     assert "set the number of steps with --max_steps" in refused.stderr
 
