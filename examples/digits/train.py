@@ -6,7 +6,7 @@ from pathlib import Path
 from study.scans import load_scans
 from training_card import TrainerWithCard, TrainingRun
 from training_data import DataSource
-from training_processes import end_processes
+from training_saving import ResumableTrainer
 from transformers import TrainingArguments
 
 from processing_visualchat import DataCollatorForVisualChat, load_image
@@ -27,7 +27,11 @@ SCANS = DataSource(
 )
 
 
-def train_digits(arguments, training_arguments: TrainingArguments, checkpoint: str | None) -> None:
+class DigitsTrainer(ResumableTrainer, TrainerWithCard):
+    """`Trainer` with checkpoints to resume from, and a model card."""
+
+
+def train_digits(arguments, training_arguments: TrainingArguments, checkpoint: str | None, described: dict) -> None:
     """
     Trains all parameters of the model, saves it, and writes the report beside it.
 
@@ -35,6 +39,7 @@ def train_digits(arguments, training_arguments: TrainingArguments, checkpoint: s
         arguments (`FinetuneArguments`): Those of `finetune.py`.
         training_arguments (`TrainingArguments`): By default those of configs/digits.yaml.
         checkpoint (`str`, *optional*): The checkpoint to resume from.
+        described (`dict`): What [`describe_run`] says of the run.
     """
     model, processor = build_digits_model(projector_type=arguments.projector_type or "linear", **arguments.attention)
     train_scans, test_scans = load_scans()
@@ -44,7 +49,7 @@ def train_digits(arguments, training_arguments: TrainingArguments, checkpoint: s
         * training_arguments.world_size
     )
     train_dataset = DigitConversations(train_scans, max(training_arguments.max_steps, 100) * conversations_per_step)
-    trainer = TrainerWithCard(
+    trainer = DigitsTrainer(
         model=model,
         args=training_arguments,
         train_dataset=train_dataset,
@@ -53,6 +58,8 @@ def train_digits(arguments, training_arguments: TrainingArguments, checkpoint: s
         run=TrainingRun(
             [replace(SCANS, num_train=len(train_dataset))], license=arguments.license, resumed_from=checkpoint
         ),
+        described=described,
+        resumed_from=checkpoint,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
@@ -62,4 +69,4 @@ def train_digits(arguments, training_arguments: TrainingArguments, checkpoint: s
         digests = (digest_pixels(load_image(scan)) for scan, _ in train_scans)
         save_training_images(digests, training_arguments.output_dir)
         report(training_arguments.output_dir, train_scans, test_scans, trainer.state.log_history)
-    end_processes(trainer)
+    trainer.end()
