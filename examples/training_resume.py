@@ -26,9 +26,13 @@ from processing_visualchat.data.tables import counted
 RECORD = "training_run.json"  # in every checkpoint: what it was made of, and its files
 # Arguments that have to stay as they are: those of the model, and those of the order of records.
 MODEL_ARGUMENTS = (
-    "attention_type", "merge", "image_attention", "cross_layer_interval", "cross_image_scope", "projector_type",
-    "quantization", "lora", "lora_r", "lora_alpha", "lora_target",
-)  # fmt: skip
+    "projector_type",
+    "quantization",
+    "lora",
+    "lora_r",
+    "lora_alpha",
+    "lora_target",
+)  # and the attention
 DATA_ARGUMENTS = ("max_length", "overlong", "packing", "group_by_image", "max_per_image", "check_images")
 ORDER_ARGUMENTS = ("seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last")
 BATCH = "batch (processes x per_device_train_batch_size x gradient_accumulation_steps)"
@@ -113,7 +117,7 @@ def list_sizes(checkpoint: Path) -> dict[str, int]:
 
 def describe_run(arguments, training_arguments: TrainingArguments) -> dict[str, Any]:
     """What decides the weights that are trained and the order of records, by name, as JSON keeps it."""
-    described = {name: getattr(arguments, name) for name in MODEL_ARGUMENTS + DATA_ARGUMENTS}
+    described = arguments.attention | {name: getattr(arguments, name) for name in MODEL_ARGUMENTS + DATA_ARGUMENTS}
     described |= {name: getattr(training_arguments, name) for name in ORDER_ARGUMENTS}
     described["trainable"] = sorted(name for each in arguments.trainable or [""] for name in split_selection(each))
     batch_size, num_batches = training_arguments.train_batch_size, training_arguments.gradient_accumulation_steps

@@ -4,10 +4,11 @@ Runs `finetune.py` many times, each in a fork of one process that has imported e
 Reads a run as JSON from each line of its input, and writes how it ended as JSON:
 
     {"flags": […], "processes": 1, "signal": 9, "moment": 30, "delay": 0.01, "log": "FILE"}
-    {"codes": [-9], "moments": 31}
+    {"codes": [-9]}
 
-A moment is the begin or end of a training or prediction step, or a change in the output folder. The signal is sent to
-all processes, a delay (seconds) after the first one has reached the moment.
+A moment is the begin or end of a training or prediction step, or a change in the output folder; `step` instead of
+`moment` counts the former only. The signal is sent to all processes, a delay (seconds) after the first one has reached
+the moment.
 """
 
 import importlib
@@ -22,46 +23,42 @@ from pathlib import Path
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-EVENTS = ("open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate", "shutil.rmtree", "moment")
+EVENTS = ("open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate", "shutil.rmtree", "step")
 
 
 def run(job: dict) -> dict:
-    """Runs one job, and says how its processes ended and how many moments the first of them had."""
-    num_processes = job.get("processes", 1)
+    """Runs one job, and says how its processes ended."""
+    size = job.get("processes", 1)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        launched = {"WORLD_SIZE": num_processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": probe.getsockname()[1]}
+        port = probe.getsockname()[1]
     reader, writer = os.pipe()
     children = []
-    for rank in range(num_processes):
+    for rank in range(size):
         if (child := os.fork()) == 0:
             os.close(reader)
-            if num_processes > 1:
-                os.environ.update(
-                    {
-                        **{name: str(value) for name, value in launched.items()},
-                        "RANK": str(rank),
-                        "LOCAL_RANK": str(rank),
-                    }
-                )
+            if size > 1:
+                launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
+                os.environ |= {name: str(value) for name, value in launched.items()} | {"MASTER_ADDR": "127.0.0.1"}
             train(job, writer if rank == 0 else None)
         children.append(child)
     os.close(writer)
-    moments, modules = 0, []
+    numbers, modules = {"moment": 0, "step": 0}, []
     with os.fdopen(reader) as pipe:
-        for line in pipe:
-            if line.startswith("["):
-                modules = json.loads(line)
+        for line in map(json.loads, pipe):
+            if isinstance(line, list):
+                modules = line
                 continue
-            moments += 1
-            if moments == job.get("moment"):
-                time.sleep(job.get("delay", 0.0))
-                for child in children:
-                    os.kill(child, job["signal"])
+            for kind in line.split():
+                numbers[kind] += 1
+                if numbers[kind] == job.get(kind):
+                    time.sleep(job.get("delay", 0.0))
+                    for child in children:
+                        os.kill(child, job["signal"])
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    for name in modules:
+    for name in modules:  # that a fork had to import; the next one has them
         importlib.import_module(name)
-    return {"codes": codes, "moments": moments}
+    return {"codes": codes}
 
 
 def train(job: dict, pipe: int | None) -> None:
@@ -92,7 +89,7 @@ def train(job: dict, pipe: int | None) -> None:
 def report(event: str, values: tuple, folder: str, pipe: int) -> None:
     """Writes a line for each moment; `shutil.rmtree` removes files by names within an open folder."""
     if event in EVENTS and (not values or str(values[0]).startswith(folder) or event == "os.remove"):
-        os.write(pipe, b"\n")
+        os.write(pipe, b'"moment step"\n' if event == "step" else b'"moment"\n')
 
 
 def prepare() -> None:
@@ -116,9 +113,9 @@ def with_moments(step):
     """A step with a moment at its begin and at its end."""
 
     def stepped(*arguments, **options):
-        sys.audit("moment")
+        sys.audit("step")
         result = step(*arguments, **options)
-        sys.audit("moment")
+        sys.audit("step")
         return result
 
     return stepped

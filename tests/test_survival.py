@@ -211,15 +211,15 @@ def test_a_run_killed_twenty_times_ends_as_if_it_had_not_been(runs, straight):
 def test_stopped_runs_continue_on_other_numbers_of_processes(runs, straight):
     """Two processes, one, and two again: with the same batch, the same run."""
     output, two = runs.folder / "stopped", ["--per_device_train_batch_size", "2"]
-    for flags, num_processes, moment in ((two, 2, 12), ([], 1, 30)):
-        stop = {"signal": signal.SIGTERM, "moment": moment}
-        ended = runs(output, *DEMO, "--save_steps", "50", *flags, processes=num_processes, **stop)
+    for flags, num_processes in ((two, 2), ([], 1)):
+        stop = {"processes": num_processes, "signal": signal.SIGTERM, "step": 12}
+        ended = runs(output, *DEMO, "--save_steps", "50", *flags, **stop)
         assert ended["codes"] == [143] * num_processes, ended["log"]
         step = max(int(path.name[11:]) for path in output.glob("checkpoint-*"))
         assert f"Stopped by SIGTERM after step {step}; the checkpoint is {output}/checkpoint-{step}" in ended["log"]
     ended = runs(output, *DEMO, *two, processes=2)
     assert ended["codes"] == [0, 0] and "is of 1 process, and is resumed on 2" in ended["log"], ended["log"]
-    torch.testing.assert_close(result(output), result(straight), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(result(output), result(straight), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -234,9 +234,9 @@ def test_a_run_is_stopped_within_an_evaluation_or_an_accumulated_batch(runs, dat
     ]  # fmt: skip
     outputs = [runs.folder / "evaluated", runs.folder / "stopped in an evaluation"]
     assert runs(outputs[0], *flags)["codes"] == [0]
-    for moment in (2, 5):
-        ended = runs(outputs[1], *flags, signal=signal.SIGTERM, moment=moment)
-        assert ended["codes"] == [143] and "Stopped by SIGTERM after step 0" in ended["log"], ended["log"]
+    for number, step in ((1, 0), (11, 2)):  # the first prediction; the first half of the third training step
+        ended = runs(outputs[1], *flags, signal=signal.SIGTERM, step=number)
+        assert ended["codes"] == [143] and f"Stopped by SIGTERM after step {step};" in ended["log"], ended["log"]
     ended = runs(outputs[1], *flags)
     assert ended["codes"] == [0], ended["log"]
     results = [result(output, "adapter_model.safetensors") for output in outputs]
