@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 
 from digits.train import DIGITS_CONFIG, train_digits
 from training_accounts import TrainerWithAccounts
-from training_arguments import find_checkpoint, parse_arguments
+from training_arguments import parse_arguments
 from training_card import TrainerWithCard, TrainingRun
 from training_data import load_data
 from training_memory import check_memory, memory_advice
@@ -38,8 +38,10 @@ from training_parameters import (
     loading_options,
     report_parameters,
 )
-from training_processes import end_processes, set_cpu_threads
+from training_processes import set_cpu_threads
+from training_resume import prepare_resume
 from training_samples import Samples
+from training_saving import ResumableTrainer
 from transformers import AutoProcessor, TrainingArguments, set_seed
 from transformers.hf_argparser import HfArg
 
@@ -53,8 +55,8 @@ from processing_visualchat import OVERLONG, DataCollatorForVisualChat
 from processing_visualchat.data.image_contents import save_training_images
 
 
-class FinetuneTrainer(GroupedTrainer, TrainerWithAccounts, TrainerWithCard):
-    """`Trainer` with a learning rate for each group of parameters, accounts, and a model card."""
+class FinetuneTrainer(GroupedTrainer, TrainerWithAccounts, ResumableTrainer, TrainerWithCard):
+    """`Trainer` with a learning rate for each group of parameters, accounts, checkpoints to resume from, a card."""
 
 
 def attention_option(name: str, description: str):
@@ -148,17 +150,19 @@ class FinetuneArguments:
 
 def main() -> None:
     arguments, training_arguments = parse_arguments(sys.argv[1:], FinetuneArguments, __doc__, DIGITS_CONFIG)
-    checkpoint = find_checkpoint(training_arguments)
+    checkpoint, described = prepare_resume(arguments, training_arguments)
     set_cpu_threads(training_arguments, arguments.cpu_threads)
     set_seed(training_arguments.seed)
     if arguments.model is None:
-        return train_digits(arguments, training_arguments, checkpoint)
+        return train_digits(arguments, training_arguments, checkpoint, described)
     check_memory(arguments, training_arguments)
     with memory_advice(arguments, training_arguments):
-        train(arguments, training_arguments, checkpoint)
+        train(arguments, training_arguments, checkpoint, described)
 
 
-def train(arguments: FinetuneArguments, training_arguments: TrainingArguments, checkpoint: str | None) -> None:
+def train(
+    arguments: FinetuneArguments, training_arguments: TrainingArguments, checkpoint: str | None, described: dict
+) -> None:
     """Trains the model of `--model`, and saves it."""
     # What is trained is in float32; with `--bf16`, it is cast to bfloat16 for computation.
     options = GroupOptions.from_arguments(arguments, training_arguments)
@@ -193,6 +197,8 @@ def train(arguments: FinetuneArguments, training_arguments: TrainingArguments, c
         run=TrainingRun(data.sources, arguments.model, arguments.license, checkpoint),
         arguments=arguments,
         samples=None if data.evaluation is None else Samples(data.evaluation, processor, arguments.samples),
+        described=described,
+        resumed_from=checkpoint,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
@@ -206,7 +212,7 @@ def train(arguments: FinetuneArguments, training_arguments: TrainingArguments, c
         trainer.push_to_hub()  # again, with the evaluation loss
     if any(collator.counts.values()):
         print(f"Conversations of process {training_arguments.process_index}: {collator.counts}")
-    end_processes(trainer)
+    trainer.end()
 
 
 if __name__ == "__main__":

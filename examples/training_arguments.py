@@ -63,7 +63,7 @@ def parse_arguments(argv: list[str], finetune_class: type, description: str, dem
     )
     names = {flag.split("=")[0] for flag in flags}
     config_path = demo_config if known.config is None and names.isdisjoint(DATA_FLAGS) else known.config
-    defaults = {} if torch.accelerator.is_available() else {"use_cpu": True}
+    defaults = {"enable_jit_checkpoint": True} | ({} if torch.accelerator.is_available() else {"use_cpu": True})
     if config_path is not None:
         defaults |= read_recipe(config_path, {action.dest for action in parser._actions})
     deepspeed_parser = ArgumentParser(add_help=False, allow_abbrev=False)
@@ -285,27 +285,3 @@ def find_saving_conflicts(training_arguments: TrainingArguments) -> list[str]:
         ),
     )
     return [message for is_conflict, message in conditions if is_conflict]
-
-
-def find_checkpoint(training_arguments: TrainingArguments) -> str | None:
-    """
-    The checkpoint to resume from; for `--resume_from_checkpoint true`, the newest complete one.
-
-    Raises:
-        `FinetuneError`: no checkpoint is complete, or the output folder is not empty and the run does not resume.
-    """
-    folder, wanted = Path(training_arguments.output_dir), training_arguments.resume_from_checkpoint or "false"
-    if wanted.lower() not in ("true", "false"):
-        return wanted
-    if wanted.lower() == "false":
-        if folder.exists() and any(folder.iterdir()):
-            raise FinetuneError(
-                f"the output folder {folder} exists and is not empty. Choose another --output_dir, or continue from "
-                "its last checkpoint with --resume_from_checkpoint true."
-            )
-        return None
-    needed = ["trainer_state.json"] + (["latest"] if training_arguments.deepspeed else [])
-    complete = [path for path in folder.glob("checkpoint-*") if all((path / name).is_file() for name in needed)]
-    if not complete:
-        raise FinetuneError(f"{folder} holds no complete checkpoint to resume from.")
-    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2])))

@@ -26,7 +26,7 @@ from processing_visualchat import (
     read_mixture_config,
     stream_mixture,
 )
-from processing_visualchat.data.custom import find_splits
+from processing_visualchat.data.custom import find_files, find_splits
 from processing_visualchat.data.files import suffix_of
 from processing_visualchat.data.grouping import read_digests
 from processing_visualchat.data.lengths import list_overlong
@@ -134,6 +134,23 @@ def load_file(name: str, arguments, processor, splits: list[str]) -> Dataset:
     mixture = load_mixture(config, path.parent, arguments.check_images, processor)
     report_mixture(mixture)
     return mixture.train
+
+
+def list_files(arguments) -> dict[str, Path]:
+    """The local files of the training records, by a name that does not depend on the folder that they are in."""
+    if arguments.mixture is None:
+        path = Path(arguments.train_file)
+        files = find_splits(path)[choose_split(path, ["train"])] if path.is_dir() else [path]
+        return {str(file.relative_to(path if path.is_dir() else path.parent)): file for file in files if file.exists()}
+    config = read_mixture_config(arguments.mixture)
+    specs = [spec for spec in config.sources if spec.hub is None]
+    root = Path(os.path.abspath(config.find_root(arguments.data_root))) if specs else Path()
+    files = []
+    for spec in specs:
+        files += (
+            [root / name for name in SOURCES[spec.name].annotations] if spec.is_published else find_files(spec, root)
+        )
+    return {str(file.relative_to(root)): file for file in files if file.exists()}
 
 
 def choose_split(path: Path, wanted: list[str]) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import training_arguments
+import training_resume
 from accelerate.commands.launch import launch_command_parser
 from conftest import draw_picture, make_config, make_model, make_processor, pixels, tokens
 from test_remote_code import REPOSITORY
@@ -134,7 +135,7 @@ def parse(words: list[str], monkeypatch) -> tuple[str, object]:
         raise Parsed(parsed)
 
     monkeypatch.setattr(ArgumentParser, "parse_args", stop)
-    monkeypatch.setattr(training_arguments, "find_checkpoint", stop_finetune)
+    monkeypatch.setattr(training_resume, "find_checkpoint", stop_finetune)
     monkeypatch.setattr(training_arguments, "start_deepspeed", lambda use_cpu: stop_finetune(None))
     monkeypatch.setattr(sys, "argv", words)
     path = REPOSITORY / words[0]

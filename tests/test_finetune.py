@@ -5,11 +5,9 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -220,42 +218,26 @@ def test_two_processes_with_deepspeed_learn_what_one_learns(tmp_path, data, stag
 
 @pytest.mark.slow
 @pytest.mark.processes
-def test_custom_data_trains_only_trainable_modules_and_resumes(tmp_path, data):
+def test_custom_data_trains_only_trainable_modules(tmp_path, data):
     flags = [
         "--config", EXAMPLES / "configs" / "finetune.yaml",
         "--model", data / "checkpoint", "--train_file", data / "train.jsonl",
         "--eval_file", data / "train.jsonl", "--max_length", "400", "--per_device_train_batch_size", "3",
-        "--gradient_accumulation_steps", "1", "--logging_steps", "1", "--save_strategy", "steps", "--save_steps", "2",
-        "--num_train_epochs", "2", "--samples", "0",
+        "--gradient_accumulation_steps", "1", "--logging_steps", "1", "--num_train_epochs", "2",
+        "--samples", "0",
     ]  # fmt: skip
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
-    finetune(*flags, "--output_dir", straight)
+    output = tmp_path / "out"
+    finetune(*flags, "--output_dir", output)
     pictures = {ImageReference.parse(str(data / "pictures" / f"{index}.png")).digest() for index in range(8)}
-    assert load_training_images(str(straight)) == pictures
+    assert load_training_images(str(output)) == pictures
     before = VisualChatForConditionalGeneration.from_pretrained(data / "checkpoint").state_dict()
-    after = VisualChatForConditionalGeneration.from_pretrained(straight).state_dict()
+    after = VisualChatForConditionalGeneration.from_pretrained(output).state_dict()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {
         "model.multi_modal_projector.linear.weight", "model.multi_modal_projector.linear.bias",
         "model.multi_modal_projector.norm.weight", "model.multi_modal_projector.norm.bias",
         "model.language_model.embed_tokens.weight",
     }  # fmt: skip
-
-    process = subprocess.Popen(
-        [sys.executable, str(EXAMPLES / "finetune.py"), *map(str, flags), "--output_dir", str(broken)],
-        env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    deadline = time.time() + 120
-    while not (broken / "checkpoint-2" / "trainer_state.json").is_file():
-        assert process.poll() is None and time.time() < deadline, "no checkpoint was written"
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    (broken / "checkpoint-99").mkdir(exist_ok=True)  # left behind by a kill during saving
-    finetune(*flags, "--output_dir", broken, "--resume_from_checkpoint", "true")
-    resumed = VisualChatForConditionalGeneration.from_pretrained(broken).state_dict()
-    for name in after:
-        assert torch.equal(resumed[name], after[name]), name
 
 
 @pytest.mark.slow

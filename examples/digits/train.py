@@ -7,8 +7,8 @@ from study.scans import load_scans
 from training_accounts import TrainerWithAccounts
 from training_card import TrainerWithCard, TrainingRun
 from training_data import DataSource
-from training_processes import end_processes
 from training_samples import Samples
+from training_saving import ResumableTrainer
 from transformers import TrainingArguments
 
 from processing_visualchat import DataCollatorForVisualChat, load_image
@@ -29,11 +29,11 @@ SCANS = DataSource(
 )
 
 
-class DigitsTrainer(TrainerWithAccounts, TrainerWithCard):
-    """`Trainer` with accounts, and with a model card."""
+class DigitsTrainer(TrainerWithAccounts, ResumableTrainer, TrainerWithCard):
+    """`Trainer` with accounts, checkpoints to resume from, and a model card."""
 
 
-def train_digits(arguments, training_arguments: TrainingArguments, checkpoint: str | None) -> None:
+def train_digits(arguments, training_arguments: TrainingArguments, checkpoint: str | None, described: dict) -> None:
     """
     Trains all parameters of the model, saves it, and writes the report beside it.
 
@@ -41,6 +41,7 @@ def train_digits(arguments, training_arguments: TrainingArguments, checkpoint: s
         arguments (`FinetuneArguments`): Those of `finetune.py`.
         training_arguments (`TrainingArguments`): By default those of configs/digits.yaml.
         checkpoint (`str`, *optional*): The checkpoint to resume from.
+        described (`dict`): What [`describe_run`] says of the run.
     """
     model, processor = build_digits_model(projector_type=arguments.projector_type or "linear", **arguments.attention)
     train_scans, test_scans = load_scans()
@@ -65,6 +66,8 @@ def train_digits(arguments, training_arguments: TrainingArguments, checkpoint: s
         ),
         arguments=arguments,
         samples=Samples(eval_dataset, processor, arguments.samples, max_new_tokens=8),
+        described=described,
+        resumed_from=checkpoint,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
@@ -74,4 +77,4 @@ def train_digits(arguments, training_arguments: TrainingArguments, checkpoint: s
         digests = (digest_pixels(load_image(scan)) for scan, _ in train_scans)
         save_training_images(digests, training_arguments.output_dir)
         report(training_arguments.output_dir, train_scans, test_scans, trainer.state.log_history)
-    end_processes(trainer)
+    trainer.end()
