@@ -175,7 +175,8 @@ def train(
         model.model.vision_cache = VisionFeatureCache(
             device="cpu", folder=arguments.vision_features, max_disk_bytes=max_disk_bytes
         )
-    model = choose_parameters(model, arguments, casts=training_arguments.deepspeed is None)
+    casts = training_arguments.deepspeed is None
+    model = choose_parameters(model, arguments, casts, training_arguments.seed)
 
     processor = AutoProcessor.from_pretrained(arguments.model)
     collator = DataCollatorForVisualChat(

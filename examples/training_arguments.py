@@ -80,6 +80,8 @@ def parse_arguments(argv: list[str], finetune_class: type, description: str, dem
     for conflict in conflicts:
         parser.error(conflict)
     training_arguments.remove_unused_columns = False  # the collator reads the columns, not the model
+    if training_arguments.ddp_find_unused_parameters is None:
+        training_arguments.ddp_find_unused_parameters = True  # no loss reads the last layers of a vision tower
     return arguments, training_arguments
 
 

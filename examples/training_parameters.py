@@ -46,10 +46,10 @@ def loading_options(arguments, training_arguments: TrainingArguments) -> dict[st
     return options
 
 
-def choose_parameters(model: Any, arguments, casts: bool = True) -> Any:
+def choose_parameters(model: Any, arguments, casts: bool = True, seed: int = 0) -> Any:
     """
-    Sets what is trained, and adds LoRA layers if asked for. Trained weights are in float32, unless DeepSpeed, which
-    has master weights of its own, casts them.
+    Sets what is trained, and adds LoRA layers, drawn from the seed, if asked for. Trained weights are in float32,
+    unless DeepSpeed, which has master weights of its own, casts them.
 
     Returns:
         The model, within a `PeftModel` if it has LoRA layers.
@@ -60,7 +60,7 @@ def choose_parameters(model: Any, arguments, casts: bool = True) -> Any:
     selections = tuple(arguments.trainable or ())
     try:
         if arguments.lora:
-            model = add_lora(model, selections, arguments)
+            model = add_lora(model, selections, arguments, seed)
         else:
             model.set_trainable(*selections)
     except ValueError as error:
@@ -71,7 +71,7 @@ def choose_parameters(model: Any, arguments, casts: bool = True) -> Any:
     return model
 
 
-def add_lora(model: Any, selections: tuple[str, ...], arguments) -> Any:
+def add_lora(model: Any, selections: tuple[str, ...], arguments, seed: int) -> Any:
     """The model in a `PeftModel` with LoRA in the linear layers of towers; its adapter holds other trained parts."""
     if set(arguments.lora) - set(TOWERS):
         raise FinetuneError(f"--lora is for {' and '.join(TOWERS)}, not for {', '.join(arguments.lora)}")
@@ -103,7 +103,9 @@ def add_lora(model: Any, selections: tuple[str, ...], arguments) -> Any:
         modules_to_save=saved or None,
         ensure_weight_tying=model.config.tie_word_embeddings and table in saved,
     )
-    return get_peft_model(model, config)
+    with torch.random.fork_rng(devices=[]):  # loading draws more numbers under ZeRO-3
+        torch.default_generator.manual_seed(seed)
+        return get_peft_model(model, config)
 
 
 def linear_layers(model: Any, towers: list[str]) -> list[str]:

@@ -30,7 +30,7 @@ from .parts_visualchat import (
 from .plan_visualchat import find_packed
 from .projector_visualchat import projector_class
 from .route_visualchat import ROUTES, DecoderInputs, is_finished_mask, masked_route_reason, num_past
-from .trainable_parts_visualchat import train_only, trains_image_path_only
+from .trainable_parts_visualchat import image_path_parameters, train_only
 from .two_streams_visualchat import TwoStreamMixin
 from .weights_key_visualchat import freeze, is_quantized
 
@@ -52,6 +52,11 @@ class VisualChatPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    def post_init(self):
+        super().post_init()
+        # CLIP names layers of its text model too, and FSDP refuses the name of a layer that is not there.
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -99,7 +104,10 @@ class VisualChatPreTrainedModel(PreTrainedModel):
         freeze(model.vision_tower)
 
     def save_pretrained(self, save_directory, **kwargs):
-        """As in `PreTrainedModel.save_pretrained`; the configurations of the parts say their dtype too."""
+        """
+        As in `PreTrainedModel.save_pretrained`; the configurations of the parts say their dtype too, and a sharded
+        model is saved as any other.
+        """
         if getattr(self, "hf_quantizer", None) is None and any(map(is_quantized, self.parameters())):
             raise ValueError(
                 "The language model was quantized on its own, and would not be loaded so. Save the model before it is "
@@ -107,7 +115,20 @@ class VisualChatPreTrainedModel(PreTrainedModel):
             )
         for part in (self.config.vision_config, self.config.text_config):
             part.dtype = self.dtype
-        return super().save_pretrained(save_directory, **kwargs)
+        state_dict = kwargs.get("state_dict") or {}
+        for tied, source in self.all_tied_weights_keys.items():
+            if tied in state_dict:  # gathered tensors no longer share memory
+                state_dict.setdefault(source, state_dict.pop(tied))
+        if any(hasattr(each, "ds_id") for each in self.parameters()):
+            # Loading with ZeRO-3 keeps renamings that it did not need, and saving would revert them.
+            kwargs["save_original_format"] = False
+        # FSDP2 gives the model a class of its own, for which there is no code in the checkpoint.
+        sharded_class = type(self)
+        self.__class__ = next(each for each in sharded_class.__mro__ if not each.__name__.startswith("FSDP"))
+        try:
+            return super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.__class__ = sharded_class
 
     def push_to_hub(self, repo_id: str, *, processor=None, card: str | None = None, **kwargs) -> str:
         """
@@ -249,8 +270,8 @@ class VisualChatModel(ImageFeaturesMixin, TwoStreamMixin, VisualChatPreTrainedMo
         if input_ids is not None or image_features is not None:
             is_image = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
         embeds = self._embed(input_ids, is_image, image_features) if inputs_embeds is None else inputs_embeds
-        if blank_features is not None:
-            embeds = embeds + 0.0 * blank_features.sum().to(embeds.device)
+        if image_states is None and (self.training or blank_features is not None):
+            embeds = self._add_zero_of_images(embeds, blank_features)
         sequence_ids = find_packed(embeds, attention_mask, position_ids)
         if past_key_values is None and (self.training or sequence_ids is not None):
             # The cache is unused in training, and packed rows hold no single conversation to continue; with a cache,
@@ -370,12 +391,11 @@ class VisualChatModel(ImageFeaturesMixin, TwoStreamMixin, VisualChatPreTrainedMo
 
     def _needs_an_image(self, past_key_values: Cache | None) -> bool:
         """Whether the vision tower has to run although there are no images."""
-        if self.training and torch.is_grad_enabled() and trains_image_path_only(self):
-            return True  # the loss has to depend on trainable parameters, as optimizers and samplers expect
-        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        if not torch.distributed.is_initialized():
             return False
-        # Under ZeRO-3 also in evaluation; no rank has images beyond the first step of generation.
-        is_sharded = hasattr(next(self.vision_tower.parameters()), "ds_id")
+        # With ZeRO-3 and FSDP2 also in evaluation; no rank has images beyond the first step of generation.
+        marks = ("ds_id", "device_mesh")
+        is_sharded = any(hasattr(each, mark) for each in self.vision_tower.parameters() for mark in marks)
         return self.training or (is_sharded and num_past(past_key_values) == 0)
 
     def _blank_features(self, past_key_values: Cache | None) -> torch.Tensor | None:
@@ -388,6 +408,14 @@ class VisualChatModel(ImageFeaturesMixin, TwoStreamMixin, VisualChatPreTrainedMo
         shape = image_shape(self.config.vision_config)
         blank = torch.zeros(1, *shape, device=self.device, dtype=self.vision_tower.dtype)
         return self.get_image_features(blank).pooler_output[0]
+
+    def _add_zero_of_images(self, embeds: torch.Tensor, blank_features: torch.Tensor | None) -> torch.Tensor:
+        """
+        The same embeddings, but dependent on the trained parameters that only images reach. In a step without images,
+        their gradients are then zero, on one process as on several, not missing: optimizers skip what has no gradient.
+        """
+        reached = image_path_parameters(self) if blank_features is None else [blank_features]
+        return embeds + sum(0.0 * each.sum().to(embeds.device) for each in reached)
 
     def _complete_mm_token_type_ids(self, mm_token_type_ids, is_image, past_key_values, num_queries):
         """The modality of past and current tokens: as given, or derived from the ids when there is no past."""

@@ -82,10 +82,8 @@ def nearest(pattern: str, names: Iterable[str], number: int = 3) -> list[str]:
     return difflib.get_close_matches(pattern, list(names), n=number, cutoff=0.0)
 
 
-def trains_image_path_only(model: Any) -> bool:
-    """Whether a `VisualChatModel` trains only parts that nothing but an image reaches."""
-    if any(parameter.requires_grad for parameter in model.language_model.parameters()):
-        return False
+def image_path_parameters(model: Any) -> list[nn.Parameter]:
+    """The trained parameters of a `VisualChatModel` that nothing but an image reaches."""
     added = [getattr(model, part) for part in ADDED_PARTS if hasattr(model, part)]
     parts = (model.vision_tower, model.multi_modal_projector, *added)
-    return any(parameter.requires_grad for part in parts for parameter in part.parameters())
+    return [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]

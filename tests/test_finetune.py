@@ -16,7 +16,7 @@ from conftest import draw_picture, make_model, make_processor
 from huggingface_hub import ModelCard
 from published_data import write_published_data
 from test_remote_code import REPOSITORY
-from transformers import AutoProcessor, LlamaConfig
+from transformers import LlamaConfig
 
 from modeling_visualchat import VisualChatForConditionalGeneration
 from processing_visualchat import DataCollatorForVisualChat, ImageReference, load_conversations
@@ -117,6 +117,8 @@ def test_the_default_runs_and_leaves_everything(tmp_path):
         "modeling_visualchat.py",
     ):
         assert (output / name).stat().st_size > 0, name
+    for name in ("README.md", "model.safetensors", "processor_config.json", "modeling_visualchat.py"):
+        assert (output / "checkpoint-2" / name).stat().st_size > 0, name
     table = (output / "accuracy.txt").read_text()
     card = ModelCard.load(output / "README.md")
     assert table in card.text and "Run 1 started from new weights." in card.text
@@ -171,49 +173,18 @@ def deepspeed(stage):
 
 @pytest.mark.slow
 @pytest.mark.processes
-@pytest.mark.parametrize("stage", [2, 3])
-def test_two_processes_with_deepspeed_run_the_main_job(tmp_path, stage):
-    flags, launcher = deepspeed(stage)
+def test_two_processes_with_deepspeed_run_the_main_job(tmp_path):
+    flags, launcher = deepspeed(3)
     finetune(*SHORT, "--output_dir", tmp_path / "out", *flags, launcher=launcher)
     assert "all across two images" in (tmp_path / "out" / "accuracy.txt").read_text()
     assert len(losses(tmp_path / "out")) == 2
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"2 processes with ZeRO-{stage} on " in card
+    assert "2 processes with ZeRO-3 on " in card
     assert re.search(r"\| trained \| (\d{3},\d{3}) of \1 parameters", card)
     weights = VisualChatForConditionalGeneration.from_pretrained(tmp_path / "out").state_dict()
     assert not any("model.model" in name for name in weights)
     projection = weights["model.language_model.layers.0.self_attn.q_proj.weight"]
     assert projection.shape == (128, 128) and 0.055 < projection.std() < 0.065  # drawn as the configuration says
-
-
-@pytest.mark.slow
-@pytest.mark.processes
-@pytest.mark.parametrize("stage", [2, 3])
-def test_two_processes_with_deepspeed_learn_what_one_learns(tmp_path, data, stage):
-    """One conversation per rank and step: in one step, a rank has only text while the other has an image."""
-    common = [
-        "--config", EXAMPLES / "configs" / "finetune.yaml",
-        "--model", data / "checkpoint", "--train_file", data / "train.jsonl", "--max_length", "400",
-        "--eval_file", data / "train.jsonl", "--per_device_eval_batch_size", "1",
-        "--num_train_epochs", "2", "--gradient_accumulation_steps", "1",
-        "--save_strategy", "no", "--logging_steps", "1",
-    ]  # fmt: skip
-    flags, launcher = deepspeed(stage)
-    flags += ["--samples", "4" if stage == 3 else "0"]
-    finetune(*common, "--output_dir", tmp_path / "two", *flags, launcher=launcher)
-    finetune(*common, "--output_dir", tmp_path / "one", "--per_device_train_batch_size", "2", "--samples", "0")
-    two, one = losses(tmp_path / "two"), losses(tmp_path / "one")
-    assert len(two) == 10
-    # The last step has one conversation; two processes pad it with a repeated one.
-    torch.testing.assert_close(torch.tensor(two[:4]), torch.tensor(one[:4]), rtol=1e-4, atol=1e-4)
-    accounts = [read_logs(tmp_path / name) for name in ("two", "one")]
-    for logs, expected in [*zip(*accounts)][:4]:
-        for key in ("loss_source/train.jsonl", "loss_round/1"):
-            assert logs[key] == pytest.approx(expected[key], rel=1e-4) == pytest.approx(logs["loss"], rel=1e-4)
-    assert [logs["step"] for logs in accounts[0] if "eval_loss_round/1" in logs] == [5, 10]
-    if stage == 3:
-        assert (tmp_path / "two" / "_samples" / "step-5.md").read_text().count("**Answer**") == 4
-    assert AutoProcessor.from_pretrained(tmp_path / "two").image_token == "<image>"
 
 
 @pytest.mark.slow
