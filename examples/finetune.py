@@ -38,7 +38,7 @@ from training_parameters import (
     loading_options,
     report_parameters,
 )
-from training_processes import set_cpu_threads
+from training_processes import end_processes, set_cpu_threads
 from training_resume import prepare_resume
 from training_samples import Samples
 from training_saving import ResumableTrainer
@@ -213,7 +213,7 @@ def train(
         trainer.push_to_hub()  # again, with the evaluation loss
     if any(collator.counts.values()):
         print(f"Conversations of process {training_arguments.process_index}: {collator.counts}")
-    trainer.end()
+    end_processes(trainer)
 
 
 if __name__ == "__main__":

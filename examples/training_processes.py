@@ -1,6 +1,7 @@
 """The processes of a training run: DeepSpeed on a CPU, threads, and an orderly end."""
 
 import os
+import signal
 
 import torch
 from transformers import Trainer, TrainingArguments
@@ -27,6 +28,10 @@ def set_cpu_threads(training_arguments: TrainingArguments, cpu_threads: int) -> 
 
 
 def end_processes(trainer: Trainer) -> None:
-    """Ends the process group in all processes together, before the interpreter is torn down under its threads."""
+    """
+    Ends the process group in all processes together, before the interpreter is torn down under its threads; from then
+    on, SIGTERM ends the process at once.
+    """
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -12,7 +11,6 @@ from typing import Any
 from safetensors import SafetensorError
 from training_arguments import FinetuneError
 from training_parameters import count, counted_parameters
-from training_processes import end_processes
 from training_resume import RECORD, describe_sharding, find_fault, list_sizes, read_record
 from training_stop import StopAtSigterm, start_worker
 from transformers import Trainer, TrainerCallback
@@ -35,7 +33,6 @@ class ResumableTrainer(Trainer):
     """
 
     def __init__(self, *arguments, described: dict[str, Any], resumed_from: str | None = None, **options):
-        self.former_handler = signal.getsignal(signal.SIGTERM)
         super().__init__(*arguments, **options)
         self.described = described
         self.add_callback(LossSinceLog(self, resumed_from))
@@ -73,11 +70,6 @@ class ResumableTrainer(Trainer):
         base = getattr(loader, "base_dataloader", loader)
         base.worker_init_fn = partial(start_worker, base.worker_init_fn)
         return loader
-
-    def end(self) -> None:
-        """Ends all processes together; SIGTERM has its former effect again."""
-        end_processes(self)
-        signal.signal(signal.SIGTERM, self.former_handler)
 
 
 class LossSinceLog(TrainerCallback):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 import torch
+from training_processes import end_processes
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -70,7 +71,7 @@ class StopAtSigterm(TrainerCallback):
                 "Continue by the same command with --resume_from_checkpoint true.",
                 file=sys.stderr,
             )
-        self.trainer.end()
+        end_processes(self.trainer)
         raise SystemExit(STOPPED)
 
 

@@ -7,6 +7,7 @@ from study.scans import load_scans
 from training_accounts import TrainerWithAccounts
 from training_card import TrainerWithCard, TrainingRun
 from training_data import DataSource
+from training_processes import end_processes
 from training_samples import Samples
 from training_saving import ResumableTrainer
 from transformers import TrainingArguments
@@ -77,4 +78,4 @@ def train_digits(arguments, training_arguments: TrainingArguments, checkpoint: s
         digests = (digest_pixels(load_image(scan)) for scan, _ in train_scans)
         save_training_images(digests, training_arguments.output_dir)
         report(training_arguments.output_dir, train_scans, test_scans, trainer.state.log_history)
-    trainer.end()
+    end_processes(trainer)
