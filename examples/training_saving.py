@@ -40,6 +40,13 @@ class ResumableTrainer(Trainer):
             self.remove_callback(JITCheckpointCallback)
             self.add_callback(StopAtSigterm(self))
 
+    def _run_epoch(self, *arguments, **options) -> None:
+        """As in `Trainer`, which would train one more step of a run that has had all of them."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*arguments, **options)
+
     def _save_checkpoint(self, model, trial=None) -> None:
         """Saves a checkpoint in place of what an interrupted run left of it."""
         folder = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
