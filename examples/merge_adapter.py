@@ -100,7 +100,7 @@ def main() -> None:
         processor = VisualChatProcessor.from_pretrained(adapter)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    write(model, processor, output)
+    write(model.set_trainable(), processor, output)
     if card := load_card(adapter):
         mark_merged(card, base).rename(output.absolute().name)
         card.save(output / CARD)
