@@ -13,7 +13,6 @@ from datetime import timedelta
 
 import finetune
 import torch
-import training_saving
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -51,7 +50,7 @@ def shard_on_cpu(prepare_backend):
 
 
 if __name__ == "__main__":
-    training_saving.end_processes = lambda trainer: trainer.accelerator.wait_for_everyone()
+    finetune.end_processes = lambda trainer: trainer.accelerator.wait_for_everyone()
     PartialState._prepare_backend = shard_on_cpu(PartialState._prepare_backend)
     for flags, variables in json.loads(sys.argv[1]):
         run(flags, variables)
