@@ -202,7 +202,7 @@ def test_what_an_image_depends_on():
             for length, seed, other in ((3, 0, 0), (3, 5, 0), (3, 0, 6), (14, 0, 0))
         ]
         changes = [bool((state - states[0]).abs().max() > 1e-4) for state in states[1:]]
-        assert changes == [options["image_attention"] == "self_and_text"] * 3, options
+        assert changes == [options.get("image_attention") == "self_and_text"] * 3, options
         last_patch = pixels(0)
         last_patch[:, :, -4:, -4:] += 1.0
         ids = tokens(2, "I")
@@ -211,7 +211,7 @@ def test_what_an_image_depends_on():
         mixed["image"].pooler_output[0][-1] = images[1][-1]
         plain = model.model(ids, pixels(0)).last_hidden_state[:, 2:-1]
         changed = model.model(ids, mm_encoder_outputs=mixed).last_hidden_state[:, 2:-1]
-        assert bool((plain - changed).abs().max() > 1e-4) == (options["image_attention"] == "image"), options
+        assert bool((plain - changed).abs().max() > 1e-4) == (options.get("image_attention") == "image"), options
 
 
 @pytest.mark.parametrize("projector_type", PROJECTORS)
