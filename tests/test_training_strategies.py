@@ -37,6 +37,7 @@ VARIANTS = {
     "frozen": ["--trainable", f"+{UNREAD}", ACCUMULATION, "2", CHECKPOINTING, "true"],
     "lora": ["--lora", "language_model", "vision_tower", ACCUMULATION, "1"],
 }
+SAMPLED = [("zero3", 2, "frozen"), ("fsdp2", 2, "frozen")]  # runs that write answers, with weights in both processes
 NOT_DISTRIBUTED = dict.fromkeys(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
 
 
