@@ -278,7 +278,8 @@ def test_a_stream_trains_on_two_processes(tmp_path, data):
         "--save_strategy", "no", "--logging_steps", "1",
     ]  # fmt: skip
     completed = finetune(*common, "--max_steps", "20", "--output_dir", tmp_path / "out", *flags, launcher=launcher)
-    assert len(losses(tmp_path / "out")) == 20 and "eval_loss_source/own" in completed.stdout
+    assert len(losses(tmp_path / "out")) == 20 and "eval_loss" in completed.stdout
+    assert all("loss_source/own" in logs for logs in read_logs(tmp_path / "out") if "loss" in logs)
     refused = finetune(*common, "--output_dir", tmp_path / "other", check=False)
     assert "set the number of steps with --max_steps" in refused.stderr
 
