@@ -95,7 +95,7 @@ def command(demo, strategy, num_processes, variant):
         "--train_sampling_strategy", "sequential", "--logging_steps", 1, "--save_steps", MIDDLE,
         "--save_strategy", "steps" if num_processes == 2 else "no", "--cpu_threads", 1, "--disable_tqdm", "true",
         "--output_dir", demo / f"{strategy}-{num_processes}-{variant}", *flags, *VARIANTS[variant],
-        "--samples", int(variant == "frozen"),
+        "--samples", int((strategy, num_processes, variant) in SAMPLED),
     ]  # fmt: skip
     return [*map(str, words)], variables()
 
