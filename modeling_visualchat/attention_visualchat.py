@@ -211,7 +211,7 @@ def mmca_mask_function(
     last = is_image.shape[1] - 1
     image_ids = number_images(is_image) if image_ids is None else image_ids
     own_image = own_image_function(image_ids)
-    last_image = image_ids.cummax(dim=1).values
+    last_image = image_ids.cummax(dim=1).values if image_scope == "last" else image_ids
 
     def mask_function(batch_idx, head_idx, q_idx, kv_idx):
         # A static cache has room beyond the last token; causality masks what is there.
