@@ -50,6 +50,8 @@ def prepare_resume(arguments, training_arguments: TrainingArguments) -> tuple[st
         `FinetuneError`: there is no such checkpoint, or it is of another run.
     """
     checkpoint = find_checkpoint(training_arguments)
+    if (state := training_arguments.distributed_state) is not None:
+        state.wait_for_everyone()  # no process writes to the folder before all have looked
     if not training_arguments.should_save:
         return checkpoint, {}
     described = describe_run(arguments, training_arguments)
