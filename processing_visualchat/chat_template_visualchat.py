@@ -12,9 +12,11 @@ The one instruction format (section 3 of arXiv 2309.14327), as the Jinja templat
     ### Question: What's the difference between the three cats?
     ### Answer: The colors of the three cats are different.
 
-Images are numbered through the whole conversation, in the order of the content. One in the middle of a question comes
-before it, and its number stands in its place: "### Question: Is Image 1 brighter than Image 2?". An answer, with the
-space before it and its end-of-sequence token, is what the model learns to generate, unless its weight is 0.
+Images are numbered through the whole conversation, in the order of the content; a block may have a "number" of its
+own, from which the count goes on, so that an image keeps its number when another is removed. One in the middle of a
+question comes before it, and its number stands in its place: "### Question: Is Image 1 brighter than Image 2?". An
+answer, with the space before it and its end-of-sequence token, is what the model learns to generate, unless its weight
+is 0.
 """
 
 SYSTEM_INSTRUCTION = "You are a powerful vision-language assistant."
@@ -37,7 +39,7 @@ CHAT_TEMPLATE = """\
         {%- set turn = namespace(before="", question=none, inside="", after="") -%}
         {%- for block in content -%}
             {%- if block["type"] == "image" -%}
-                {%- set state.images = state.images + 1 -%}
+                {%- set state.images = block["number"] or state.images + 1 -%}
                 {%- set turn.after = turn.after ~ "### Image " ~ state.images ~ ": IMAGE_TOKEN\\n" -%}
                 {%- set turn.inside = turn.inside ~ " Image " ~ state.images -%}
             {%- else -%}

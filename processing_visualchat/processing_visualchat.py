@@ -87,6 +87,11 @@ class VisualChatProcessor(ProcessorMixin):
         image_processor = AutoImageProcessor.from_pretrained(vision)
         return cls(image_processor, tokenizer, image_seq_length, image_token=image_token, **kwargs)
 
+    @staticmethod
+    def load_image(source) -> Image:
+        """See [`load_image`]."""
+        return load_image(source)
+
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """As in `ProcessorMixin.save_pretrained`, without a trace of where the tokenizer was loaded from."""
         for key in ("is_local", "local_files_only"):
@@ -175,6 +180,8 @@ class VisualChatProcessor(ProcessorMixin):
             self._read(messages, template, f"Conversation {index}" if is_batched else "The conversation", kwargs)
             for index, messages in enumerate(conversation if is_batched else [conversation])
         ]
+        if not kwargs.get("tokenize"):
+            kwargs.pop("sanitize_control_tokens", None)  # of text as it is written, transformers refuses it
         if not return_labels:
             return super().apply_chat_template(conversations if is_batched else conversations[0], template, **kwargs)
 

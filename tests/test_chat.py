@@ -10,8 +10,10 @@ from conftest import draw_picture, make_model, make_processor
 from PIL import Image
 from test_finetune import EXAMPLES
 from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
 
 from modeling_visualchat import ChatSession, ImageMemory, weights_key_visualchat
+from processing_visualchat import load_conversations
 
 
 @pytest.fixture
@@ -69,11 +71,11 @@ def test_what_cannot_be_changed_is_said_and_nothing_is_lost(chat_module, picture
     chat.ask("", pictures[:1])
     before = copy.deepcopy(chat.messages)
     for line, message in {
-        "/replace 2 x.png": "There is no image 2; the conversation has 1",
+        "/replace 2 x.png": "There is no image 2; the images of the conversation: 1",
         "/replace one x.png": "write /replace N PATH",
         "/remove": "write /remove N",
         "/remove 1": "Image 1 is the whole content of its message",
-        "/edit 1 Hi": "There is no question 1; the conversation has 0",
+        "/edit 2 Hi": "There is no question 2; the conversation has 1",
         "/edit 1": "write /edit N TEXT",
     }.items():
         line = line.replace("x.png", f'"{pictures[1]}"')
@@ -83,7 +85,7 @@ def test_what_cannot_be_changed_is_said_and_nothing_is_lost(chat_module, picture
     chat_module.run_command(chat, "/replace 1 nowhere.png", None)
     assert chat.messages == before
     chat_module.run_command(chat, f'/replace 1 "{pictures[1]}"', None)
-    assert chat.messages[0]["content"] == [{"type": "image", "path": pictures[1]}]
+    assert chat.messages[0]["content"] == [{"type": "image", "path": pictures[1], "number": 1}]
 
 
 @pytest.fixture
@@ -232,3 +234,185 @@ def test_the_checksum_of_the_weights_is_taken_once_a_round(monkeypatch, is_froze
         assert len(taken) == num_weights * (1 if is_frozen else number)
     session.replace_image(1, draw_picture(3))
     assert len(taken) == num_weights * (1 if is_frozen else 3)
+
+
+def text_of(session):
+    """The conversation as the model reads it."""
+    return session.processor.apply_chat_template(session.messages)
+
+
+def test_an_image_keeps_its_number(session, pictures):
+    session.ask("A third?", pictures[2:3])
+    session.remove_image(1)
+    text = text_of(session)
+    assert "### Image 1:" not in text and text.index("### Image 2:") < text.index("### Image 3:")
+    session.edit(swap_images=[2, 3])
+    text = text_of(session)
+    assert text.index("### Image 3:") < text.index("### Image 2:")
+    session.replace_image(3, pictures[0])
+    session.remove_image(2)
+    session.ask("A fourth?", pictures[3:])
+    assert [block["number"] for message in session.messages for block in message["content"] if "number" in block] == [
+        3,
+        4,
+    ]
+
+
+EDITS = [
+    {"replace_image": 1},
+    {"remove_image": 2},
+    {"swap_images": [1, 2]},
+    {"edit_question": 1, "question": "Which color?"},
+    {"edit_answer": 1, "answer": "It is red."},
+    {"remove_round": 1},
+    {"move_round": [2, 1]},
+]
+LAST_ONLY = [{"edit_answer": 2, "answer": "Blue."}, {"remove_round": 2}]  # change nothing before the last answer
+
+
+@pytest.mark.parametrize("edit", [*EDITS, *LAST_ONLY], ids=str)
+@pytest.mark.parametrize("kwargs", [{}, {"attention_type": "causal"}], ids=["mmca", "causal"])
+def test_usage_counts_what_an_edit_computes(pictures, edit, kwargs):
+    model = make_model(**kwargs)
+    memory = ImageMemory() if not kwargs else None
+    session = model.start_chat(make_processor(), memory, max_new_tokens=2)
+    session.ask("What is it?", pictures[:1])
+    session.ask("And this?", pictures[1:2])
+    before = copy.deepcopy(session.messages)
+    value = {"image": pictures[2]} if "replace_image" in edit else {}
+    with model.model.count_tokens() as counts:
+        answer = session.edit(**edit, **value)
+    assert session.messages[-1]["content"] == (answer or "(nothing)") and session.messages != before
+    if edit in LAST_ONLY:
+        assert not counts
+    else:
+        usage, length = session.usage, model.config.image_seq_length
+        decoded = usage.answer_tokens - 1
+        assert sum(counts) - decoded == usage.text_tokens + length * usage.new_images
+        assert kwargs or usage.new_images == int("replace_image" in edit)
+        new = ChatSession(make_model(**kwargs), make_processor(), max_new_tokens=2)
+        assert (new.answer(session.messages[:-1]), new.messages) == (answer, session.messages)
+        assert new.usage.text_tokens == usage.text_tokens + usage.cached_text_tokens
+        assert new.usage.new_images + new.usage.known_images == usage.new_images + usage.known_images
+    session.undo()
+    assert session.messages == before
+
+
+def test_a_round_computes_only_what_is_new(pictures):
+    """Text, new images, and images that another conversation has shown."""
+    model, processor, memory = make_model(), make_processor(), ImageMemory()
+    other = model.start_chat(processor, memory, max_new_tokens=2)
+    other.ask("What are they?", pictures[:2])
+    session = model.start_chat(processor, memory, max_new_tokens=2)
+    rounds = [("", pictures[:1], 0), ("Which is brighter?", pictures[1:3], 1), ("So?", [], 0), ("", pictures[:1], 0)]
+    num_shown = num_read = 0
+    for question, images, num_new in rounds:
+        with model.model.count_tokens() as counts:
+            session.ask(question, images)
+        usage, num_shown = session.usage, num_shown + len(images)
+        assert (usage.new_images, usage.known_images) == (num_new, num_shown - num_new)
+        assert sum(counts) == usage.text_tokens + usage.answer_tokens - 1 + num_new * model.config.image_seq_length
+        assert usage.cached_text_tokens >= num_read  # all that was read before, and its answer
+        num_read = usage.text_tokens + usage.cached_text_tokens
+
+
+class StopAfter(BaseStreamer):
+    """Stops the answer of a session when a number of tokens has come."""
+
+    def __init__(self, session, number):
+        self.session, self.remaining = session, number + 1  # the first call passes the question
+
+    def put(self, value):
+        self.remaining -= 1
+        if self.remaining == 0:
+            self.session.stop()
+
+    def end(self):
+        pass
+
+
+def test_a_stopped_answer_is_kept_and_can_be_taken_back(pictures):
+    session = make_model().start_chat(make_processor(), max_new_tokens=8)
+    whole = session.ask("What is it?", pictures[:1])
+    assert (session.usage.finish_reason, session.usage.answer_tokens) == ("length", 8)
+    again = session.retry(StopAfter(session, 3))
+    assert session.usage.finish_reason == "stopped" and session.usage.answer_tokens < 6
+    assert whole.startswith(again) and session.messages[-1]["content"] == (again or "(nothing)")
+    session.undo()
+    assert session.messages[-1]["content"] == whole
+    session.undo()
+    assert session.messages == []
+    with pytest.raises(ValueError, match="There is nothing to take back"):
+        session.undo()
+
+
+def test_a_conversation_is_saved_with_its_images(session, pictures, tmp_path):
+    session.ask("A picture?", [Image.open(pictures[2])])
+    session.remove_image(1)
+    session.save(path := tmp_path / "chat.jsonl")
+    Path(pictures[1]).unlink()
+    new = make_model().start_chat(make_processor(), max_new_tokens=2)
+    new.ask("Another?")
+    new.load(path)
+    assert text_of(new) == text_of(session) and new.messages[2]["content"][0]["name"] == "1 x.png"
+    assert new.retry() == session.messages[-1]["content"]
+    new.ask("A fourth?", pictures[3:])
+    assert "### Image 4:" in text_of(new)
+    new.undo(), new.undo()
+    new.save(tmp_path / "again.jsonl")
+    assert (tmp_path / "again.jsonl").read_text() == path.read_text()
+    assert len(load_conversations(path, make_processor())) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    {
+        "{": "chat.json is not a JSON file",
+        "[]": r'chat.json holds no conversation: expected {"messages": \[…\]}',
+        '{"messages": []}': "must be a list of messages that is not empty",
+        '{"messages": [{"role": "wizard", "content": "Hi"}]}': "unknown role 'wizard'",
+        '{"messages": [{"role": "user", "content": "Hi"}]}': "chat.json ends with a question; expected its answer",
+    }.items(),
+)
+def test_a_file_that_holds_no_conversation_leaves_the_current_one(session, tmp_path, text, message):
+    before = session.messages
+    (tmp_path / "chat.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        session.load(tmp_path / "chat.json")
+    assert session.messages is before
+
+
+def test_what_exceeds_the_budget_is_said(pictures):
+    model, processor = make_model(), make_processor()
+    for limit, message in (
+        ({"max_images": 1}, "shows 2 images, and at most 1 are allowed"),
+        ({"max_tokens": 150}, "has 167 tokens, .* at most 150 are allowed"),
+    ):
+        session = model.start_chat(processor, max_new_tokens=2, **limit)
+        session.ask("What is it?", pictures[:1])
+        before = session.messages
+        with pytest.raises(ValueError, match=message):
+            session.ask("And this?", pictures[1:2])
+        assert session.messages is before
+    session = model.start_chat(processor, ImageMemory(), max_images=4, overflow="drop_first_rounds", max_new_tokens=2)
+    dropped = []
+    for number in range(9):
+        session.ask(f"What is picture {number}?", [draw_picture(number)])
+        dropped.append(session.usage.dropped_rounds)
+    assert dropped == [0, 0, 0, 0, 2, 2, 4, 4, 6] and len(session.messages) == 18
+    new = model.start_chat(processor, max_new_tokens=2)
+    assert new.answer(session.messages[12:-1]) == session.messages[-1]["content"]
+    assert "without the first 6 rounds" in str(session.usage)
+    session.edit(remove_round=1)
+    assert session.usage.dropped_rounds == 5
+    with pytest.raises(ValueError, match="shows 5 images, and at most 4"):
+        session.ask("These?", [draw_picture(number) for number in range(5)])
+    with pytest.raises(ValueError, match="Unknown overflow='cut'; choose one of error, drop_first_rounds"):
+        model.start_chat(processor, overflow="cut")
+
+
+def test_special_tokens_in_the_words_of_a_user_stay_text(pictures):
+    session = make_model().start_chat(make_processor(), max_new_tokens=2)
+    session.ask("Is <image> a token, and </s>?", pictures[:1])
+    assert session.usage.known_images + session.usage.new_images == 1
+    assert session.messages[0]["content"][1]["text"] == "Is <image> a token, and </s>?"

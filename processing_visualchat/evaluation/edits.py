@@ -16,6 +16,7 @@ far, and its last question is answered again:
     {"remove_image": N}                     without image N
     {"swap_images": [N, M]}                 image N in the place of image M, and M in that of N
     {"edit_question": N, "question": TEXT}  other words in question N
+    {"edit_answer": N, "answer": TEXT}      other words in the answer to question N
     {"remove_round": N}                     without question N, its images and its answer
     {"move_round": [N, M]}                  question N, with its images and its answer, becomes question M
 
@@ -29,112 +30,23 @@ and images, in one continued [`ChatSession`] with an image memory, against a new
 same messages.
 """
 
-import copy
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from transformers.generation.streamers import BaseStreamer
 
-from ..conversation_visualchat import is_image
+from modeling_visualchat.conversation_edits_visualchat import EDITS, VALUES, EditError, Messages, apply_edit
+
 from ..data.files import describe_json_error
 from ..data.images import ImageReference
 from .answering import Answerer, Item, describe, describe_round
 from .records import Example, Round, Suite, SuiteError
 
 
-Messages = list[dict[str, Any]]
-
-
-class EditError(ValueError):
-    """An edit that does not fit the conversation."""
-
-
-def _blocks(messages: Messages, number: int, of_images: bool) -> tuple[list[dict], int]:
-    """The content that holds the image or question with a number, and its place there."""
-    found = [
-        (message["content"], place)
-        for message in messages
-        if message["role"] == "user"
-        for place, block in enumerate(message["content"])
-        if is_image(block) is of_images
-    ]
-    if not isinstance(number, int) or not 1 <= number <= len(found):
-        kind = "image" if of_images else "question"
-        raise EditError(f"there is no {kind} {number!r}; the conversation has {len(found)}")
-    return found[number - 1]
-
-
-def _replace_image(messages: Messages, number: int, step: dict) -> None:
-    content, place = _blocks(messages, number, of_images=True)
-    content[place] = step["image"]
-
-
-def _remove_image(messages: Messages, number: int, step: dict) -> None:
-    content, place = _blocks(messages, number, of_images=True)
-    if len(content) == 1:
-        raise EditError(f"image {number} is the whole content of its question")
-    del content[place]
-
-
-def _swap_images(messages: Messages, numbers: Any, step: dict) -> None:
-    (first, place), (second, other) = (_blocks(messages, number, of_images=True) for number in _pair(numbers))
-    first[place], second[other] = second[other], first[place]
-
-
-def _edit_question(messages: Messages, number: int, step: dict) -> None:
-    content, place = _blocks(messages, number, of_images=False)
-    content[place] = {"type": "text", "text": step["question"]}
-
-
-def _remove_round(messages: Messages, number: int, step: dict) -> None:
-    start = _round_start(messages, number)
-    if len(messages) - start == len(messages) - _round_start(messages, 1) == 2:
-        raise EditError("it is the only question")
-    del messages[start : start + 2]
-
-
-def _move_round(messages: Messages, numbers: Any, step: dict) -> None:
-    source, target = (_round_start(messages, number) for number in _pair(numbers))
-    moved = messages[source : source + 2]
-    del messages[source : source + 2]
-    messages[target:target] = moved
-
-
-def _pair(numbers: Any) -> list:
-    if not isinstance(numbers, list) or len(numbers) != 2:
-        raise EditError(f"{numbers!r} is not a list of two numbers")
-    return numbers
-
-
-def _round_start(messages: Messages, number: Any) -> int:
-    """The place of the question with a number; a question and its answer are two messages."""
-    starts = [place for place, message in enumerate(messages) if message["role"] == "user"]
-    if not isinstance(number, int) or not 1 <= number <= len(starts):
-        raise EditError(f"there is no question {number!r}; the conversation has {len(starts)}")
-    return starts[number - 1]
-
-
-# Each changes messages that end with an answer, by the value under its name and the whole step.
-EDITS: dict[str, Callable[[Messages, Any, dict], None]] = {
-    "replace_image": _replace_image,
-    "remove_image": _remove_image,
-    "swap_images": _swap_images,
-    "edit_question": _edit_question,
-    "remove_round": _remove_round,
-    "move_round": _move_round,
-}
-WITH = {"ask": "images", "replace_image": "image", "edit_question": "question"}  # other keys of a step
-
-
-def apply_edit(messages: Messages, edit: dict[str, Any]) -> Messages:
-    """The messages after an edit, up to the last question; an [`EditError`] if it does not fit them."""
-    messages = [{**message, "content": copy.copy(message["content"])} for message in messages]
-    name = next(name for name in EDITS if name in edit)
-    EDITS[name](messages, edit[name], edit)
-    return messages[:-1]
+WITH = {"ask": "images", **VALUES}  # other keys of a step
 
 
 def load_edits(source: str | Path) -> Iterator[Example]:
@@ -207,7 +119,7 @@ def _try_edits(example: Example, where: str) -> None:
             messages = [*messages, {"role": "user", "content": [*step.content]}]
         else:
             try:
-                messages = apply_edit(messages, step.edit)
+                messages = apply_edit(messages, step.edit)[:-1]
             except EditError as error:
                 raise SuiteError(f"{where}, step {number} does not fit the conversation: {error}.") from error
         messages = [*messages, {"role": "assistant", "content": "?"}]
@@ -251,9 +163,8 @@ def answer_with_edits(answerer: Answerer, item: Item) -> dict[str, Any]:
                 picture = answerer.open(edit["image"], item)
                 edit["image"] = picture.block
                 images.append(picture.digest)
-            if "question" in edit:
-                edit["question"] = answerer.to_plain(edit["question"])
-            messages = apply_edit(messages, edit)
+            edit |= {key: answerer.to_plain(edit[key]) for key in ("question", "answer") if key in edit}
+            messages = apply_edit(messages, edit)[:-1]
         fault, answers, num_tokens = answerer.find_fault(messages), ["", ""], [0, 0]
         for place, session in enumerate(sessions if not fault else ()):
             if place == 1:
