@@ -24,6 +24,7 @@ import sys
 from dataclasses import dataclass, field
 
 from digits.train import DIGITS_CONFIG, train_digits
+from loading import QUANTIZATIONS
 from training_accounts import TrainerWithAccounts
 from training_arguments import parse_arguments
 from training_card import TrainerWithCard, TrainingRun
@@ -31,7 +32,6 @@ from training_data import load_data
 from training_memory import check_memory, memory_advice
 from training_parameters import (
     GROUPS,
-    QUANTIZATIONS,
     GroupedTrainer,
     GroupOptions,
     choose_parameters,

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from loading import quantization_config
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from training_arguments import FinetuneError
-from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from modeling_visualchat.trainable_parts_visualchat import (
     ADDED_PARTS,
@@ -25,13 +26,6 @@ from modeling_visualchat.trainable_parts_visualchat import (
 GROUPS = ("projector", "embeddings", "language_model", "vision_tower", "lora")
 TOWERS = ("language_model", "vision_tower")  # LoRA is available for
 TABLE_NAME = "trainable_parameters.md"  # in the output folder
-# By value of `--quantization`; compute happens in the dtype of the inputs.
-QUANTIZATIONS = {
-    "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
-    "8bit": {"load_in_8bit": True},
-}
-# Prefixes of paths.
-NOT_QUANTIZED = ["lm_head", *(f"model.{part}" for part in ("vision_tower", "multi_modal_projector", *ADDED_PARTS))]
 
 
 def loading_options(arguments, training_arguments: TrainingArguments) -> dict[str, Any]:
@@ -39,10 +33,7 @@ def loading_options(arguments, training_arguments: TrainingArguments) -> dict[st
     options: dict[str, Any] = {"dtype": getattr(torch, arguments.frozen_dtype)}
     if arguments.quantization is not None:
         compute_dtype = torch.bfloat16 if training_arguments.bf16 else torch.float32
-        quantization = QUANTIZATIONS[arguments.quantization]
-        if arguments.quantization == "4bit":
-            quantization = {**quantization, "bnb_4bit_compute_dtype": compute_dtype}
-        options["quantization_config"] = BitsAndBytesConfig(llm_int8_skip_modules=NOT_QUANTIZED, **quantization)
+        options["quantization_config"] = quantization_config(arguments.quantization, compute_dtype)
     return options
 
 

@@ -51,10 +51,10 @@ class Usage:
     dropped_rounds: int = 0  # rounds at the beginning that exceed the budget, and that the answer has not read
 
     def __str__(self) -> str:
-        dropped = f"; without the first {self.dropped_rounds} rounds" if self.dropped_rounds else ""
+        dropped = f"; without the first {_counted(self.dropped_rounds, 'round')}" if self.dropped_rounds else ""
         return (
-            f"computed: {self.text_tokens} text tokens, {self.new_images} images; known: {self.cached_text_tokens} "
-            f"text tokens, {self.known_images} images{dropped}"
+            f"computed: {_counted(self.text_tokens, 'text token')}, {_counted(self.new_images, 'image')}; known: "
+            f"{_counted(self.cached_text_tokens, 'text token')}, {_counted(self.known_images, 'image')}{dropped}"
         )
 
     @property
@@ -175,7 +175,7 @@ class ChatSession:
                 a block.
 
         Returns:
-            `str`: The last answer.
+            `str`: The last answer, empty if there is none.
 
         Raises:
             `EditError`: an edit that does not fit the conversation, which stays as it was.
@@ -189,7 +189,7 @@ class ChatSession:
         if messages[:-1] != self.messages[: len(messages) - 1]:
             return self.answer(messages[:-1], streamer, num_dropped=0)
         self._keep(messages)
-        return messages[-1]["content"]
+        return messages[-1]["content"] if round_starts(messages) else ""
 
     def replace_image(self, number: int, image: Any, streamer=None) -> str:
         """Replaces the image with a number, and answers the last question again."""
@@ -358,6 +358,10 @@ class ChatSession:
             self.cache.reset()
         else:
             self.cache.keep_shared(input_ids, [image_keys], self.model.config.image_token_id)
+
+
+def _counted(number: int, name: str) -> str:
+    return f"{number:,} {name}" if number == 1 else f"{number:,} {name}s"
 
 
 def _image_block(image: Any) -> dict:

@@ -12,6 +12,7 @@ Edits of a conversation: messages in, changed messages out.
 | `{"edit_answer": N, "answer": TEXT}` | other words in the answer to question N |
 | `{"remove_round": N}` | without question N, its images and its answer |
 | `{"move_round": [N, M]}` | question N, with its images and its answer, becomes question M |
+| `{"system": TEXT}` | another instruction at the beginning; an empty one is that of the chat template |
 
 Questions are counted from 1. An image has the number of its block, `"number"`, by which the chat template names it, or
 else the one after the image before it: in a [`ChatSession`], where every image gets one, "image 2" stays image 2
@@ -135,6 +136,13 @@ def _move_round(messages: Messages, numbers: Any, edit: dict) -> None:
     messages[target:target] = moved
 
 
+def _set_system(messages: Messages, text: Any, edit: dict) -> None:
+    if not isinstance(text, str):
+        raise EditError(f"the instruction {text!r} is not a text")
+    rest = [message for message in messages if message["role"] != "system"]
+    messages[:] = [{"role": "system", "content": text}, *rest] if text else rest
+
+
 def _pair(numbers: Any) -> list:
     if not isinstance(numbers, (list, tuple)) or len(numbers) != 2:
         raise EditError(f"{numbers!r} is not a list of two numbers")
@@ -156,5 +164,6 @@ EDITS: dict[str, Callable[[Messages, Any, dict], None]] = {
     "edit_answer": _edit_answer,
     "remove_round": _remove_round,
     "move_round": _move_round,
+    "system": _set_system,
 }
 VALUES = {"replace_image": "image", "edit_question": "question", "edit_answer": "answer"}  # the other key of an edit

@@ -1,18 +1,22 @@
 """A conversation in which anything may be changed answers as one that was so from the beginning."""
 
 import copy
+import sys
 from pathlib import Path
 
+import pexpect
 import pytest
 import torch
 from accelerate import cpu_offload
 from conftest import draw_picture, make_model, make_processor
 from PIL import Image
 from test_finetune import EXAMPLES
+from test_remote_code import REPOSITORY
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_visualchat import ChatSession, ImageMemory, weights_key_visualchat
+from modeling_visualchat.conversation_edits_visualchat import iterate_images
 from processing_visualchat import load_conversations
 
 
@@ -61,31 +65,74 @@ def test_edits_give_the_answers_of_a_new_conversation(chat_module, pictures, kwa
     check(chat.retry())
     described = chat_module.describe(chat.messages)
     assert described.splitlines()[0] == "question 1: What colors?"
-    assert f"image 1: {pictures[3]}" in described and "question 4: Again" in described
+    assert f"image 2: {pictures[3]}" in described and "question 4: Again" in described
     if memory is not None:
         assert memory.misses == 4
 
 
-def test_what_cannot_be_changed_is_said_and_nothing_is_lost(chat_module, pictures):
-    chat = make_model().start_chat(make_processor(), max_new_tokens=4)
-    chat.ask("", pictures[:1])
-    before = copy.deepcopy(chat.messages)
+def test_what_cannot_be_changed_is_said_and_nothing_is_lost(chat_module, pictures, capsys):
+    session = make_model().start_chat(make_processor(), max_new_tokens=4)
+    chat = chat_module.Chat(session)
+    session.ask("", pictures[:1])
+    before = copy.deepcopy(session.messages)
     for line, message in {
         "/replace 2 x.png": "There is no image 2; the images of the conversation: 1",
         "/replace one x.png": "write /replace N PATH",
+        "/replace 1 nowhere.png": "No image file at nowhere.png",
         "/remove": "write /remove N",
+        "/remove 1 2": "write /remove N",
         "/remove 1": "Image 1 is the whole content of its message",
+        "/swap 1": "write /swap N M",
+        "/swap 1 2": "There is no image 2",
         "/edit 2 Hi": "There is no question 2; the conversation has 1",
         "/edit 1": "write /edit N TEXT",
+        "/drop 1": "It is the only question",
+        "/save": "write /save FILE",
+        "/load nowhere.json": "No such file",
+        "/image nowhere.png": "No image file at nowhere.png",
+        "/what": "Unknown command /what; /help lists them",
     }.items():
-        line = line.replace("x.png", f'"{pictures[1]}"')
-        with pytest.raises(ValueError, match=message):
-            chat_module.run_command(chat, line, None)
-        assert chat.messages == before
-    chat_module.run_command(chat, "/replace 1 nowhere.png", None)
-    assert chat.messages == before
-    chat_module.run_command(chat, f'/replace 1 "{pictures[1]}"', None)
-    assert chat.messages[0]["content"] == [{"type": "image", "path": pictures[1], "number": 1}]
+        chat.run(line.replace("x.png", f'"{pictures[1]}"'))
+        assert message in capsys.readouterr().out
+        assert session.messages == before
+    chat.run(f'/replace 1 "{pictures[1]}"')
+    assert session.messages[0]["content"] == [{"type": "image", "path": pictures[1], "number": 1}]
+
+
+def test_the_commands_of_the_terminal(chat_module, pictures, tmp_path, capsys):
+    session = make_model().start_chat(make_processor(), ImageMemory(), max_new_tokens=4)
+    chat = chat_module.Chat(session)
+
+    def run(line):
+        chat.run(line)
+        return capsys.readouterr().out
+
+    # As a terminal drops files: quoted, escaped, as URLs; and a glob.
+    assert "24 x 16" in run(f"'{pictures[0]}' {pictures[1].replace(' ', chr(92) + ' ')}")
+    assert "24 x 16" in run(Path(pictures[2]).as_uri())
+    assert "next: " in run("/images") and len(chat.images) == 3
+    assert "computed: " in run("Which is it? I don't know.") and chat.images == []
+    assert run(f"/image {tmp_path}/3*.png").count("24 x 16") == 1
+    assert "computed: 59 text tokens, 1 image; known: 141 text tokens, 3 images]" in run("And this?")
+    assert "first token after" not in run("/retry")
+    run("/speed")
+    assert "first token after" in run("/retry")
+    assert run("/list").count("image ") == 4
+    assert "known: " in run("/system Answer in one word.") and session.messages[0]["role"] == "system"
+    run("/remove 2")
+    run("/swap 1 3")
+    run("/move 2 1")
+    assert [number for number, _, _ in iterate_images(session.messages)] == [4, 3, 1]
+    assert "nothing to answer again" in run("/answer 2 A bird.")
+    assert "Saved to" in run(f"/save {tmp_path}/chat.jsonl")
+    run("/drop 1")
+    assert "question 1: Which is it?" in run("/list")
+    assert "question 2: Which is it?" in run("/undo")
+    run("/reset")
+    assert run("/list") == "(nothing so far)\n" and "system: Answer" in run(f"/load {tmp_path}/chat.jsonl")
+    assert "/replace N PATH" in run("/help")
+    run("/quit")
+    assert chat.is_over
 
 
 @pytest.fixture
@@ -416,3 +463,46 @@ def test_special_tokens_in_the_words_of_a_user_stay_text(pictures):
     session.ask("Is <image> a token, and </s>?", pictures[:1])
     assert session.usage.known_images + session.usage.new_images == 1
     assert session.messages[0]["content"][1]["text"] == "Is <image> a token, and </s>?"
+
+
+@pytest.mark.slow
+def test_a_person_chats_in_a_real_terminal(pictures, tmp_path, monkeypatch):
+    """Editing, history, completion of commands, and Ctrl-C, which stops an answer and not the program."""
+    model = make_model()
+    model.generation_config.eos_token_id = None  # an answer ends where it is stopped
+    model.save_pretrained(tmp_path / "model")
+    make_processor().save_pretrained(tmp_path / "model")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setenv("PROMPT_TOOLKIT_NO_CPR", "1")
+    prompt = "\x1b[?2004h"  # the terminal is asked to mark what is pasted
+    begun = r"\?2004l\s*[^\s\x1b]"  # the line is read, and an answer begins
+    command = [str(EXAMPLES / "chat.py"), str(tmp_path / "model"), "--max_new_tokens", "900", "--image", pictures[0]]
+    with pexpect.spawn(
+        sys.executable, command, timeout=60, encoding="utf-8", codec_errors="replace", dimensions=(40, 200)
+    ) as chat:
+        chat.expect("24 x 16")
+        chat.expect_exact(prompt)
+        chat.send("What is tt\x7f?\r")  # with a backspace
+        chat.expect(begun)
+        chat.sendintr()
+        chat.expect(r"computed: 9\d text tokens, 1 image; known: .*\(stopped\)")
+        chat.expect_exact(prompt)
+        chat.send("/li\t")
+        chat.expect_exact("st")
+        chat.send("\r")
+        chat.expect(r"question 1: What is t\?")
+        chat.expect_exact(prompt)
+        chat.send("\x1b[A\x1b[A\r")  # up twice: the question again
+        chat.expect(begun)
+        chat.sendintr()
+        chat.expect("stopped")
+        chat.expect_exact(prompt)
+        chat.send("a line that is dropped")
+        chat.sendintr()
+        chat.expect_exact(prompt)
+        chat.send("/quit\r")
+        chat.expect(pexpect.EOF)
+        chat.wait()
+        assert chat.exitstatus == 0, chat.before
+    assert "What is t?" in (tmp_path / "visualchat_history").read_text()

@@ -608,7 +608,7 @@ def test_a_checkpoint_without_the_weights_of_a_tower_is_refused(data, tmp_path):
     file = tmp_path / "checkpoint" / "model.safetensors"
     weights = {key: value for key, value in load_file(file).items() if "vision_tower" not in key}
     save_file(weights, file, {"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks \d\d weights.*vision_tower.*evaluate a complete checkpoint"):
+    with pytest.raises(ValueError, match=r"lacks \d\d weights.*vision_tower.*name a complete checkpoint"):
         evaluate(tmp_path / "checkpoint", "jsonl", data / "test.jsonl", tmp_path / "out")
 
 

@@ -140,7 +140,7 @@ def test_the_default_runs_and_leaves_everything(tmp_path):
         "/edit 1 which digit?",
         f"/replace 2 {picture}",
         "/remove 7",
-        "/new",
+        "/reset",
         "Hi",
     ]
     chat = subprocess.run(
@@ -157,7 +157,7 @@ def test_the_default_runs_and_leaves_everything(tmp_path):
         and "error: No image file at" in chat.stdout
         and "Unknown command /what" in chat.stdout
         and f"image 2: {picture}" in chat.stdout
-        and "There is no image 7; the conversation has 2" in chat.stdout
+        and "There is no image 7; the images of the conversation: 1, 2" in chat.stdout
     )
     assert len(list((tmp_path / "memory").iterdir())) == 1  # the same picture twice
 

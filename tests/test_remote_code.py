@@ -33,6 +33,7 @@ CODE = [
     "chat_session_visualchat.py",
     "chat_template_visualchat.py",
     "configuration_visualchat.py",
+    "conversation_edits_visualchat.py",
     "conversation_visualchat.py",
     "cross_attention_visualchat.py",
     "generation_visualchat.py",

@@ -161,18 +161,23 @@ def load_model(
     """
     name = str(model) if isinstance(model, (str, Path)) else str(model.config._name_or_path or "a model in memory")
     if isinstance(model, (str, Path)):
-        options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-        model, info = VisualChatForConditionalGeneration.from_pretrained(name, output_loading_info=True, **options)
-        if lacking := sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}):
-            raise ValueError(
-                f"{name} lacks {len(lacking):,} weights, or has them in other shapes: {', '.join(lacking[:3])}"
-                f"{', …' if len(lacking) > 3 else ''}. They would be random; evaluate a complete checkpoint."
-            )
+        model = load_complete(name, dtype=dtype, trust_remote_code=trust_remote_code)
         model.to(device)
         model.freeze()
     elif processor is None:
         raise ValueError("A model in memory needs its processor; pass it as processor.")
     return name, model.eval(), processor or AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
+def load_complete(name: str, **options) -> Any:
+    """A checkpoint by `from_pretrained` with these options; a `ValueError` if it lacks weights."""
+    model, info = VisualChatForConditionalGeneration.from_pretrained(name, output_loading_info=True, **options)
+    if lacking := sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}):
+        raise ValueError(
+            f"{name} lacks {len(lacking):,} weights, or has them in other shapes: {', '.join(lacking[:3])}"
+            f"{', …' if len(lacking) > 3 else ''}. They would be random; name a complete checkpoint."
+        )
+    return model
 
 
 def digest_examples(examples: Sequence[Example]) -> str:
