@@ -1,9 +1,9 @@
 """
 The cache of a conversation, with text and images in separate blocks.
 
-A [`ConversationCache`] holds the keys and values of text in its `text_cache` and those of images in its `image_cache`:
-a new token reads each block as it is: no mask, and no copy of the images in every step. It has no layers of its own
-that could be taken for the whole conversation; iterating over it yields keys and values in the conversation's order.
+A [`ConversationCache`] holds the keys and values of text in its `text_cache`, and refers to those of images, of which
+any number of conversations reads one copy. It has no layers of its own that could be taken for the whole conversation;
+iterating over it yields keys and values in the conversation's order.
 """
 
 import itertools
@@ -15,6 +15,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from .attention_visualchat import check_coverage
+from .placed_images_visualchat import PlacedImages
 from .plan_visualchat import IMAGE, PADDING, TEXT, TwoStreamPlan, count_slots, make_plan, take
 
 
@@ -37,7 +38,7 @@ class ConversationCache(DynamicCache):
 
     Attributes:
         text_cache (`DynamicCache`): Of each layer the keys, rotated, and the values of all text, (B, K, T, D).
-        image_cache (`DynamicCache`): Of each layer the keys, rotated, and the values of all images, (B, K, I, D).
+        placed_images ([`PlacedImages`], *optional*): The images, and where they stand.
         token_types (`torch.Tensor` of shape `(B, S)`): `PADDING`, `TEXT` or `IMAGE`, for each position; on the CPU.
         slots (`torch.Tensor` of shape `(B, S)`): The slot of each position in the block of its type; on the CPU.
         token_ids (`torch.Tensor` of shape `(B, S)`): The id at each position, `PADDING_ID` for padding, `UNKNOWN_ID`
@@ -53,7 +54,8 @@ class ConversationCache(DynamicCache):
         self._forget()
 
     def _forget(self) -> None:
-        self.text_cache, self.image_cache = DynamicCache(), DynamicCache()
+        self.text_cache = DynamicCache()
+        self.placed_images: PlacedImages | None = None
         self.token_types = self.slots = self.token_ids = self.position_ids = torch.zeros(0, 0, dtype=torch.long)
         self.images: list[list[tuple[int, str]]] = []
         self.longest, self.is_interleaved = 0, False
@@ -96,31 +98,12 @@ class ConversationCache(DynamicCache):
         if length == 0:
             self.token_types = self.slots = torch.zeros(batch_size, 0, dtype=torch.long)
         self.token_types, self.slots = self.token_types[:, :length], self.slots[:, :length]
-        _cut(self.text_cache, self.num_text_slots)
-        _cut(self.image_cache, self.num_image_slots)
+        self._cut_blocks()
 
-    def add_images(self, plan: TwoStreamPlan, num_layers: int) -> None:
-        """Appends the images of a plan to the images of each row, layer by layer."""
-        if plan.image_keys_values is None:
-            return
-        num_old = (self.token_types == IMAGE).sum(dim=1)
-        num_new = (plan.token_types == IMAGE).sum(dim=1)
-        num_slots = self.num_image_slots
-        order = torch.zeros(len(num_old), int((num_old + num_new).max()), dtype=torch.long)
-        for row, (old, new) in enumerate(zip(num_old.tolist(), num_new.tolist())):
-            order[row, :old] = torch.arange(old)
-            order[row, old : old + new] = torch.arange(new) + num_slots
-        is_plain = bool((order == torch.arange(order.shape[1])).all())
-        for layer in range(num_layers):
-            keys, values = self.image_cache.update(*plan.image_keys_values(layer), layer)
-            if not is_plain:
-                self.image_cache.layers[layer].keys = take(keys.transpose(1, 2), order).transpose(1, 2)
-                self.image_cache.layers[layer].values = take(values.transpose(1, 2), order).transpose(1, 2)
-
-    def image_keys_values(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the images of a layer, each (B, K, I, D)."""
-        states = self.image_cache.layers[layer]
-        return states.keys, states.values
+    def add_images(self, placed: PlacedImages | None) -> None:
+        """Puts the images of a call behind those of each row."""
+        if placed is not None:
+            self.placed_images = placed if self.placed_images is None else self.placed_images.extend(placed)
 
     def commit(self, plan: TwoStreamPlan) -> None:
         """Counts the positions of a plan as cached, once the decoder has processed them."""
@@ -209,8 +192,13 @@ class ConversationCache(DynamicCache):
             _cut(self, length)
             return
         self.token_types, self.slots = self.token_types[:, :length], self.slots[:, :length]
+        self._cut_blocks()
+
+    def _cut_blocks(self) -> None:
+        """Leaves in both blocks what positions stand for."""
         _cut(self.text_cache, self.num_text_slots)
-        _cut(self.image_cache, self.num_image_slots)
+        if self.placed_images is not None:
+            self.placed_images = self.placed_images.cut((self.token_types == IMAGE).sum(dim=1).tolist())
 
     def interleave(self, cache: DynamicCache | None = None) -> None:
         """
@@ -220,22 +208,18 @@ class ConversationCache(DynamicCache):
         if self.is_interleaved:
             _cut(self, self.get_seq_length())
             return
-        _cut(self.text_cache, self.num_text_slots)
-        _cut(self.image_cache, self.num_image_slots)
-        num_images = self.num_image_slots
+        self._cut_blocks()
         is_padding = self.token_types == PADDING
-        order = (self.slots + (self.token_types == TEXT) * num_images) * ~is_padding
-        blocks = [block.layers for block in (self.image_cache, self.text_cache) if block.layers]
+        order = (self.slots + (self.token_types == TEXT) * self.num_image_slots) * ~is_padding
         states = []
-        for layers in zip(*blocks):
-            states.append(
-                [
-                    _in_order([getattr(layer, name) for layer in layers], order, is_padding)
-                    for name in ("keys", "values")
-                ]
-            )
+        for number in range(max(len(self.text_cache.layers), len(getattr(self.placed_images, "keys", ())))):
+            blocks = [(layer.keys, layer.values) for layer in self.text_cache.layers[number : number + 1]]
+            if self.placed_images is not None:
+                like = blocks[0][0] if blocks else self.placed_images.keys[number][0]
+                blocks.insert(0, self.placed_images.of_layer(number, like).keys_values())
+            states.append([_in_order([*parts], order, is_padding) for parts in zip(*blocks)])
         if cache is None:
-            self.text_cache, self.image_cache, self.is_interleaved = DynamicCache(), DynamicCache(), True
+            self.text_cache, self.placed_images, self.is_interleaved = DynamicCache(), None, True
             self.token_types = self.slots = self.token_types[:, :0]
         for index, (keys, values) in enumerate(states):
             (self if cache is None else cache).update(keys, values, index)
@@ -245,7 +229,6 @@ class ConversationCache(DynamicCache):
         super().reorder_cache(beam_idx)
         self._select_rows(beam_idx.cpu())
         self.text_cache.reorder_cache(beam_idx)
-        self.image_cache.reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row."""
@@ -253,7 +236,6 @@ class ConversationCache(DynamicCache):
         super().batch_repeat_interleave(repeats)
         self._select_rows(torch.arange(num_rows).repeat_interleave(repeats))
         self.text_cache.batch_repeat_interleave(repeats)
-        self.image_cache.batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps these rows."""
@@ -261,7 +243,6 @@ class ConversationCache(DynamicCache):
         super().batch_select_indices(indices)
         self._select_rows(rows)
         self.text_cache.batch_select_indices(indices)
-        self.image_cache.batch_select_indices(indices)
 
     def reset(self) -> None:
         """Forgets everything."""
@@ -274,6 +255,7 @@ class ConversationCache(DynamicCache):
             self.images = [self.images[row] for row in rows.tolist()]
         if not self.is_interleaved:
             self.token_types, self.slots = self.token_types[rows], self.slots[rows]
+            self.placed_images = None if self.placed_images is None else self.placed_images.select(rows.tolist())
 
 
 def plan_call(

@@ -25,7 +25,6 @@ Dimensions: B rows, Q current positions, T text slots and I image slots (the lar
 key/value heads, D head size.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -39,7 +38,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .attention_visualchat import common_refusal, refuse_decoder, window_function
 from .cache_visualchat import ConversationCache, is_conversation_cache, plan_call
-from .image_states_visualchat import ImageStates, place_images
+from .image_states_visualchat import ImageStates
+from .placed_images_visualchat import LayerImages, PlacedImages, in_place, place_images
 from .plan_visualchat import PADDING, TEXT, TwoStreamPlan, attend_to_images, find_packed, take
 
 
@@ -134,19 +134,21 @@ class GatedCrossAttention(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         image_key: torch.Tensor | None,
         image_value: torch.Tensor | None,
+        images: LayerImages | None,
         plan: TwoStreamPlan,
     ) -> torch.Tensor:
         """
-        The text (B, T, hidden) after it has read the images, with keys and values (B, K, I, D); without images, or
-        where none was shown before, exactly as it was.
+        The text (B, T, hidden) after it has read the images, with keys and values (B, K, I, D) or by reference;
+        without images, or where none was shown before, exactly as it was.
         """
-        query = self.q_proj(self.norm(hidden_states)).unflatten(-1, (-1, self.head_dim))
-        if image_key is None or image_value is None:
-            states = 0.0 * query  # every parameter keeps a gradient
+        query = self.q_proj(self.norm(hidden_states)).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        if image_key is not None and image_value is not None:
+            images = in_place(image_key, image_value).of_layer(0, query)
+        if images is None:
+            states = 0.0 * query.transpose(1, 2)  # every parameter keeps a gradient
         else:
             dropout = self.attention_dropout if self.training else 0.0
-            image_key, image_value = (states.to(query.device, query.dtype) for states in (image_key, image_value))
-            states = attend_to_images(query.transpose(1, 2), image_key, image_value, plan, None, dropout)
+            states = attend_to_images(query, images, plan, None, dropout)
         return hidden_states + self.gate.tanh().to(query.dtype) * self.o_proj(states.flatten(2))
 
 
@@ -177,7 +179,7 @@ class ImageReads:
 
     layers: dict[nn.Module, tuple[int, GatedCrossAttention]]  # by the decoder layer that follows, with their number
     plan: TwoStreamPlan
-    image_keys_values: Callable[[int], tuple[torch.Tensor | None, torch.Tensor | None]]  # by cross-attention layer
+    images: PlacedImages | None
     num_read: int = field(default=0, init=False)
 
     def read(self, layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -186,7 +188,12 @@ class ImageReads:
             return hidden_states
         self.num_read += 1
         number, cross_attention = self.layers[layer]
-        return cross_attention(hidden_states, *self.image_keys_values(number), self.plan)
+        if self.images is None:
+            return cross_attention(hidden_states, None, None, None, self.plan)
+        images = self.images.of_layer(number, hidden_states)
+        # With reentrant gradient checkpointing, what has a gradient has to be an argument.
+        keys_values = images.keys_values() if torch.is_grad_enabled() else (None, None)
+        return cross_attention(hidden_states, *keys_values, images, self.plan)
 
 
 def read_images_before_layer(layer: nn.Module, arguments: tuple, keywords: dict) -> tuple[tuple, dict] | None:
@@ -240,16 +247,16 @@ def run_with_cross_attention(model: Any, inputs: Any) -> BaseModelOutputWithPast
     kwargs.pop("use_cache", None)
     plan, is_image, position_ids = plan_call(cache, inputs, sequence_ids)
     states = _image_states(model, inputs, is_image)
-    unread = []
+    placed, unread = None, list[torch.Tensor]()
     if states is not None:
-        plan = replace(plan, image_keys_values=place_images(states, plan, is_image, position_ids))
-        unread = [*states.keys, *states.values]
+        placed = place_images(states, plan, is_image, position_ids)
+        unread = [keys for layer in (*states.keys, *states.values) for keys in layer]
     if inputs.blank_features is not None:
         blank = compute_cross_states(model, ImageStates(inputs.blank_features[None], [0]), embeds)
-        unread = [*blank.keys, *blank.values]
+        unread = [keys for layer in (*blank.keys, *blank.values) for keys in layer]
     if cache is not None:
-        cache.add_images(plan, len(model.cross_attention))
-        plan = replace(plan, image_keys_values=cache.image_keys_values if cache.image_cache.layers else None)
+        cache.add_images(placed)
+        placed = cache.placed_images
     reads_images = any(run.end_key > run.first_key for runs in plan.runs for run in runs)
     embeds = plan.gather_text(embeds)
     if unread and not reads_images and torch.is_grad_enabled():
@@ -258,10 +265,9 @@ def run_with_cross_attention(model: Any, inputs: Any) -> BaseModelOutputWithPast
     # Parameters that are sharded are gathered by all ranks together, whether or not one has images.
     is_sharded = any(hasattr(parameter, "ds_id") for parameter in model.cross_attention.parameters())
     layers = _hook_layers(model) if reads_images or unread or is_sharded else {}
-    image_keys_values: Any = plan.image_keys_values if reads_images else lambda number: (None, None)
     is_limited = model.config.image_scope == "last"
     read_plan = plan.limit_to_last_image(model.config.image_seq_length) if is_limited else plan
-    reads = ImageReads(layers, read_plan, image_keys_values)
+    reads = ImageReads(layers, read_plan, placed if reads_images else None)
     text_mask = _text_mask(text_config, plan, cache, embeds)
     if cache is None and sequence_ids is None and inputs.position_ids is not None:
         # Without a mask, the decoder would take gaps in the positions for packed conversations.

@@ -1,9 +1,9 @@
 """
 The image memory: the states of images, computed once and reused in any conversation.
 
-With MMCA an image depends only on itself and the weights, so its projected features, its keys (before rotation) and
-values at every layer, and its output can be reused exactly: at another position, beside other images, in another
-process. [`ImageMemory`] keeps them under a key of everything that they depend on, with least-recently-used eviction.
+With MMCA an image depends only on itself and the weights, so its projected features, its keys and values at every
+layer, and its output can be reused exactly: at another position, beside other images, in another process.
+[`ImageMemory`] keeps them under a key of everything that they depend on, with least-recently-used eviction.
 """
 
 import warnings
@@ -16,7 +16,7 @@ from .tensor_store_visualchat import Entry, TensorStore
 from .weights_key_visualchat import has_dropout, hooked_modules, image_key, weights_key
 
 
-FORMAT = b"visualchat image states 2"  # to be increased when what is kept, or its form, changes
+FORMAT = b"visualchat image states 3"  # to be increased when what is kept, or its form, changes
 
 
 class ImageMemory(TensorStore):
@@ -75,9 +75,9 @@ class ImageMemory(TensorStore):
             for name in ("features", "outputs")
         )
         layers = range(sum(name.startswith("keys.") for name in entries[0]))
+        # By reference: every conversation reads the tensors of the memory itself.
         image_keys, values = (
-            [torch.stack([entry[f"{name}.{layer}"] for entry in entries]) for layer in layers]
-            for name in ("keys", "values")
+            [[entry[f"{name}.{layer}"] for entry in entries] for layer in layers] for name in ("keys", "values")
         )
         assert features is not None
         return ImageStates(features, index, image_keys, values, outputs, pixel_values=unique)

@@ -2,16 +2,14 @@
 Image states: per-layer keys and values of images, which do not depend on the conversation.
 
 An image token attends only to its own image, so its hidden states depend only on the image; its keys also depend on
-their position, by rotation. [`ImageStream`] takes images through an unmodified decoder and records the keys and values
-of each layer. Image tokens that attend only to themselves stand at position 0, where nothing is rotated; those that
-attend to each other stand at 0, 1, 2, …, since their scores depend on relative positions only. Either way keys are
-kept as before rotation, and [`KeyRotation`] rotates them where the images stand.
+their position, by rotation. [`ImageStream`] takes images through an unmodified decoder, each at the positions 0, 1, 2,
+…, and records the keys and values of each layer. [`PlacedImages`] places them in conversations.
 
 Dimensions: N images of a batch, U unique images among them, `length` tokens an image, K key/value heads, D head size.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,7 +18,6 @@ import torch
 from torch import nn
 
 from .key_rotation_visualchat import KeyRotation
-from .plan_visualchat import IMAGE, TwoStreamPlan, take
 from .skip_queries_visualchat import SkipQueryProjections
 from .weights_key_visualchat import image_key
 
@@ -33,9 +30,9 @@ class ImageStates:
     Args:
         features (`torch.Tensor` of shape `(U, length, text hidden)`): Projected features, the decoder's input.
         index (`list` of N `int`): For each image of the batch its index among the unique images.
-        keys (`list` of `torch.Tensor` of shape `(U, K, length, D)`): For each layer; empty before the decoder has
-            processed the images.
-        values (`list` of `torch.Tensor` of shape `(U, K, length, D)`): For each layer.
+        keys (`list` of `torch.Tensor` of shape `(U, K, length, D)`): For each layer, or lists of U tensors; empty
+            before the decoder has processed the images.
+        values (`list` of `torch.Tensor` of shape `(U, K, length, D)`): For each layer, or lists of U tensors.
         outputs (`torch.Tensor` of shape `(U, length, text hidden)`, *optional*): The decoder's output.
         is_rotated (`bool`): Whether the keys are rotated to positions of one conversation.
         pixel_values (`torch.Tensor` of shape `(U, channels, height, width)`, *optional*): What the images are told
@@ -44,8 +41,8 @@ class ImageStates:
 
     features: torch.Tensor
     index: list[int]
-    keys: list[torch.Tensor] = field(default_factory=list, repr=False)
-    values: list[torch.Tensor] = field(default_factory=list, repr=False)
+    keys: Sequence[Sequence[torch.Tensor]] = field(default_factory=list, repr=False)
+    values: Sequence[Sequence[torch.Tensor]] = field(default_factory=list, repr=False)
     outputs: torch.Tensor | None = field(default=None, repr=False)
     is_rotated: bool = False
     pixel_values: torch.Tensor | None = field(default=None, repr=False)
@@ -124,8 +121,7 @@ class ImageStream:
 
     def positions(self, features: torch.Tensor) -> torch.Tensor:
         """Where images (N, length, hidden) stand that are computed apart from a conversation, (N, length)."""
-        positions = torch.arange(features.shape[1], device=features.device) * self.is_within
-        return positions.expand(features.shape[:2])
+        return torch.arange(features.shape[1], device=features.device).expand(features.shape[:2])
 
     def attend(self, module: nn.Module, query, key, value, scaling: float | None, dropout: float) -> torch.Tensor:
         """The attention of the images in one decoder layer: (N, H, length, D) to (N, length, H, D)."""
@@ -146,8 +142,8 @@ def run_image_stream(
     skips_queries: bool = False,
 ) -> ImageStates:
     """
-    Takes images with features only through a decoder, at positions (U, length) if given; keys are else as before
-    rotation. Query projections are left out if asked for, see [`SkipQueryProjections`].
+    Takes images with features only through a decoder, at positions (U, length) if given, else at 0, 1, 2, …. Query
+    projections are left out if asked for, see [`SkipQueryProjections`].
     """
     is_rotated = position_ids is not None
     if position_ids is None:
@@ -156,53 +152,6 @@ def run_image_stream(
     with skip:
         outputs = decode(states.features, position_ids, stream).last_hidden_state
     layers = range(rotation.num_layers)
-    keys, values = ([recorded[layer] for layer in layers] for recorded in (stream.keys, stream.values))
-    if not is_rotated:
-        tables = rotation.inverse_tables(position_ids[:1], states.features)
-        keys = [rotation.rotate(states, layer, tables) for layer, states in enumerate(keys)]
+    keys: Any = [stream.keys[layer] for layer in layers]
+    values: Any = [stream.values[layer] for layer in layers]
     return replace(states, keys=keys, values=values, outputs=outputs, is_rotated=is_rotated)
-
-
-@dataclass(frozen=True, eq=False)
-class PlacedImages:
-    """The keys and values of images at their slots in a batch; a plan's `image_keys_values`."""
-
-    states: ImageStates
-    shape: tuple[int, int]  # B and I
-    index: torch.Tensor | None = (
-        None  # (B, I): of each slot its row among the tokens of the unique images; or in order
-    )
-    rotation: KeyRotation | None = None  # for keys that are not rotated
-    tables: dict[str | None, tuple] = field(default_factory=dict, repr=False)  # of the rotation at the slots
-
-    def __call__(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys, rotated, and values of a layer, each (B, K, I, D)."""
-        keys, values = (self._place(states[layer]) for states in (self.states.keys, self.states.values))
-        return keys if self.rotation is None else self.rotation.rotate(keys, layer, self.tables), values
-
-    def _place(self, states: torch.Tensor) -> torch.Tensor:
-        tokens = states.transpose(1, 2).flatten(0, 1)
-        if self.index is None:
-            return tokens.unflatten(0, self.shape).transpose(1, 2)
-        return tokens[self.index.to(states.device)].transpose(1, 2)
-
-
-def place_images(
-    states: ImageStates,
-    plan: TwoStreamPlan,
-    is_image: torch.Tensor,
-    position_ids: torch.Tensor,
-    rotation: KeyRotation | None = None,
-) -> PlacedImages:
-    """Images with keys and values, at the image tokens (B, Q), padding included, of a plan."""
-    numbers = (is_image.flatten().cumsum(0) - 1).view(is_image.shape).clamp(min=0)
-    columns = [(row == IMAGE).nonzero()[:, 0] for row in plan.token_types]
-    order = nn.utils.rnn.pad_sequence(columns, batch_first=True)
-    order_of_tokens = states.token_index()[take(numbers, order)]
-    num_tokens, shape = states.features.shape[:2].numel(), (order.shape[0], order.shape[1])
-    is_plain = num_tokens == order.numel() and bool((order_of_tokens.flatten() == torch.arange(num_tokens)).all())
-    index = None if is_plain else order_of_tokens.to(states.features.device)
-    if states.is_rotated or rotation is None:
-        return PlacedImages(states, shape, index)
-    tables = rotation.tables(take(position_ids, order.to(position_ids.device)), states.features)
-    return PlacedImages(states, shape, index, rotation, tables)

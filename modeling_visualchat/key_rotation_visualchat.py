@@ -54,21 +54,22 @@ class KeyRotation:
         arguments = {key: () if key is None else (key,) for key in dict.fromkeys(self.table_of)}
         return {key: rotary(like, position_ids, *layer_type) for key, layer_type in arguments.items()}
 
-    def inverse_tables(self, position_ids: torch.Tensor, like: torch.Tensor) -> dict[str | None, tuple]:
+    def turn_tables(
+        self, shifts: torch.Tensor, like: torch.Tensor, backwards: bool = False
+    ) -> dict[str | None, tuple]:
         """
-        As [`tables`], for rotated keys to those before rotation, without the factor that some rotary embeddings (YaRN)
-        put on their tables; empty if there is nothing to undo.
+        As [`tables`], for what is rotated already and moves by a number of positions (B, I): without the factor that
+        some rotary embeddings (YaRN) put on their tables.
         """
-        inverse = {}
-        for key, (cos, sin) in self.tables(position_ids, like.float()).items():
-            if bool(sin.any()) or bool((cos != 1.0).any()):
-                factor = cos.square() + sin.square()
-                inverse[key] = ((cos / factor).to(like.dtype), (-sin / factor).to(like.dtype))
-        return inverse
+        turns = {}
+        for key, (cos, sin) in self.tables(shifts, like.float()).items():
+            factor = (cos.square() + sin.square()).sqrt()
+            turns[key] = ((cos / factor).to(like.dtype), (-sin if backwards else sin).div(factor).to(like.dtype))
+        return turns
 
     def rotate(self, keys: torch.Tensor, layer: int, tables: dict[str | None, tuple]) -> torch.Tensor:
-        """Rotates the keys (B, K, I, D) of a layer; layers without a rotation or a table leave them as they are."""
-        if not self.is_rotated[layer] or self.table_of[layer] not in tables:
+        """Rotates the keys (B, K, I, D) of a layer; layers without a rotation leave them as they are."""
+        if not self.is_rotated[layer]:
             return keys
         cos, sin = (table.to(keys.device) for table in tables[self.table_of[layer]])
         apply = getattr(sys.modules[type(self.decoder).__module__], _APPLY)
@@ -154,12 +155,11 @@ def _no_late_rotation(rotation: KeyRotation, streams, outputs, origin, positions
     """Why the keys of images computed at the origin are not, once rotated, those of images at other positions."""
     # Where tokens attend to each other, float32 tells far angles apart only as far as this.
     tolerance = TOLERANCE + streams[0].is_within * positions[:, 0] * 2.0**-23
-    inverse, tables = rotation.inverse_tables(origin[:1], outputs[0]), rotation.tables(positions, outputs[0])
+    tables = rotation.turn_tables(positions - origin, outputs[0])
     for layer in range(rotation.num_layers):
         expected = streams[1].keys[layer]
         try:
-            actual = rotation.rotate(rotation.rotate(streams[0].keys[layer], layer, inverse), layer, tables)
-            difference = _relative_error(actual, expected)
+            difference = _relative_error(rotation.rotate(streams[0].keys[layer], layer, tables), expected)
         except (RuntimeError, KeyError) as mismatch:  # shapes that do not fit, a layer type without a table
             return f"its keys cannot be rotated late: {mismatch}"
         if not bool((difference <= tolerance).all()):

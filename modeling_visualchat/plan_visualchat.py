@@ -54,8 +54,7 @@ class TwoStreamPlan:
     num_past: int = 0  # text slots of the cache
     text_mask: torch.Tensor | None = None  # (B, 1, T, past + T), `True` where text reads text; else causal
     image_mask: torch.Tensor | None = None  # (B, 1, 1, I), for single text tokens that read unlike numbers of images
-    # From a layer index to the image keys and values, each (B, K, I, D).
-    image_keys_values: Callable[[int], tuple[torch.Tensor, torch.Tensor]] | None = field(default=None, repr=False)
+    images: Any = field(default=None, repr=False)  # `PlacedImages`, what the text reads of images
     # How text reads text and images, of the attention type.
     text_attention: Callable[..., torch.Tensor] = field(default_factory=lambda: mmca_text_attention, repr=False)
     joint_masks: dict[int, torch.Tensor | None] = field(default_factory=dict, init=False, repr=False)
@@ -105,11 +104,9 @@ class TwoStreamPlan:
 
     def attend(self, module: nn.Module, query, key, value, scaling: float | None, dropout: float) -> torch.Tensor:
         """The attention of the text in one decoder layer: (B, H, T, D) to (B, T, H, D)."""
-        image_key, image_value = None, None
-        if self.image_keys_values is not None:
-            layer: Any = module.layer_idx
-            image_key, image_value = (states.to(query.device) for states in self.image_keys_values(layer))
-        return self.text_attention(query, key, value, image_key, image_value, self, scaling, dropout)
+        layer: Any = module.layer_idx
+        images = None if self.images is None else self.images.of_layer(layer, query)
+        return self.text_attention(query, key, value, images, self, scaling, dropout)
 
 
 def make_plan(
@@ -208,8 +205,7 @@ def mmca_text_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    image_key: torch.Tensor | None,
-    image_value: torch.Tensor | None,
+    images: Any,
     plan: TwoStreamPlan,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -217,24 +213,31 @@ def mmca_text_attention(
     """
     The text rows of MMCA: causal attention to the text plus prefix cross-attention to the images.
 
-    Queries of the current text (B, H, T, D), keys and values of the text (B, K, past + T, D) and of the images
-    (B, K, I, D), keys rotated, to (B, T, H, D).
+    Queries of the current text (B, H, T, D), keys and values of the text (B, K, past + T, D) and, if there are any,
+    the images of the layer, [`LayerImages`], to (B, T, H, D).
     """
     text = _causal_text_attention(query, key, value, plan, scaling, dropout).transpose(1, 2)
-    if image_key is None or image_value is None:
+    if images is None:
         return text.contiguous()
-    return attend_to_images(query, image_key, image_value, plan, scaling, dropout).add_(text)
+    return attend_to_images(query, images, plan, scaling, dropout).add_(text)
 
 
 def attend_to_images(
-    query: torch.Tensor,
-    image_key: torch.Tensor,
-    image_value: torch.Tensor,
-    plan: TwoStreamPlan,
-    scaling: float | None = None,
-    dropout: float = 0.0,
+    query: torch.Tensor, images: Any, plan: TwoStreamPlan, scaling: float | None = None, dropout: float = 0.0
 ) -> torch.Tensor:
-    """What the text of a plan (B, H, T, D) reads of the images (B, K, I, D) before it: (B, T, H, D)."""
+    """
+    What the text of a plan (B, H, T, D) reads of the images before it, [`LayerImages`]: (B, T, H, D). Single tokens
+    read images by reference, others in a copy: of a row at a time, where rows differ and no gradient is needed.
+    """
+    if query.shape[2] == 1 and (reads := images.reads(plan.runs)) is not None:
+        return reads.attend(query, images, scaling, dropout)
+    if plan.image_mask is None and not torch.is_grad_enabled() and any(row != plan.runs[0] for row in plan.runs):
+        rows = []
+        for row, runs in enumerate(plan.runs):
+            image_key, image_value = images.row(row).keys_values()
+            rows.append(prefix_cross_attention(query[row : row + 1], image_key, image_value, [runs], scaling))
+        return torch.cat(rows)
+    image_key, image_value = images.keys_values()
     if plan.image_mask is not None:
         output = sdpa_kernel(query, image_key, image_value, plan.image_mask, scaling, dropout)[0]
         return output.transpose(1, 2).contiguous()
@@ -245,8 +248,7 @@ def joint_text_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    image_key: torch.Tensor | None,
-    image_value: torch.Tensor | None,
+    images: Any,
     plan: TwoStreamPlan,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -255,22 +257,26 @@ def joint_text_attention(
     One softmax over images and text, for `merge="joint"`; takes and returns what [`mmca_text_attention`] does.
 
     It takes one call with a mask over the image keys, followed by those of the text. Masked-out blocks are computed:
-    the images after a text token, and the later half of the text. For a single token, as in decoding, a copy of all
-    keys would take longer than the attention (4.5 times on a CPU); only its scores are joined.
+    the images after a text token, and the later half of the text. A single token, as in decoding, reads the images by
+    reference, and only its scores are joined.
     """
-    if image_key is None or image_value is None:
+    if images is None:
         return _causal_text_attention(query, key, value, plan, scaling, dropout).transpose(1, 2).contiguous()
-    mask = plan.joint_mask(image_key.shape[2])
-    if query.shape[2] == 1:
-        grouped = query.unflatten(1, (key.shape[1], -1)).squeeze(3)  # (B, K, H / K, D)
-        scores = torch.cat([grouped @ image_key.mT, grouped @ key.mT], dim=-1)
-        scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-        scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+    if query.shape[2] == 1 and (reads := images.reads(plan.runs)) is not None:
+        grouped = query.unflatten(1, (key.shape[1], -1)).squeeze(3)  # (B, K, G, D)
+        of_text = grouped @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        if plan.text_mask is not None:
+            of_text = of_text.masked_fill(~plan.text_mask, float("-inf"))
+        scores = torch.cat([reads.scores(query, images, scaling), of_text.permute(1, 2, 0, 3)], dim=-1)
         weights = nn.functional.dropout(scores.softmax(dim=-1, dtype=torch.float32), dropout, dropout > 0.0)
-        of_images, of_text = weights.to(query.dtype).split([image_key.shape[2], key.shape[2]], dim=-1)
-        return (of_images @ image_value + of_text @ value).flatten(1, 2)[:, None]
-    assert mask is not None  # several tokens of text never read each other all
+        weights = weights.to(query.dtype)
+        of_images, of_text = weights.split([weights.shape[-1] - key.shape[2], key.shape[2]], dim=-1)
+        text = of_text.permute(2, 0, 1, 3) @ value
+        return reads.weigh(of_images, images).add_(text.flatten(1, 2)[:, None])
+    image_key, image_value = images.keys_values()
+    mask = plan.joint_mask(image_key.shape[2])
     keys, values = torch.cat([image_key, key], dim=2), torch.cat([image_value, value], dim=2)
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=query.device) if mask is None else mask
     return sdpa_kernel(query, keys, values, mask, scaling, dropout)[0].transpose(1, 2).contiguous()
 
 

@@ -17,8 +17,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from .attention_types_visualchat import get_attention_type
 from .attention_visualchat import check_whole_images
 from .cache_visualchat import ConversationCache, is_conversation_cache, plan_call
-from .image_states_visualchat import ImageStates, ImageStream, place_images, run_image_stream
+from .image_states_visualchat import ImageStates, ImageStream, run_image_stream
 from .key_rotation_visualchat import DecoderProbe, probe_decoder, run_with_plan
+from .placed_images_visualchat import place_images
 from .plan_visualchat import IMAGE
 from .route_visualchat import DecoderInputs, is_checkpointed, masked_route_reason
 
@@ -142,13 +143,13 @@ class TwoStreamMixin:
         if self.config.image_scope == "last":
             plan = plan.limit_to_last_image(self.config.image_seq_length)
         plan = replace(plan, text_attention=form.text_attention)
-        rotation: Any = self.probe.rotation
+        placed = None
         if states is not None:
-            placed = place_images(states, plan, is_image, position_ids, rotation)
-            plan = replace(plan, image_keys_values=placed)
+            placed = place_images(states, plan, is_image, position_ids, self.probe.rotation)
         if cache is not None:
-            cache.add_images(plan, rotation.num_layers)
-            plan = replace(plan, image_keys_values=cache.image_keys_values if cache.image_cache.layers else None)
+            cache.add_images(placed)
+            placed = cache.placed_images
+        plan = replace(plan, images=placed)
         outputs = self._decode(plan.gather_text(embeds), plan.gather_text(position_ids), plan, cache, **kwargs)
         if cache is not None:
             cache.commit(plan)

@@ -10,11 +10,13 @@ from transformers import DiffLlamaConfig, DynamicCache
 from modeling_visualchat import ConversationCache, mmca_attention_reference
 from modeling_visualchat.attention_visualchat import MultiModalCausalAttention
 from modeling_visualchat.image_states_visualchat import SkipQueryProjections
+from modeling_visualchat.placed_images_visualchat import Place, PlacedImages
 from modeling_visualchat.plan_visualchat import (
     IMAGE,
     TwoStreamPlan,
     make_plan,
     mmca_text_attention,
+    prefix_cross_attention,
     take,
 )
 
@@ -28,9 +30,11 @@ def in_two_streams(query, key, value, mm_token_type_ids, attention_mask):
     text = [plan.gather_text(states.transpose(1, 2)).transpose(1, 2) for states in (query, key, value)]
     columns = [(row == IMAGE).nonzero()[:, 0] for row in plan.token_types]
     order = torch.nn.utils.rnn.pad_sequence(columns, batch_first=True)
-    images = [take(states.transpose(1, 2), order).transpose(1, 2) for states in (key, value)]
+    keys, values = (take(states.transpose(1, 2), order).transpose(1, 2) for states in (key, value))
+    rows = [[Place(row, 0, len(each), 0)] * bool(len(each)) for row, each in enumerate(columns)]
+    images = PlacedImages([keys], [values], rows).of_layer(0, query)
     own = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2)
-    return plan.scatter(mmca_text_attention(*text, *images, plan), own[plan.token_types == IMAGE]).transpose(1, 2)
+    return plan.scatter(mmca_text_attention(*text, images, plan), own[plan.token_types == IMAGE]).transpose(1, 2)
 
 
 @pytest.fixture
@@ -431,4 +435,6 @@ def test_a_gradient_of_the_gradient_is_there():
     text = [torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     images = [torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        assert torch.autograd.gradgradcheck(lambda *inputs: mmca_text_attention(*inputs, plan), (*text, *images))
+        assert torch.autograd.gradgradcheck(
+            lambda *inputs: prefix_cross_attention(inputs[0], *inputs[3:], plan.runs), (*text, *images)
+        )

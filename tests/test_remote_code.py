@@ -48,6 +48,7 @@ CODE = [
     "modeling_visualchat.py",
     "outputs_visualchat.py",
     "parts_visualchat.py",
+    "placed_images_visualchat.py",
     "plan_visualchat.py",
     "processing_visualchat.py",
     "projector_visualchat.py",

@@ -37,8 +37,9 @@ from tqdm.auto import tqdm
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from configuration_visualchat import VisualChatConfig
-from modeling_visualchat import ATTENTION_TYPES, ImageMemory, ImageStates, VisualChatForConditionalGeneration
-from modeling_visualchat.image_states_visualchat import ImageStream, PlacedImages
+from modeling_visualchat import ATTENTION_TYPES, ImageMemory, VisualChatForConditionalGeneration
+from modeling_visualchat.image_states_visualchat import ImageStream
+from modeling_visualchat.placed_images_visualchat import Place, PlacedImages
 from modeling_visualchat.plan_visualchat import make_plan
 
 
@@ -150,16 +151,15 @@ def benchmark_attention(layout, num_heads, num_key_heads, head_dim, repeats, bac
     text = [draw(1, num_text, count) for count in heads]
     images = [draw(num_images, image_length, count) for count in heads]
     plan = make_plan(ids)
-    features = torch.empty(num_images, image_length, 0, device=DEVICE, dtype=DTYPE)
     layer = nn.Module()
     layer.layer_idx = 0
 
     def mmca():
         stream = ImageStream()
         own = stream.attend(layer, *images, None, 0.0)
-        states = ImageStates(features, list(range(num_images)), [stream.keys[0]], [stream.values[0]])
-        placed = PlacedImages(states, (1, num_images * image_length))
-        return own, replace(plan, image_keys_values=placed).attend(layer, *text, None, 0.0)
+        places = [Place(image, 0, image_length, 0) for image in range(num_images)]
+        placed = PlacedImages([stream.keys[0]], [stream.values[0]], [places])
+        return own, replace(plan, images=placed).attend(layer, *text, None, 0.0)
 
     variants = {"causal": lambda: causal_attention(*whole), "mmca": mmca}
     if backward:

@@ -1,0 +1,307 @@
+"""
+Images in conversations, by reference: where the tokens of an image stand, and how text reads them there.
+
+The keys and values of an image are those of the beginning of a conversation ([`ImageStates`]), whoever looks at it and
+wherever it stands. A rotary score depends on the distance of query and key only, so text at position p reads an image
+that begins at position s in one of two ways:
+
+    (R[p] q) . (R[s] k)     the keys are turned forward to s, in a copy: for many text tokens, one layer at a time
+    (R[-s] R[p] q) . k      the query is turned back by s, and nothing is copied: for single tokens, as in decoding
+
+In the second form, the queries of all conversations that read an image are one matrix, so 64 conversations about the
+same images read one copy of their keys and values.
+
+Dimensions: B rows, I image slots of a row, U unique images of L tokens, P reads of an image by a row, H query heads, K
+key/value heads (G queries for each), D head size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .image_states_visualchat import ImageStates
+from .key_rotation_visualchat import KeyRotation
+from .plan_visualchat import IMAGE, Run, TwoStreamPlan
+
+
+class Place(NamedTuple):
+    """Consecutive image slots of a row, which consecutive tokens of an image fill."""
+
+    image: int  # among the unique images
+    first: int  # token of the image
+    length: int
+    shift: int  # by how many positions they stand after those of the image by itself
+
+
+@dataclass(eq=False)
+class PlacedImages:
+    """The images of a batch of conversations, each unique one once."""
+
+    keys: Sequence[Sequence[torch.Tensor]]  # of each layer and image (K, L, D); a tensor (U, K, L, D) if made together
+    values: Sequence[Sequence[torch.Tensor]]
+    rows: list[list[Place]]
+    rotation: KeyRotation | None = None  # of the keys, if they are rotated at all
+    _index: tuple | None = field(default=None, init=False, repr=False)
+    _by_row: dict[int, "PlacedImages"] = field(default_factory=dict, init=False, repr=False)
+    _reads: dict[tuple, "SingleTokenReads | None"] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def lengths(self) -> list[int]:
+        """The number of image slots of each row."""
+        return [sum(place.length for place in row) for row in self.rows]
+
+    def extend(self, other: "PlacedImages") -> "PlacedImages":
+        """These images, and others behind them in each row; an image in both is the same one."""
+        mine, new = list(self.keys[0]), list(other.keys[0])  # of a tensor, what is listed exists only here
+        known = {id(keys): number for number, keys in enumerate(mine)}
+        numbers: list[int] = []
+        added: list[int] = []
+        for number, keys in enumerate(new):
+            if id(keys) not in known:
+                known[id(keys)] = len(mine) + len(added)
+                added.append(number)
+            numbers.append(known[id(keys)])
+
+        def joined(layers, others):
+            return [[*images, *(more[number] for number in added)] for images, more in zip(layers, others)]
+
+        rows = [
+            [*row, *(place._replace(image=numbers[place.image]) for place in more)]
+            for row, more in zip(self.rows, other.rows)
+        ]
+        keys, values = joined(self.keys, other.keys), joined(self.values, other.values)
+        return PlacedImages(keys, values, rows, self.rotation or other.rotation)
+
+    def cut(self, lengths: list[int]) -> "PlacedImages | None":
+        """The first slots of each row, and only the images that are left; `None` if there are none."""
+        if lengths == self.lengths:
+            return self
+        rows = []
+        for row, remaining in zip(self.rows, lengths):
+            places = []
+            for place in row:
+                if remaining > 0:
+                    places.append(place._replace(length=min(place.length, remaining)))
+                remaining -= place.length
+            rows.append(places)
+        return self.select(range(len(rows)), rows)
+
+    def select(self, indices: Sequence[int], rows: list[list[Place]] | None = None) -> "PlacedImages | None":
+        """Some of the rows, and only the images that are left; `None` if there are none."""
+        rows = [(self.rows if rows is None else rows)[index] for index in indices]
+        used = sorted({place.image for row in rows for place in row})
+        if not used:
+            return None
+        numbers = {image: number for number, image in enumerate(used)}
+        rows = [[place._replace(image=numbers[place.image]) for place in row] for row in rows]
+        if len(used) == len(self.keys[0]):
+            return PlacedImages(self.keys, self.values, rows, self.rotation)
+        keys, values = ([[layer[image] for image in used] for layer in layers] for layers in (self.keys, self.values))
+        return PlacedImages(keys, values, rows, self.rotation)
+
+    def of_layer(self, layer: int, like: torch.Tensor) -> "LayerImages":
+        """What the text of a layer reads, on the device and in the dtype of its queries."""
+        return LayerImages(self, layer, like)
+
+    def index(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """
+        Of each slot (B, I) its row among the tokens of all images, and by how many positions it is turned: `None` for
+        slots that are all tokens in order, and for no turn.
+        """
+        if self._index is None:
+            starts = [0, *accumulate(keys.shape[1] for keys in self.keys[0])]
+            rows = []
+            for row in self.rows:
+                parts = [torch.zeros(2, 0, dtype=torch.long)]
+                for image, first, length, shift in row:
+                    tokens = torch.arange(length) + starts[image] + first
+                    parts.append(torch.stack([tokens, torch.full((length,), shift)]))
+                rows.append(torch.cat(parts, dim=1).T)
+            tokens, shifts = nn.utils.rnn.pad_sequence(rows, batch_first=True).unbind(dim=2)
+            is_plain = tokens.numel() == starts[-1] and bool((tokens.flatten() == torch.arange(starts[-1])).all())
+            is_turned = self.rotation is not None and bool(shifts.any())
+            self._index = (None if is_plain else tokens, shifts if is_turned else None)
+        return self._index
+
+    def single_token_reads(self, runs: list[list[Run]], like: torch.Tensor) -> "SingleTokenReads | None":
+        """
+        How one text token in each row reads its images by reference; `None` if it cannot, since some of them are cut.
+        """
+        bounds = tuple((row[0].first_key, row[0].end_key) if row else (0, 0) for row in runs)
+        if bounds not in self._reads:
+            self._reads = {bounds: SingleTokenReads.make(self, bounds, like)}  # the next token has the same
+        return self._reads[bounds]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerImages:
+    """The images of a batch, as one decoder layer reads them."""
+
+    placed: PlacedImages
+    layer: int
+    like: torch.Tensor  # the queries
+
+    def keys_values(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys, turned to where the images stand, and values, each (B, K, I, D)."""
+        index, shifts = self.placed.index()
+        keys, values = (self._place(layers[self.layer], index) for layers in (self.placed.keys, self.placed.values))
+        if shifts is None or self.placed.rotation is None:
+            return keys, values
+        tables = self.placed.rotation.turn_tables(shifts.to(keys.device), keys)
+        return self.placed.rotation.rotate(keys, self.layer, tables), values
+
+    def _place(self, images: Sequence[torch.Tensor], index: torch.Tensor | None) -> torch.Tensor:
+        if isinstance(images, torch.Tensor):
+            tokens = images.transpose(1, 2).flatten(0, 1)
+        else:
+            tokens = torch.cat([image.transpose(0, 1) for image in images])
+        tokens = tokens.to(self.like.device, self.like.dtype)
+        if index is None:
+            return tokens.unflatten(0, (len(self.placed.rows), -1)).transpose(1, 2)
+        return tokens[index.to(tokens.device)].transpose(1, 2)
+
+    def row(self, row: int) -> "LayerImages":
+        """The images of one row."""
+        by_row = self.placed._by_row
+        if row not in by_row:
+            by_row[row] = self.placed.select([row]) or PlacedImages(self.placed.keys, self.placed.values, [[]])
+        return LayerImages(by_row[row], self.layer, self.like[row : row + 1])
+
+    def reads(self, runs: list[list[Run]]) -> "SingleTokenReads | None":
+        """See [`PlacedImages.single_token_reads`]."""
+        return self.placed.single_token_reads(runs, self.like)
+
+
+@dataclass(frozen=True, eq=False)
+class SingleTokenReads:
+    """
+    The images that one text token in each row reads, by reference. Its scores have the shape (K, G, B, M x L) for the
+    M images of the row that reads most.
+    """
+
+    images: list[int]  # that are read
+    counts: list[int]  # by how many rows each
+    rows: torch.Tensor  # (P,): the row of each read; reads are in the order of `images`
+    by_row: torch.Tensor | None  # (B, M): the reads of each row; `None` if reads are in this order anyway
+    by_read: torch.Tensor | None  # (P,): of each read its place in the flattened (B, M)
+    missing: torch.Tensor | None  # (B, M): `True` where a row reads fewer images
+    is_empty: torch.Tensor | None  # (B,): `True` for a row that reads none
+    tables: dict[str | None, tuple] | None  # that turn the query of each read back, (1, P, rotated size)
+    shape: tuple[int, int]  # B and M
+
+    @classmethod
+    def make(
+        cls, placed: PlacedImages, bounds: Sequence[tuple[int, int]], like: torch.Tensor
+    ) -> "SingleTokenReads | None":
+        """The reads of the slots within the bounds of each row; `None` if an image is not read as a whole."""
+        reads: list[tuple[int, int, int, int]] = []  # image, row, number in the row, shift
+        for row, (places, (first, end)) in enumerate(zip(placed.rows, bounds)):
+            starts = [0, *accumulate(place.length for place in places)]
+            number = 0
+            for place, start in zip(places, starts):
+                if first <= start < end:
+                    length = placed.keys[0][place.image].shape[1]
+                    if place.first or place.length != length or start + length > end:
+                        return None
+                    reads.append((place.image, row, number, place.shift))
+                    number += 1
+        lengths = {placed.keys[0][image].shape[1] for image, *_ in reads}
+        if len(lengths) != 1:
+            return None
+        reads.sort()
+        images, rows, numbers, shifts = map(list, zip(*reads))
+        shape = (len(placed.rows), max(numbers) + 1)
+        by_row = torch.full(shape, -1)
+        by_row[rows, numbers] = torch.arange(len(reads))
+        is_plain = bool((by_row.flatten() == torch.arange(shape[0] * shape[1])).all())
+        unique, counts = torch.tensor(images).unique(return_counts=True)
+        tables = None
+        if placed.rotation is not None and any(shifts):
+            tables = placed.rotation.turn_tables(torch.tensor([shifts], device=like.device), like, backwards=True)
+        missing, places = by_row < 0, torch.tensor(rows) * shape[1] + torch.tensor(numbers)
+        return cls(
+            images=unique.tolist(),
+            counts=counts.tolist(),
+            rows=torch.tensor(rows, device=like.device),
+            by_row=None if is_plain else by_row.clamp(min=0).to(like.device),
+            by_read=None if is_plain else places.to(like.device),
+            missing=missing.to(like.device) if bool(missing.any()) else None,
+            is_empty=missing.all(dim=1).to(like.device) if bool(missing.all(dim=1).any()) else None,
+            tables=tables,
+            shape=shape,
+        )
+
+    def scores(self, query: torch.Tensor, images: LayerImages, scaling: float | None) -> torch.Tensor:
+        """Queries (B, H, 1, D) to scores (K, G, B, M x L)."""
+        layer, keys = images.layer, images.placed.keys[images.layer]
+        turned = query[:, :, 0].transpose(0, 1)[None, :, self.rows.to(query.device)]  # (1, H, P, D)
+        if self.tables is not None:
+            rotation: Any = images.placed.rotation
+            turned = rotation.rotate(turned, layer, self.tables)
+        turned = turned[0].unflatten(0, (keys[0].shape[0], -1))  # (K, G, P, D)
+        turned = turned * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        parts = []
+        for image, part in zip(self.images, turned.split(self.counts, dim=2)):
+            key = keys[image].to(query.device, query.dtype)
+            parts.append((part.flatten(1, 2) @ key.mT).unflatten(1, part.shape[1:3]))
+        scores = torch.cat(parts, dim=2)  # (K, G, P, L)
+        scores = scores.unflatten(2, self.shape) if self.by_row is None else scores[:, :, self.by_row.to(query.device)]
+        if self.missing is not None:
+            scores = scores.masked_fill(self.missing.to(query.device)[:, :, None], float("-inf"))
+        return scores.flatten(3)
+
+    def weigh(self, weights: torch.Tensor, images: LayerImages) -> torch.Tensor:
+        """Weights (K, G, B, M x L) of the values to their sum (B, 1, H, D)."""
+        values = images.placed.values[images.layer]
+        parts = weights.unflatten(3, (self.shape[1], -1)).flatten(2, 3)
+        parts = parts if self.by_read is None else parts[:, :, self.by_read.to(parts.device)]  # (K, G, P, L)
+        sums = []
+        for image, part in zip(self.images, parts.split(self.counts, dim=2)):
+            value = values[image].to(weights.device, weights.dtype)
+            sums.append((part.flatten(1, 2) @ value).unflatten(1, part.shape[1:3]))
+        summed = torch.cat(sums, dim=2)  # (K, G, P, D)
+        output = summed.new_zeros(*summed.shape[:2], self.shape[0], summed.shape[3])
+        output = output.index_add(2, self.rows.to(output.device), summed)
+        return output.flatten(0, 1).transpose(0, 1)[:, None]
+
+    def attend(
+        self, query: torch.Tensor, images: LayerImages, scaling: float | None, dropout: float = 0.0
+    ) -> torch.Tensor:
+        """A softmax of its own over the images: (B, H, 1, D) to (B, 1, H, D), zero for a row that reads none."""
+        weights = self.scores(query, images, scaling).softmax(dim=-1, dtype=torch.float32)
+        if self.is_empty is not None:
+            weights = weights.masked_fill(self.is_empty.to(weights.device)[:, None], 0.0)
+        return self.weigh(nn.functional.dropout(weights, dropout, dropout > 0.0).to(query.dtype), images)
+
+
+def place_images(
+    states: ImageStates,
+    plan: TwoStreamPlan,
+    is_image: torch.Tensor,
+    position_ids: torch.Tensor,
+    rotation: KeyRotation | None = None,
+) -> PlacedImages:
+    """Images with keys and values, at the image tokens (B, Q), padding included, of a plan."""
+    numbers = is_image.flatten().cumsum(0).view(is_image.shape) - 1
+    length = states.features.shape[1]
+    tokens, is_turned = states.token_index(), rotation is not None and not states.is_rotated
+    rows = []
+    for row, (token_types, positions) in enumerate(zip(plan.token_types, position_ids.cpu())):
+        columns = (token_types == IMAGE).nonzero()[:, 0]
+        images, first = tokens[numbers[row, columns]] // length, tokens[numbers[row, columns]] % length
+        shifts = positions[columns] - first if is_turned else torch.zeros_like(first)
+        runs = torch.stack([images, first - torch.arange(len(first)), shifts])
+        (image, offset, shift), counts = runs.unique_consecutive(dim=1, return_counts=True)
+        starts = counts.cumsum(0) - counts
+        fields = (image, offset + starts, counts, shift)
+        rows.append([Place(*place) for place in zip(*(each.tolist() for each in fields))])
+    return PlacedImages(states.keys, states.values, rows, rotation if is_turned else None)
+
+
+def in_place(keys: Any, values: Any) -> PlacedImages:
+    """Keys, turned, and values (B, K, I, D) of a layer that fill all slots of each row."""
+    return PlacedImages([keys], [values], [[Place(row, 0, keys.shape[2], 0)] for row in range(len(keys))])
