@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import torch
+from torch import nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -243,6 +244,53 @@ class ConversationCache(DynamicCache):
         super().batch_select_indices(indices)
         self._select_rows(rows)
         self.text_cache.batch_select_indices(indices)
+
+    def append_rows(self, other: "ConversationCache") -> None:
+        """
+        Puts the conversations of another cache of the same model behind these, which goes on with padding on the left
+        of the shorter ones. An image in both stays one copy.
+
+        Raises:
+            `ValueError`: a cache of another model, or one whose blocks are interleaved.
+        """
+        if self.is_interleaved or other.is_interleaved or self.model_key != other.model_key:
+            raise ValueError("Only conversations of the same model, with text and images apart, can be joined.")
+        num_rows, num_more = self.num_rows, other.num_rows
+        widths = [(each, each.get_seq_length()) for each in (self, other)]
+        length, num_slots = max(width for _, width in widths), max(self.num_text_slots, other.num_text_slots)
+        for layer, more in zip(self.text_cache.layers, other.text_cache.layers):
+            for name in ("keys", "values"):
+                blocks = [getattr(each, name) for each in (layer, more)]
+                padded = [nn.functional.pad(block, (0, 0, 0, num_slots - block.shape[2])) for block in blocks]
+                setattr(layer, name, torch.cat(padded))
+        for name, filler in (("token_types", PADDING), ("slots", 0), ("token_ids", PADDING_ID), ("position_ids", 0)):
+            blocks = [getattr(each, name) for each in (self, other)]
+            padded = [nn.functional.pad(block, (length - block.shape[1], 0), value=filler) for block in blocks]
+            setattr(self, name, torch.cat(padded))
+        self.images = [
+            [(start + length - width, key) for start, key in row] for each, width in widths for row in each.images
+        ]
+        self.longest = max(self.longest, other.longest)
+        first, second = self.placed_images, other.placed_images
+        self.placed_images = first.with_rows(0, num_more) if first else None
+        self.add_images(second.with_rows(num_rows, 0) if second else None)
+
+    def compact(self) -> None:
+        """Closes the gaps in the block of text that rows of unequal length have left, and drops columns of padding."""
+        is_text, first = self.token_types == TEXT, int((self.token_types != PADDING).any(dim=0).int().argmax())
+        counts = is_text.sum(dim=1)
+        order = torch.zeros(self.num_rows, int(counts.max()), dtype=torch.long)
+        for row, count in enumerate(counts.tolist()):
+            order[row, :count] = self.slots[row, is_text[row]]
+        if order.shape[1] < self.num_text_slots:
+            self.slots = torch.where(is_text, is_text.cumsum(dim=1) - 1, self.slots)
+            for layer in self.text_cache.layers:
+                layer.keys, layer.values = (
+                    take(block.transpose(1, 2), order).transpose(1, 2) for block in (layer.keys, layer.values)
+                )
+        for name in ("token_types", "slots", "token_ids", "position_ids"):
+            setattr(self, name, getattr(self, name)[:, first:])
+        self.images = [[(start - first, key) for start, key in row] for row in self.images]
 
     def reset(self) -> None:
         """Forgets everything."""

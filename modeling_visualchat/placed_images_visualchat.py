@@ -103,6 +103,11 @@ class PlacedImages:
         keys, values = ([[layer[image] for image in used] for layer in layers] for layers in (self.keys, self.values))
         return PlacedImages(keys, values, rows, self.rotation)
 
+    def with_rows(self, before: int, after: int) -> "PlacedImages":
+        """These images with rows before and after that show none."""
+        rows = [*([] for _ in range(before)), *self.rows, *([] for _ in range(after))]
+        return PlacedImages(self.keys, self.values, rows, self.rotation)
+
     def of_layer(self, layer: int, like: torch.Tensor) -> "LayerImages":
         """What the text of a layer reads, on the device and in the dtype of its queries."""
         return LayerImages(self, layer, like)

@@ -159,3 +159,72 @@ def test_images_are_cut_with_the_conversation():
     whole = placed.of_layer(0, keys[0]).keys_values()[0]
     assert torch.equal(cut.of_layer(0, keys[0]).keys_values()[0][:, :, :3][0], whole[0, :, :3])
     assert placed.cut([0, 0]) is None
+
+
+@pytest.mark.parametrize(
+    "order", [range(20), range(19, -1, -1), (3, 11, 3, 0), (7,)], ids=["all", "back", "some", "one"]
+)
+def test_known_images_cost_no_image_token(order):
+    model, memory, images = make_model(), ImageMemory(), pixels(*range(20))
+    memory.get_states(model, images)
+    ids = tokens(*["I"] * len(order), 6)
+    with model.model.count_tokens() as counts:
+        known = model.generate(ids, pixel_values=images[list(order)], image_memory=memory, **GREEDY)
+    assert counts == [6, *[1] * (known.shape[1] - ids.shape[1] - 1)]
+    assert torch.equal(known, model.generate(ids, pixel_values=images[list(order)], **GREEDY))
+
+
+@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
+def test_conversations_join_and_leave_a_batch(options):
+    """Each answers as alone, whenever it has come; an image that two of them show is one copy."""
+    model, memory = make_model(**options), ImageMemory()
+    rows = [tokens(*row, seed=number) for number, row in enumerate(ROWS)]
+    counts = [2, 0, 3, 1]
+    shown = [pixels(*IMAGES)[sum(counts[:row]) : sum(counts[: row + 1])] for row in range(4)]
+    expected = []
+    for ids, images in zip(rows, shown):
+        given = {"pixel_values": images} if len(images) else {}
+        output = model.generate(ids, **given, output_logits=True, return_dict_in_generate=True, **GREEDY)
+        expected.append((output.sequences[0, ids.shape[1] :], torch.stack(output.logits)[:, 0]))
+
+    def begin(row):
+        cache = ConversationCache()
+        states = {"image_states": memory.get_states(model, shown[row])} if len(shown[row]) else {}
+        logits = model(rows[row], past_key_values=cache, **states).logits[:, -1]
+        return cache, logits
+
+    batch, running, number = ConversationCache(), list[int](), dict.fromkeys(range(4), 0)
+    last = torch.empty(0, model.config.text_config.vocab_size)
+    with torch.no_grad():
+        for step in range(10):
+            if step in (0, 1, 3, 4):  # one more comes
+                row = (0, 1, 3, 4).index(step)
+                cache, logits = begin(row)
+                last = torch.cat([last, logits])
+                if running:
+                    batch.append_rows(cache)
+                else:
+                    batch = cache
+                running.append(row)
+            for place, row in enumerate(running):
+                kept = torch.isfinite(expected[row][1][number[row]])
+                torch.testing.assert_close(
+                    last[place][kept], expected[row][1][number[row]][kept], rtol=1e-4, atol=1e-4
+                )
+            ids = torch.stack([expected[row][0][number[row]] for row in running])[:, None]
+            for row in running:
+                number[row] += 1
+            staying = [place for place, row in enumerate(running) if number[row] < len(expected[row][0])]
+            if len(staying) < len(running):  # some are at their end
+                batch.batch_select_indices(torch.tensor(staying))
+                running, ids = [running[place] for place in staying], ids[staying]
+            if not running:
+                break
+            batch.compact()
+            types = torch.nn.functional.pad((batch.token_types == 2).long(), (0, 1))
+            mask = torch.nn.functional.pad((batch.token_types > 0).long(), (0, 1), value=1)
+            positions = batch.position_ids.max(dim=1, keepdim=True).values + 1
+            last = model(
+                ids, attention_mask=mask, position_ids=positions, mm_token_type_ids=types, past_key_values=batch
+            ).logits[:, -1]
+    assert number == {row: len(expected[row][0]) for row in range(4)}
