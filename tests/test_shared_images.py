@@ -215,11 +215,11 @@ def test_conversations_join_and_leave_a_batch(options):
             for row in running:
                 number[row] += 1
             staying = [place for place, row in enumerate(running) if number[row] < len(expected[row][0])]
+            if not staying:
+                break
             if len(staying) < len(running):  # some are at their end
                 batch.batch_select_indices(torch.tensor(staying))
                 running, ids = [running[place] for place in staying], ids[staying]
-            if not running:
-                break
             batch.compact()
             types = torch.nn.functional.pad((batch.token_types == 2).long(), (0, 1))
             mask = torch.nn.functional.pad((batch.token_types > 0).long(), (0, 1), value=1)
