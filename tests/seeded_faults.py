@@ -39,6 +39,27 @@ class Fault:
 
 FAULTS = (
     Fault(
+        "queries turned the wrong way to images",
+        "placed_images",
+        "like, backwards=True)",
+        "like, backwards=False)",
+        ("test_shared_images.py", "-k", "by_reference"),
+    ),
+    Fault(
+        "the factor of a rotation taken a second time",
+        "key_rotation",
+        "(cos / factor).to(like.dtype)",
+        "cos.to(like.dtype)",
+        ("test_shared_images.py", "-k", "scaled_rotation"),
+    ),
+    Fault(
+        "images of a row that joins taken for others",
+        "placed_images",
+        "numbers[place.image]) for place in more",
+        "place.image) for place in more",
+        ("test_shared_images.py", "-k", "join"),
+    ),
+    Fault(
         "an image prefix short by one",
         "plan",
         "torch.searchsorted(image, text) + past_images",

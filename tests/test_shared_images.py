@@ -78,22 +78,19 @@ def test_a_scaled_rotation_is_turned_without_its_factor(monkeypatch):
     yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 128}
     config = LlamaConfig(**SHAPE, rope_parameters=yarn)
     monkeypatch.setitem(TEXT_CONFIGS, "yarn", lambda: config)
-    answers = []
-    for is_copied in (False, True):
-        model = make_model("yarn")
-        if is_copied:
+    model, answers = make_model("yarn"), []
+    options = {"output_logits": True, "return_dict_in_generate": True, **GREEDY}
+    for form in ("rotated in place", "by reference", "copied"):
+        if form == "copied":
             without_references(monkeypatch)
-        output = model.generate(
-            tokens(3, "I", 2, "I", 4),
-            pixel_values=pixels(0, 1),
-            output_logits=True,
-            return_dict_in_generate=True,
-            **GREEDY,
-        )
+        memory = None if form == "rotated in place" else ImageMemory()
+        ids = tokens(3, "I", 2, "I", 4)
+        output = model.generate(ids, pixel_values=pixels(0, 1), image_memory=memory, **options)
         answers.append(torch.stack(output.logits))
     assert model.model.language_model.rotary_emb.attention_scaling > 1.1
     kept = torch.isfinite(answers[0])
-    torch.testing.assert_close(answers[0][kept], answers[1][kept], rtol=1e-4, atol=1e-4)
+    for answer in answers[1:]:
+        torch.testing.assert_close(answer[kept], answers[0][kept], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("options", [MODELS["sum"], MODELS["cross"]], ids=["mmca", "cross"])
