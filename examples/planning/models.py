@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from digits.model import build_digits_model
+from loading import NOT_QUANTIZED
 from torch import nn
-from training_parameters import NOT_QUANTIZED, choose_parameters, count, counted_parameters
+from training_parameters import choose_parameters, count, counted_parameters
 from transformers.initialization import no_init_weights
 
 from configuration_visualchat import VisualChatConfig
