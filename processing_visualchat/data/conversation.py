@@ -33,8 +33,14 @@ class Dropped:
     detail: str = field(default="", compare=False)  # the fault of this one, as the predicate of a sentence
     images: tuple[ImageReference, ...] = field(default=(), compare=False)  # those at fault: where they were looked for
 
+    @property
+    def predicate(self) -> str:
+        """The fault as the predicate of a sentence, without its full stop."""
+        return (self.detail or f"cannot be used: {self.reason}").rstrip(".")
+
 
 NO_ROUND = Dropped("no question with an answer", "has no question with an answer")
+NO_QUESTION = Dropped("no question", "has no question")
 OUTSIDE = Dropped(
     "image path outside of its folder",
     "names an image outside of its folder; name one that holds all images: `images` of a source, or the image root",
@@ -68,11 +74,14 @@ class Conversation:
 
     def map_images(self, change: Callable[[ImageReference], ImageReference]) -> "Conversation":
         """The same conversation with other references."""
-        turns = [
-            turn._replace(content=[block if isinstance(block, str) else change(block) for block in turn.content])
-            for turn in self.turns
-        ]
-        return replace(self, turns=turns)
+        return self._map(lambda block: block if isinstance(block, str) else change(block))
+
+    def map_texts(self, change: Callable[[str], str]) -> "Conversation":
+        """The same conversation with other texts."""
+        return self._map(lambda block: change(block) if isinstance(block, str) else block)
+
+    def _map(self, change: Callable[[str | ImageReference], str | ImageReference]) -> "Conversation":
+        return replace(self, turns=[turn._replace(content=[*map(change, turn.content)]) for turn in self.turns])
 
     def under(self, root: str | Path) -> "Conversation":
         """The same conversation with absolute image paths."""
@@ -92,8 +101,13 @@ def _render(content: list[str | ImageReference]) -> str | list[dict]:
     return [{"type": "text", "text": block} if isinstance(block, str) else block.block() for block in content]
 
 
-def pair_turns(turns: Sequence[Turn], repairs: Sequence[str] = ()) -> Conversation | Dropped:
-    """An optional system turn, and questions with their answers; what has no counterpart is left out, and noted."""
+def pair_turns(
+    turns: Sequence[Turn], repairs: Sequence[str] = (), ends_with_question: bool = False
+) -> Conversation | Dropped:
+    """
+    An optional system turn, and questions with their answers, or without one the last question to be answered; what
+    else has no counterpart is left out, and noted.
+    """
     notes, paired = list(repairs), [turn for turn in turns[:1] if turn.role == "system" and turn.content]
     question: Turn | None = None
     for turn in turns[1:] if turns and turns[0].role == "system" else turns:
@@ -115,6 +129,10 @@ def pair_turns(turns: Sequence[Turn], repairs: Sequence[str] = ()) -> Conversati
         else:
             paired += [question, turn]
             question = None
+    if ends_with_question:
+        if question is None or not question.content:
+            return NO_QUESTION
+        return Conversation([*paired, question], tuple(dict.fromkeys(notes)))
     if question is not None:
         notes.append("a question without an answer left out")
     if len(paired) < 2:

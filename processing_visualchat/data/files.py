@@ -88,6 +88,12 @@ def digest_of(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
+def digest_file(path: str | Path) -> str:
+    """The digest of the content of a file, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
 def stamp_of(path: str | Path) -> tuple[int, int] | None:
     """Size and modification time of a file or folder."""
     try:

@@ -27,6 +27,7 @@ class IngestedRecord:
     num_records: int  # raw records that are not in an earlier one
     outcome: Conversation | Dropped
     members: tuple[str, ...] = ()  # files and records of all its raw records, if it has several
+    key: str | int | None = None  # the id that the record gives itself
 
 
 @dataclass
@@ -173,7 +174,7 @@ def _name(where: str, images: Sequence[str]) -> str:
     return f"{where}: {' or '.join(images)}" if images else where
 
 
-def _to_text(text: str) -> str:
+def to_text(text: str) -> str:
     """Text without what UTF-8 cannot encode."""
     return text.encode("utf-8", "replace").decode()
 
@@ -181,9 +182,9 @@ def _to_text(text: str) -> str:
 def _generate_rows(generate: Callable[..., Iterator[IngestedRecord]], options: dict, root: str) -> Iterator[dict]:
     yield EMPTY_ROW  # `datasets` cannot build an empty dataset
     for record in generate(**options):
-        row = {**EMPTY_ROW, "num_records": record.num_records, "where": _to_text(record.where)}
-        row["members"] = [*map(_to_text, record.members)]
-        row["images"] = [_to_text(str(image.relative_to(root))) for image in record.outcome.images]
+        row = {**EMPTY_ROW, "num_records": record.num_records, "where": to_text(record.where)}
+        row["members"] = [*map(to_text, record.members)]
+        row["images"] = [to_text(str(image.relative_to(root))) for image in record.outcome.images]
         if isinstance(record.outcome, Dropped):
             row["dropped"] = record.outcome.reason
         else:

@@ -21,9 +21,11 @@ from ..processing_visualchat import VisualChatProcessor
 from .conversation import OUTSIDE, Conversation, Dropped
 from .files import describe_json_error, open_file, parse_json, read_table, suffix_of
 from .images import MISSING_IMAGE, ImageReference, digest_pixels, may_hold, replace_encoded
-from .ingestion import IngestedRecord, check_record
+from .ingestion import IngestedRecord, check_record, to_text
 from .schemas import IMAGE_KEY, as_list, convert_record, is_known
 
+
+KEYS = ("id", "key")  # of a record, for the id that it gives itself
 
 # From a file, its name and the columns that have other names, to places and records.
 Reader = Callable[[BinaryIO, str, Container[str]], Iterator[tuple[str, Any]]]
@@ -38,12 +40,13 @@ def read_conversations(
     columns: Mapping[str, str] | None = None,
     links: str = "",
     control_tokens: Sequence[str] = (),
+    ends_with_question: bool = False,
 ) -> Iterator[IngestedRecord]:
     """
     Reads the conversations of a file, an absolute path or `hf://…`; image paths, relative to `image_root`, by default
     the folder of the file, become absolute, and none leads out of it, see [`ImageReference.resolve`]. Images inside of
-    tables become images of an archive, or inline with `embed`. `columns` are other names, see [`convert_record`]. No
-    text may hold one of `control_tokens`.
+    tables become images of an archive, or inline with `embed`. `columns` are other names, and `ends_with_question`
+    is for conversations to be answered, see [`convert_record`]. No text may hold one of `control_tokens`.
 
     A faulty record is yielded with its reason. `is_strict` raises a `ValueError` or `FileNotFoundError` instead, also
     for what would be repaired. A broken file always raises.
@@ -59,13 +62,20 @@ def read_conversations(
             if suffix in TABLES and not embed:
                 names = (f"{index}.{number}" for number in itertools.count())
                 record = replace_encoded(record, partial(_refer, file, names))
-            outcome = record if isinstance(record, Dropped) else convert_record(record, columns)
+            outcome = record if isinstance(record, Dropped) else convert_record(record, columns, ends_with_question)
             if isinstance(outcome, Conversation):
                 outcome = _resolve_images(outcome, root, file, links)
-            read = check_record(IngestedRecord(where, 1, outcome), control_tokens=control_tokens)
+            read = IngestedRecord(where, 1, outcome, key=_find_key(record))
+            read = check_record(read, control_tokens=control_tokens)
             if is_strict:
                 _raise_faults(read)
             yield read
+
+
+def _find_key(record: Any) -> str | int | None:
+    keys = [record.get(name) for name in KEYS] if isinstance(record, dict) else []
+    key = next((key for key in keys if isinstance(key, (str, int)) and key != ""), None)
+    return to_text(key) if isinstance(key, str) else key
 
 
 def _refer(file: str, names: Iterator[str], data: bytes) -> ImageReference:
@@ -91,8 +101,7 @@ def _raise_faults(read: IngestedRecord) -> None:
     """Raises what is wrong with a record, or what was repaired in it."""
     if isinstance(read.outcome, Dropped):
         error = FileNotFoundError if read.outcome.reason == MISSING_IMAGE else ValueError
-        detail = read.outcome.detail or f"cannot be used: {read.outcome.reason}"
-        raise error(f"{read.where} {detail.rstrip('.')}.")
+        raise error(f"{read.where} {read.outcome.predicate}.")
     if read.outcome.repairs:
         raise ValueError(f"{read.where} would need a repair: {', '.join(read.outcome.repairs)}.")
 

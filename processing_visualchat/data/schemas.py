@@ -21,7 +21,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from .conversation import Conversation, Dropped, Turn, pair_turns
+from .conversation import NO_QUESTION, Conversation, Dropped, Turn, pair_turns
 from .images import ImageReference
 
 
@@ -67,30 +67,39 @@ class Fault(Exception):
     """Why a record is dropped."""
 
 
-def convert_record(record: Any, columns: Mapping[str, str] | None = None) -> Conversation | Dropped:
-    """A record of a supported schema as a conversation, with other names for its columns; it stays as it is."""
+def convert_record(
+    record: Any, columns: Mapping[str, str] | None = None, ends_with_question: bool = False
+) -> Conversation | Dropped:
+    """
+    A record of a supported schema as a conversation, with other names for its columns; it stays as it is. With
+    `ends_with_question`, the conversation is one to be answered: an answer to its last question is left out.
+    """
     record = {"messages": record} if isinstance(record, list) else record
     try:
-        return _convert(_rename(record, columns or {}) if isinstance(record, dict) else {}, columns or {})
+        named = _rename(record, columns or {}) if isinstance(record, dict) else {}
+        return _convert(named, columns or {}, ends_with_question)
     except Fault as fault:
         return Dropped(*fault.args)
 
 
-def _convert(record: dict, columns: Mapping[str, str]) -> Conversation | Dropped:
-    raw, has_tags = _find_turns(record)
+def _convert(record: dict, columns: Mapping[str, str], ends_with_question: bool) -> Conversation | Dropped:
+    raw, has_tags = _find_turns(record, ends_with_question)
     if not raw:
         keys = ", ".join(map(str, record)) or "of an empty record"
         raise Fault("no messages and no conversations", f"has no messages; it has the keys {keys}")
+    while ends_with_question and _find_role(raw[-1]) == "assistant":
+        if not (raw := raw[:-1]):
+            return NO_QUESTION
     given = [key for key, value in record.items() if _is_given(value)]
     _check_keys(UNREAD_MEDIA_KEY, given)
-    if record.get("label") is False and "completion" in given:
+    if record.get("label") is False and "completion" in given and not ends_with_question:
         raise Fault("an answer marked as not wanted")
     placeholders = [text for text, field in columns.items() if field == "placeholder"]
     turns = [_read_turn(turn, placeholders) for turn in raw]
     repairs: list[str] = []
     _add_system(turns, record.get("system"), repairs)
     _fill_slots(turns, _read_images(record, given), repairs, has_tags)
-    outcome = pair_turns(turns, repairs)
+    outcome = pair_turns(turns, repairs, ends_with_question)
     if isinstance(outcome, Dropped):
         return outcome
     if None in outcome.images:
@@ -98,7 +107,8 @@ def _convert(record: dict, columns: Mapping[str, str]) -> Conversation | Dropped
         raise Fault(fault, f"has {fault}")
     if not outcome.images:
         _check_keys(UNREAD_IMAGE_KEY, given)
-    if not any(turn.has_loss for turn in outcome.turns if turn.role == "assistant"):
+    has_loss = any(turn.has_loss for turn in outcome.turns if turn.role == "assistant")
+    if not has_loss and not ends_with_question:
         raise Fault("no answer with a loss")
     return outcome
 
@@ -138,7 +148,7 @@ def as_list(value: Any) -> list:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _find_turns(record: dict) -> tuple[list, bool]:
+def _find_turns(record: dict, ends_with_question: bool) -> tuple[list, bool]:
     """The raw turns, and whether their text marks where images are."""
     for key in ("messages", "conversations"):
         if isinstance(turns := _parse_json(record.get(key)), list) and turns:
@@ -146,10 +156,8 @@ def _find_turns(record: dict) -> tuple[list, bool]:
     if isinstance(texts := _parse_json(record.get("texts")), list):
         rounds = [(pair.get("user"), pair.get("assistant")) if isinstance(pair, dict) else (pair,) for pair in texts]
         return [turn for pair in rounds for turn in _as_turns(*pair)], False
-    pairs = (
-        (record[question], record[answer]) for answer, question in PAIRS.items() if {question, answer} <= record.keys()
-    )
-    question, answer = next((pair for pair in pairs if all(pair)), ([], []))
+    pairs = ((record.get(question) or [], record.get(answer) or []) for answer, question in PAIRS.items())
+    question, answer = next((pair for pair in pairs if pair[0] and (pair[1] or ends_with_question)), ([], []))
     if isinstance(question, str) and isinstance(record.get("input"), str):
         question = f"{question}\n{record['input']}".strip()
     history = record["history"] if isinstance(record.get("history"), list) else []
@@ -186,12 +194,16 @@ def _read_images(record: dict, given: list[str]) -> list:
     raise Fault(f"different images in the columns images, {', '.join(lists)}")
 
 
+def _find_role(turn: Any) -> str | None:
+    return ROLES.get(str(turn.get("role") or turn.get("from")).lower()) if isinstance(turn, dict) else None
+
+
 def _read_turn(turn: Any, placeholders: list[str]) -> Turn:
     """Role and content, with slots for images to be filled in: empty blocks, or placeholders in the text."""
     unknown = Fault("a turn without a known role or without content")
     if not isinstance(turn, dict):
         raise unknown
-    role = ROLES.get(str(turn.get("role") or turn.get("from")).lower())
+    role = _find_role(turn)
     content = turn.get("value") if turn.get("content") is None else turn["content"]
     blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if role is None or not isinstance(blocks, list):
