@@ -201,9 +201,9 @@ def test_later_rounds_see_the_references_if_asked_for(data, straight, tmp_path):
 
 
 def test_an_interrupted_evaluation_continues_to_the_same_end(data, straight, tmp_path, monkeypatch):
-    from processing_visualchat.evaluation import evaluation
+    from processing_visualchat.evaluation import answer_file
 
-    batches, write = [], evaluation.append
+    batches, write = [], answer_file.append
 
     def stop(file, lines):
         batches.append(file)
@@ -212,7 +212,7 @@ def test_an_interrupted_evaluation_continues_to_the_same_end(data, straight, tmp
         write(file, lines)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "append", stop)
+        patch.setattr(answer_file, "append", stop)
         with pytest.raises(KeyboardInterrupt):
             run(data, tmp_path)
     answers = tmp_path / "answers.jsonl"
@@ -226,16 +226,16 @@ def test_an_interrupted_evaluation_continues_to_the_same_end(data, straight, tmp
 
 def test_an_evaluation_with_other_settings_is_refused_with_what_differs(data, straight, tmp_path):
     before = (straight / "answers.jsonl").read_bytes()
-    with pytest.raises(ValueError, match=r"another evaluation: history was 'own', is 'references'\. Choose another"):
+    with pytest.raises(ValueError, match=r"another run: history was 'own', is 'references'\. Choose another"):
         run(data, straight, history="references")
     for name in ("test.jsonl", "0.png", "1.png", "2.png", "3.png", "4.png"):
         (tmp_path / name).write_bytes((data / name).read_bytes())
     make_model(seed=1).save_pretrained(tmp_path / "checkpoint")
     make_processor().save_pretrained(tmp_path / "checkpoint")
-    with pytest.raises(ValueError, match=r"another evaluation: weights was '\w+', is '\w+'\. Choose"):
+    with pytest.raises(ValueError, match=r"another run: weights was '\w+', is '\w+'\. Choose"):
         run(tmp_path, straight)
     (tmp_path / "changed.jsonl").write_text((data / "test.jsonl").read_text().replace("number 3", "number three"))
-    with pytest.raises(ValueError, match=r"another evaluation: weights .*; examples was"):
+    with pytest.raises(ValueError, match=r"another run: weights .*; examples was"):
         run(tmp_path, straight, file="changed.jsonl")
     assert (straight / "answers.jsonl").read_bytes() == before
 
@@ -314,7 +314,7 @@ def test_the_options_get_the_log_probability_that_the_model_gives_them(data, tmp
     assert results["scores"]["choice_likelihood"]["all"]["num_rounds"] == 1
     best = max(range(3), key=lambda index: found[index][0] / found[index][1])
     assert results["scores"]["choice_likelihood"]["all"]["mean"] == (best == 1)
-    with pytest.raises(ValueError, match="another evaluation: scores_options was True, is False"):
+    with pytest.raises(ValueError, match="another run: scores_options was True, is False"):
         evaluate(model, suite, "mine", tmp_path, metrics=["choice"], **arguments)
     again = score_answers(tmp_path, ["letter_likelihood", "choice_likelihood_sum"])
     assert list(again["scores"]) == ["letter_likelihood", "choice_likelihood_sum"]

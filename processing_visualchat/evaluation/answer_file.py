@@ -1,20 +1,25 @@
-"""The folder of an evaluation: its settings, and the answers as JSON lines that a second start continues."""
+"""The folder of a run: its settings, and the answers as JSON lines that a second start continues."""
 
 import json
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
 
 SETTINGS, ANSWERS = "settings.json", "answers.jsonl"
+LONGEST_WAIT = timedelta(days=7)  # of a process for the others
 
 
 class ChangedSettingsError(ValueError):
-    """The folder holds the answers of an evaluation with other settings."""
+    """The folder holds the answers of a run with other settings."""
 
 
 def check_settings(folder: Path, settings: dict[str, Any], free: Container[str] = ()) -> None:
-    """Writes the settings of an evaluation, or compares them, but for `free` ones, with those of its answers."""
+    """Writes the settings of a run, or compares them, but for `free` ones, with those of its answers."""
     file = folder / SETTINGS
     if not file.exists():
         if (folder / ANSWERS).exists():
@@ -30,8 +35,8 @@ def check_settings(folder: Path, settings: dict[str, Any], free: Container[str] 
     ]
     if differences:
         raise ChangedSettingsError(
-            f"{folder} holds the answers of another evaluation: {'; '.join(differences)}. Choose another output "
-            "folder, or remove this one."
+            f"{folder} holds the answers of another run: {'; '.join(differences)}. Choose another output, or remove "
+            "this folder."
         )
 
 
@@ -58,6 +63,11 @@ def part_file(folder: Path, process: int, num_processes: int) -> Path:
     return folder / (ANSWERS if num_processes == 1 else f"answers-{process}-of-{num_processes}.jsonl")
 
 
+def write_lines(file: Path, lines: Iterable[dict]) -> None:
+    """Writes a whole file of JSON lines."""
+    write_whole(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
 def append(file: Path, lines: Iterable[dict]) -> None:
     """Appends objects to a file of JSON lines, each of them whole."""
     with file.open("a", encoding="utf-8") as stream:
@@ -71,7 +81,32 @@ def join_files(folder: Path, order: dict[str, int]) -> list[dict]:
     files = [folder / ANSWERS, *sorted(folder.glob("answers-*-of-*.jsonl"))]
     answers = {line["id"]: line for file in files for line in read_lines(file)}
     lines = sorted(answers.values(), key=lambda line: order[line["id"]])
-    write_whole(folder / ANSWERS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_lines(folder / ANSWERS, lines)
     for file in files[1:]:
         file.unlink()
     return lines
+
+
+def answer_all(
+    folder: Path,
+    batches: Sequence[Sequence[Any]],
+    answer: Callable[[Sequence[Any]], Iterable[dict]],
+    order: dict[str, int],
+    state: PartialState,
+) -> list[dict]:
+    """
+    Answers what has no answer yet, or an error, one batch of every process; returns all lines in their order, on the
+    main process. Batches are those of all items, so that a conversation has the same company, and the same rounding,
+    however often the run was interrupted.
+    """
+    if state.is_main_process:
+        join_files(folder, order)
+    state.wait_for_everyone()
+    known = {line["id"] for line in read_lines(folder / ANSWERS) if "error" not in line}
+    file = part_file(folder, state.process_index, state.num_processes)
+    own = batches[state.process_index :: state.num_processes]
+    for batch in tqdm(own, desc="Answering", unit="batch", disable=not state.is_main_process):
+        if any(item.id not in known for item in batch):
+            append(file, (line for line in answer(batch) if line["id"] not in known))
+    state.wait_for_everyone()
+    return join_files(folder, order) if state.is_main_process else []

@@ -1,7 +1,7 @@
 """Answers of a model to conversations: many at a time, round by round."""
 
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,6 +78,15 @@ class AnswerScore(NamedTuple):
     is_greedy: bool  # whether each of its tokens is the most likely one
 
 
+class Generated(NamedTuple):
+    """An answer of the model."""
+
+    text: str
+    num_prompt_tokens: int  # of the conversation before it, with its images
+    num_tokens: int  # with its end token
+    is_ended: bool  # by the model, not at the maximum length
+
+
 class SeededSampling(LogitsProcessor):
     """
     Adds Gumbel noise to log-probabilities, so that the highest is a sample of them. Each row draws from a generator of
@@ -137,11 +146,13 @@ class Answerer:
         def length(item: Item) -> tuple[int, int]:
             example = item.example
             texts = [block["text"] for each in example.rounds for block in each.content if not is_image(block)]
-            num_tokens = sum(map(len, texts)) // 4 + example.num_images * self.processor.image_seq_length
-            return len(example.rounds), num_tokens
+            return len(example.rounds), self.estimate_tokens(texts, example.num_images)
 
-        ordered = sorted(items, key=length, reverse=True)
-        return [ordered[start : start + self.batch_size] for start in range(0, len(ordered), self.batch_size)]
+        return make_batches(items, self.batch_size, length)
+
+    def estimate_tokens(self, texts: Sequence[str], num_images: int) -> int:
+        """About the number of tokens of texts and images, without a tokenizer."""
+        return sum(map(len, texts)) // 4 + num_images * self.processor.image_seq_length
 
     def answer(self, items: Sequence[Item]) -> list[dict]:
         """The lines of `answers.jsonl` for a batch of items."""
@@ -213,10 +224,22 @@ class Answerer:
 
     def generate(self, conversations: list[list[dict]], **kwargs) -> list[str]:
         """Answers to the last questions of conversations, by the arguments of `generate`."""
+        return [answer.text for answer in self.generate_counted(conversations, **kwargs)]
+
+    def generate_counted(self, conversations: list[list[dict]], **kwargs) -> list[Generated]:
+        """As [`generate`], with the numbers of tokens."""
         inputs = self._prepare(conversations, add_generation_prompt=True)
         generated = self.model.generate(**inputs, image_memory=self.memory, **kwargs)
-        answers = self.processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return [answer.strip() for answer in answers]
+        generated = generated[:, inputs["input_ids"].shape[1] :].cpu()
+        end_tokens = self.model.generation_config.eos_token_id
+        end_tokens = end_tokens if isinstance(end_tokens, list) else [] if end_tokens is None else [end_tokens]
+        is_end = torch.isin(generated, torch.tensor(end_tokens, dtype=generated.dtype))
+        is_ended = is_end.any(dim=1)
+        num_tokens = torch.where(is_ended, is_end.int().argmax(dim=1) + 1, generated.shape[1])
+        texts = [text.strip() for text in self.processor.batch_decode(generated, skip_special_tokens=True)]
+        num_prompt_tokens = inputs["attention_mask"].sum(dim=1)
+        counts = zip(texts, num_prompt_tokens.tolist(), num_tokens.tolist(), is_ended.tolist())
+        return [Generated(*count) for count in counts]
 
     def _generate(self, conversations: Sequence[_Conversation]) -> tuple[list[str], list[str]]:
         """Answers to the last questions, and why there is none."""
@@ -277,6 +300,12 @@ class Answerer:
         totals = (found * is_answer).sum(dim=1)
         is_greedy = ((logits.argmax(dim=-1) == labels) | ~is_answer).all(dim=1)
         return [*map(AnswerScore, totals.tolist(), is_answer.sum(dim=1).tolist(), is_greedy.tolist())]
+
+
+def make_batches(items: Sequence[Any], batch_size: int, length: Callable[[Any], Any]) -> list[list[Any]]:
+    """Items of similar length together, the longest first."""
+    ordered = sorted(items, key=length, reverse=True)
+    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
 
 
 def describe(item: Item, images: list[str], rounds: list[dict]) -> dict[str, Any]:

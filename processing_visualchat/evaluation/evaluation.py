@@ -2,22 +2,21 @@
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from tqdm.auto import tqdm
 from transformers import AutoProcessor
 
 from modeling_visualchat import VisualChatForConditionalGeneration
 from modeling_visualchat.weights_key_visualchat import weights_key
 
 from ..data.files import digest_of
-from .answer_file import ANSWERS, append, check_settings, join_files, part_file, read_lines
+from .answer_file import LONGEST_WAIT, answer_all, check_settings
 from .answering import Answerer, AnswerOptions, Item
 from .custom import JSONL
 from .edits import EDITS_SUITE, answer_with_edits
@@ -32,7 +31,6 @@ from .suites import SUITES as PUBLISHED
 
 
 SUITES: dict[str, Suite] = {**PUBLISHED, JSONL.name: JSONL, EDITS_SUITE.name: EDITS_SUITE}
-LONGEST_WAIT = timedelta(days=7)  # of a process for the others
 FREE = ("checkpoint", "data")  # names of settings that may change: what they name is compared by its content
 
 
@@ -115,13 +113,9 @@ def evaluate(
     order = {item.id: number for number, item in enumerate(items)}
     if state.is_main_process:
         check_settings(folder, settings, FREE)
-        join_files(folder, order)
-    state.wait_for_everyone()
     answerer = Answerer(model, processor, options, batch_size, folder / THUMBNAILS)
-    answer_all(answerer, items, folder, state.process_index, state.num_processes)
-    state.wait_for_everyone()
+    answer_all(folder, answerer.make_batches(items), partial(answer_batch, answerer), order, state)
     if state.is_main_process:
-        join_files(folder, order)
         score_answers(folder, metrics, judge, page_size)
     state.wait_for_everyone()
     return json.loads((folder / RESULTS).read_text())
@@ -194,18 +188,8 @@ def digest_examples(examples: Sequence[Example]) -> str:
     return digest_of(json.dumps(described).encode())
 
 
-def answer_all(answerer: Answerer, items: Sequence[Item], folder: Path, process: int, num_processes: int) -> None:
-    """
-    Answers what is not answered yet, one batch of every `num_processes`. Batches are those of all items, so that a
-    conversation has the same company, and the same rounding, however often the evaluation was interrupted.
-    """
-    known = {line["id"] for line in read_lines(folder / ANSWERS)}
-    batches = answerer.make_batches(items)
-    file = part_file(folder, process, num_processes)
-    for batch in tqdm(batches[process::num_processes], desc="Answering", unit="batch", disable=process > 0):
-        if all(item.id in known for item in batch):
-            continue
-        if any(each.edit for item in batch for each in item.example.rounds):
-            append(file, (answer_with_edits(answerer, item) for item in batch if item.id not in known))
-        else:
-            append(file, (line for line in answerer.answer(batch) if line["id"] not in known))
+def answer_batch(answerer: Answerer, batch: Sequence[Item]) -> Iterable[dict]:
+    """The lines of `answers.jsonl` for conversations that are answered together."""
+    if any(each.edit for item in batch for each in item.example.rounds):
+        return (answer_with_edits(answerer, item) for item in batch)
+    return answerer.answer(batch)
