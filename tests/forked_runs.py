@@ -3,7 +3,7 @@ Runs `finetune.py` many times, each in a fork of one process that has imported e
 
 Reads a run as JSON from each line of its input, and writes how it ended as JSON:
 
-    {"flags": […], "processes": 1, "signal": 9, "moment": 30, "delay": 0.01, "log": "FILE"}
+    {"script": "finetune", "flags": […], "processes": 1, "signal": 9, "moment": 30, "delay": 0.01, "log": "FILE"}
     {"codes": [-9]}
 
 A moment is the begin or end of a training or prediction step, or a change in the output folder; `step` instead of
@@ -23,6 +23,7 @@ from pathlib import Path
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+OUTPUTS = {"finetune": "--output_dir", "generate": "--output"}  # by script
 EVENTS = ("open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate", "shutil.rmtree", "step")
 
 
@@ -66,13 +67,13 @@ def train(job: dict, pipe: int | None) -> None:
     with open(job["log"], "a") as log:  # of all processes
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    sys.argv = ["finetune.py", *job["flags"]]
-    folder, code = job["flags"][job["flags"].index("--output_dir") + 1], 0
+    sys.argv = [f"{job['script']}.py", *job["flags"]]
+    folder, code = job["flags"][job["flags"].index(OUTPUTS[job["script"]]) + 1], 0
     known = set(sys.modules)
     if pipe is not None:
         sys.addaudithook(lambda event, values: report(event, values, folder, pipe))
     try:
-        importlib.import_module("finetune").main()
+        importlib.import_module(job["script"]).main()
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else 1
         print(ended, file=sys.stderr)

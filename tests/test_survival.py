@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import draw_picture, make_model, make_processor
+from forked_runs import OUTPUTS
 from safetensors.torch import load_file
 from test_finetune import environment, finetune_error, image, losses, message
 from test_remote_code import REPOSITORY
@@ -157,7 +158,7 @@ DEMO = [
 
 
 class Runs:
-    """Runs of `finetune.py` by `forked_runs.py`."""
+    """Runs of a script by `forked_runs.py`."""
 
     def __init__(self, folder):
         self.folder, self.number = folder, 0
@@ -165,11 +166,11 @@ class Runs:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self.server = subprocess.Popen(command, text=True, env=environment(), **pipes)
 
-    def __call__(self, output, *flags, **job):
+    def __call__(self, output, *flags, script="finetune", **job):
         """What `forked_runs.py` says of a run, and what the run printed."""
         self.number += 1
         log = self.folder / f"{self.number}.log"
-        job |= {"flags": [*map(str, flags), "--output_dir", str(output)], "log": str(log)}
+        job |= {"script": script, "flags": [*map(str, flags), OUTPUTS[script], str(output)], "log": str(log)}
         print(json.dumps(job), file=self.server.stdin, flush=True)
         return {**json.loads(self.server.stdout.readline()), "log": log.read_text()}
 
@@ -264,3 +265,31 @@ def test_a_full_disk_leaves_the_last_checkpoint(runs, straight, tmp_path):
         )
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_a_killed_generation_continues_and_two_processes_give_the_same_answers(runs, data):
+    """Killed while it writes its settings, and within its second and third batch; the last line is then torn."""
+    folder = runs.folder / "generated"
+    folder.mkdir()
+    records = [{"messages": [message(image("0.png") if number % 2 else "?" * (number + 1))]} for number in range(24)]
+    records.insert(4, {"messages": [message([{"type": "image", "path": "nowhere.png"}])]})
+    (data / "questions.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    flags = [data / "model", "--input", data / "questions.jsonl", "--max_new_tokens", "5", "--batch_size", "2"]
+    straight, killed, two = (folder / f"{name}.jsonl" for name in ("straight", "killed", "two"))
+    ended = runs(straight, *flags, script="generate")
+    assert ended["codes"] == [3] and "24 conversations answered, 1 failed" in ended["log"], ended["log"]
+    parts, counts = Path(f"{killed}.parts") / "answers.jsonl", []
+    for moment in (1, 7, 8):
+        ended = runs(killed, *flags, script="generate", signal=signal.SIGKILL, moment=moment)
+        assert ended["codes"] == [-signal.SIGKILL] and not killed.exists(), ended["log"]
+        counts.append(len(parts.read_text().splitlines()) if parts.exists() else 0)
+    with parts.open("a") as file:
+        file.write('{"id": "line')
+    assert counts[0] == 0 < counts[1] < counts[2] < 24
+    for output in (killed, two):
+        ended = runs(output, *flags, script="generate", processes=2)
+        assert ended["codes"] == [3, 0] and ended["log"].count(" answered, ") == 1, ended["log"]
+        assert output.read_bytes() == straight.read_bytes()
+    assert not [*folder.glob("*.parts/answers-*")]
