@@ -45,9 +45,11 @@ RUN_BY = {
     "plan.py": "test_planner.py",
     "processing_visualchat.doctor": "test_doctor.py",
     "run.py": "test_study.py",
+    "serve.py": "test_serve.py",
+    "serve_load.py": "test_serve.py",
     "tables.py": "test_study.py",
 }
-OTHERS = ("lmms_eval", "run.py --data BLINK")  # programs that are not ours
+OTHERS = ("lmms_eval", "run.py --data BLINK", "transformers serve")  # programs that are not ours
 
 
 class Parsed(BaseException):
