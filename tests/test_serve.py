@@ -27,9 +27,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from serving import gate, remote_images
 from serving.app import make_app
-from serving.conversations import Limits
+from serving.conversations import Conversations, Limits
 from serving.engine import Engine, EngineMemory
 from serving.errors import ApiError
+from serving.image_store import ImageStore
+from serving.schemas import ChatRequest, parse
 from serving.text import AnswerText
 from starlette.testclient import TestClient
 from test_finetune import EXAMPLES
@@ -200,6 +202,24 @@ def test_requests_of_a_batch_do_not_change_each_other(served, tiny):
     assert len(set(alone)) == 5
 
 
+def test_a_model_without_an_image_memory_is_served(tiny):
+    model, processor = make_model(attention_type="causal"), tiny[1]
+    engine, picture = Engine(model, processor), draw_picture(0)
+    words = {"type": "text", "text": "What is it?"}
+    messages = [{"role": "user", "content": [{"type": "image", "image": picture}, words]}]
+
+    async def answer():
+        conversations = Conversations(engine, processor, ImageStore(0), LIMITS)
+        request = conversations.prepare(parse(ChatRequest, json.dumps(body).encode()), "owner")
+        return [part async for part in engine.submit(request)]
+
+    body = {"model": "tiny", "messages": [show(picture)], "max_tokens": 8}
+    parts = asyncio.run(answer())
+    engine.close()
+    assert "".join(text for text, _ in parts) == direct(model, processor, messages, 8)[0]
+    assert (parts[-1][1].new_images, parts[-1][1].known_images) == (1, 0)
+
+
 def test_what_is_of_one_key_is_of_no_other(served, tiny):
     first, second = served.clients
     secret, picture = "the password is swordfish", draw_picture(50)
@@ -368,7 +388,7 @@ BODY = st.fixed_dictionaries(
 PATHS = ["/v1/chat/completions", "/v1/responses", "/v1/images"]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(path=st.sampled_from(PATHS), body=BODY | JSON_VALUES.map(lambda body: json.dumps(body).encode()) | st.binary())
 def test_no_body_is_a_fault_of_the_server(local, path, body):
     response = local.post(path, content=body)

@@ -59,9 +59,8 @@ class Load:
     async def ask(self, messages: list[dict[str, Any]]) -> str:
         """A streamed answer."""
         started, text = time.perf_counter(), ""
-        stream: Any = await self.client.chat.completions.create(
-            model=self.model, messages=messages, max_tokens=self.max_tokens, stream=True
-        )
+        options: dict[str, Any] = {"messages": messages, "max_tokens": self.max_tokens, "stream": True}
+        stream = await self.client.chat.completions.create(model=self.model, **options)
         async for chunk in stream:
             if not text and chunk.choices[0].delta.content:
                 self.waits.append(time.perf_counter() - started)

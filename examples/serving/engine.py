@@ -112,7 +112,7 @@ class Engine:
         ids = model.generation_config.eos_token_id
         self.end_tokens = frozenset(ids if isinstance(ids, list) else [ids])
         self._waiting: queue.Queue[Reply | None] = queue.Queue(max_waiting)
-        self._is_closing = False
+        self._is_closing = self._has_ended = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -152,8 +152,8 @@ class Engine:
         self._thread.join()
 
     def _run(self) -> None:
-        while (replies := self._gather()) is not None:
-            replies = [reply for reply in replies if reply.is_due()]
+        while not self._has_ended:
+            replies = [reply for reply in self._gather() if reply.is_due()]
             try:
                 if replies:
                     self._answer(replies)
@@ -161,19 +161,19 @@ class Engine:
                 for reply in replies:
                     reply.fail(error)
 
-    def _gather(self) -> list[Reply] | None:
-        """The conversations that wait, up to a batch, at least one; `None` after the last."""
-        if (first := self._waiting.get()) is None:
-            return None
-        replies, until = [first], time.perf_counter() + self.seconds_to_gather
+    def _gather(self) -> list[Reply]:
+        """The conversations that wait, up to a batch; the first is waited for."""
+        replies: list[Reply] = []
+        until = float("inf")
         while len(replies) < self.max_batch:
             try:
-                reply = self._waiting.get(timeout=max(0.0, until - time.perf_counter()))
+                reply = self._waiting.get(timeout=max(0.0, until - time.perf_counter()) if replies else None)
             except queue.Empty:
                 break
             if reply is None:
-                self._waiting.put(None)
+                self._has_ended = True
                 break
+            until = min(until, time.perf_counter() + self.seconds_to_gather)
             replies.append(reply)
         return replies
 

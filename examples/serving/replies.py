@@ -74,6 +74,10 @@ class Reply:
         """The number of images of the conversation, each as often as it is shown."""
         return 0 if self.request.pixel_values is None else len(self.request.pixel_values)
 
+    @property
+    def _age(self) -> float:
+        return time.perf_counter() - self.started
+
     def cancel(self) -> None:
         """Ends the answer after its next token: nobody reads it."""
         self._is_cancelled = True
@@ -81,21 +85,23 @@ class Reply:
     async def __aiter__(self) -> AsyncIterator[tuple[str, Usage | None]]:
         try:
             while True:
-                event = await self._events.get()
+                async with asyncio.timeout(self.request.seconds - self._age):
+                    event = await self._events.get()
                 if isinstance(event, Exception):
                     raise event
                 yield event
                 if event[1] is not None:
                     return
+        except TimeoutError:
+            message = f"The answer took more than {self.request.seconds:g} seconds."
+            raise TimeoutError(message) from None
         finally:
             self.cancel()
 
     def is_due(self) -> bool:
         """Whether the row still needs tokens. One whose reader is gone, or whose time is over, does not."""
-        if self.finish_reason is None and self._is_cancelled:
+        if self.finish_reason is None and (self._is_cancelled or self._age > self.request.seconds):
             self.finish_reason = "stopped"
-        if self.finish_reason is None and time.perf_counter() - self.started > self.request.seconds:
-            self.fail(TimeoutError(f"The answer took more than {self.request.seconds:g} seconds."))
         return self.finish_reason is None
 
     def put(self, token: int) -> None:
@@ -103,7 +109,7 @@ class Reply:
         if not self.is_due():
             return
         if not self.text.tokens:
-            self.first_token_seconds = time.perf_counter() - self.started
+            self.first_token_seconds = self._age
         if text := self.text.put(token):
             self._send((text, None))
         if self.text.is_stopped or token in self.end_tokens:
@@ -126,7 +132,7 @@ class Reply:
             known_images=self.num_images - self.new_images,
             answer_tokens=len(self.text.tokens),
             first_token_seconds=self.first_token_seconds,
-            seconds=time.perf_counter() - self.started,
+            seconds=self._age,
             finish_reason=reason,
         )
         self._send((self.text.finish(), usage))
