@@ -93,7 +93,8 @@ def test_the_code_of_the_readme_runs(folder, monkeypatch):
         exec(code, names)
     session = names["session"]
     assert [message["role"] for message in session.messages] == ["user", "assistant"]
-    assert session.messages[0]["content"][-1]["text"] == "which of the two is larger?"
+    assert session.messages[0]["content"][-1]["text"] == "what is their sum?"
+    assert len(load_conversations(Path("chat.jsonl"), make_processor())) == 1
     assert len(list((folder / "image_memory").iterdir())) == 2
     model = VisualChatForConditionalGeneration(make_config(projector_type="deep"))
     assert isinstance(model.model.multi_modal_projector, names["DeepProjector"])

@@ -419,11 +419,25 @@ def until(condition, seconds=20):
         time.sleep(0.01)
 
 
+def test_a_conversation_joins_those_that_are_being_answered(endless, endless_model):
+    with ThreadPoolExecutor(1) as pool:
+        long = pool.submit(stream, endless.clients[0], messages=[show(text="x")], max_tokens=800)
+        until(lambda: endless.replies and len(endless.replies[0].text.tokens) > 2)
+        messages = [show(draw_picture(1), draw_picture(2), text="Which?")]
+        text, _ = stream(endless.clients[1], messages=messages, max_tokens=5)
+        assert not long.done()
+        content = [{"type": "image", "image": draw_picture(1)}, {"type": "image", "image": draw_picture(2)}]
+        messages = [{"role": "user", "content": [*content, {"type": "text", "text": "Which?"}]}]
+        assert text == direct(endless_model, make_processor(), messages, 5)[0]
+        messages = [{"role": "user", "content": "x"}]
+        assert long.result()[0] == direct(endless_model, make_processor(), messages, 800)[0]
+
+
 def test_a_full_server_says_when_to_try_again_and_finishes_what_it_began(endless):
     ask = {"messages": [show(text="x")], "max_tokens": 20}
-    with ThreadPoolExecutor(3) as pool:
-        running = [pool.submit(stream, endless.clients[0], **{**ask, "max_tokens": 400})]
-        until(lambda: endless.replies and endless.num_waiting == 0)
+    with ThreadPoolExecutor(6) as pool:
+        running = [pool.submit(stream, endless.clients[0], **{**ask, "max_tokens": 400}) for _ in range(4)]
+        until(lambda: len(endless.replies) == 4 and endless.num_waiting == 0)  # the batch is full
         running += [pool.submit(stream, endless.clients[0], **ask) for _ in range(2)]
         until(lambda: endless.num_waiting == 2)
         with pytest.raises(openai.RateLimitError) as caught:
@@ -431,8 +445,8 @@ def test_a_full_server_says_when_to_try_again_and_finishes_what_it_began(endless
         assert caught.value.response.headers["retry-after"] == "1"
         endless.stop()
         texts = [each.result()[0] for each in running]
-        assert texts[1] == texts[2] and texts[0].startswith(texts[1])
-        assert [reply.finish_reason for reply in endless.replies] == ["length"] * 3
+        assert texts[4] == texts[5] and texts[0].startswith(texts[4])
+        assert [reply.finish_reason for reply in endless.replies] == ["length"] * 6
     with pytest.raises(openai.APIConnectionError):
         endless.clients[0].models.list()
 

@@ -1,5 +1,5 @@
 """
-The engine: one thread that owns the model, and answers the conversations that wait in batches.
+The engine: one thread that owns the model, and answers the conversations that come in one batch.
 
     engine = Engine(model, processor, memory)
     reply = engine.submit(request)                       # from a coroutine
@@ -12,74 +12,17 @@ import copy
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
-
-from modeling_visualchat import ImageMemory
-from modeling_visualchat.image_states_visualchat import same_images
 from modeling_visualchat.key_rotation_visualchat import rotary_limit
 
+from .batch import EngineMemory, JoinedBatch, WholeBatch
 from .replies import Reply, Request
 from .text import AnswerText
 
 
-GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-
-
 class EngineFull(Exception):
     """As many conversations wait as are allowed to."""
-
-
-class EngineMemory(ImageMemory):
-    """An image memory that tells which of the unique images of its last call were computed."""
-
-    computed: list[int] | None = None
-
-    def get_entries(self, keys, device, compute):
-        """See [`TensorStore`]."""
-        self.computed = []
-
-        def note(missing: list[int]) -> list:
-            self.computed = missing
-            return compute(missing)
-
-        return super().get_entries(keys, device, note)
-
-
-class RowSampling(LogitsProcessor):
-    """Changes the scores of each row by processors of its own."""
-
-    def __init__(self, rows: Sequence[LogitsProcessorList]):
-        self.rows = rows
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        pairs = zip(self.rows, input_ids.split(1), scores.split(1))
-        return torch.cat([processors(ids, row) for processors, ids, row in pairs])
-
-
-class RowDelivery(StoppingCriteria):
-    """
-    Hands the new token of each row to its reply, and ends the rows whose replies need no more. It takes the place of
-    a streamer, which gets tokens only after it is decided which rows end.
-    """
-
-    def __init__(self, replies: Sequence[Reply]):
-        self.replies = replies
-        self.before_first: Callable[[], None] | None = None
-
-    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
-        if self.before_first is not None:
-            self.before_first()
-            self.before_first = None
-        for reply, token in zip(self.replies, input_ids[:, -1].tolist()):
-            try:
-                reply.put(token)
-            except Exception as error:  # of one row, and no reason to end the others
-                reply.fail(error)
-        return torch.tensor([not reply.is_due() for reply in self.replies], device=input_ids.device)
 
 
 class Engine:
@@ -113,6 +56,8 @@ class Engine:
         self.end_tokens = frozenset(ids if isinstance(ids, list) else [ids])
         self._waiting: queue.Queue[Reply | None] = queue.Queue(max_waiting)
         self._is_closing = self._has_ended = False
+        can_join = model.model.supports_conversation_cache() and self.max_batch > 1
+        self._batch = (JoinedBatch if can_join else WholeBatch)(model, self.tokenizer, memory)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -152,22 +97,30 @@ class Engine:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._has_ended:
-            replies = [reply for reply in self._gather() if reply.is_due()]
+        while not self._has_ended or self._batch.replies:
+            new = [reply for reply in self._gather() if reply.is_due()]
             try:
-                if replies:
-                    self._answer(replies)
-            except Exception as error:  # of this batch; the next one may be well
-                for reply in replies:
+                if new:
+                    self._batch.join(new)
+            except Exception as error:  # of these; the others may be well
+                for reply in new:
                     reply.fail(error)
+            try:
+                if self._batch.replies:
+                    self._batch.step()
+            except Exception as error:
+                for reply in self._batch.replies:
+                    reply.fail(error)
+                self._batch.clear()
 
     def _gather(self) -> list[Reply]:
-        """The conversations that wait, up to a batch; the first is waited for."""
+        """The conversations that wait, as many as there is room for; without any row, the first is waited for."""
         replies: list[Reply] = []
-        until = float("inf")
-        while len(replies) < self.max_batch:
+        until = time.perf_counter() if self._batch.replies else float("inf")
+        while len(replies) < self.max_batch - len(self._batch.replies) and not self._has_ended:
             try:
-                reply = self._waiting.get(timeout=max(0.0, until - time.perf_counter()) if replies else None)
+                timeout = max(0.0, until - time.perf_counter()) if replies or self._batch.replies else None
+                reply = self._waiting.get(block=timeout != 0.0, timeout=timeout)
             except queue.Empty:
                 break
             if reply is None:
@@ -176,36 +129,3 @@ class Engine:
             until = min(until, time.perf_counter() + self.seconds_to_gather)
             replies.append(reply)
         return replies
-
-    def _answer(self, replies: list[Reply]) -> None:
-        """Answers a batch by one call of `generate`."""
-        requests = [reply.request for reply in replies]
-        inputs = self.tokenizer.pad(
-            {"input_ids": [request.input_ids for request in requests]}, padding_side="left", return_tensors="pt"
-        )
-        images = [request.pixel_values for request in requests if request.pixel_values is not None]
-        delivery = RowDelivery(replies)
-        if images:
-            inputs["pixel_values"] = torch.cat(images)
-            delivery.before_first = lambda: count_new_images(replies, inputs["pixel_values"], self.memory)
-        if self.memory is not None:
-            self.memory.computed = None
-        self.model.generate(
-            **inputs.to(self.model.device),
-            **GREEDY,
-            max_new_tokens=max(request.max_new_tokens for request in requests),
-            image_memory=self.memory,
-            logits_processor=LogitsProcessorList([RowSampling([request.processors for request in requests])]),
-            stopping_criteria=StoppingCriteriaList([delivery]),
-        )
-
-
-def count_new_images(replies: Sequence[Reply], pixel_values: torch.Tensor, memory: EngineMemory | None) -> None:
-    """Notes how many images were computed for each reply; one of several replies, for the first of them."""
-    index = same_images(pixel_values)
-    computed = range(len(index)) if memory is None or memory.computed is None else memory.computed
-    place = 0
-    for reply in replies:
-        for number in index[place : place + reply.num_images]:
-            reply.new_images += number in computed and index.index(number) == place
-            place += 1
