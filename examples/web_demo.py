@@ -94,15 +94,15 @@ class Demo:
         """Connects components and events."""
         page = self.page
         shown = [page.chat, page.chosen, page.chatbot, page.box, page.images, page.replace, page.remove]
-        inputs = {page.chat, page.chosen, page.max_new_tokens, page.temperature, page.box, page.replace}
-        answers: dict[str, Any] = {"inputs": inputs, "outputs": shown, "concurrency_id": "model"}
-        answers |= {"show_progress": "minimal", "show_progress_on": page.chatbot}
-        page.box.submit(self.ask, **answers)
-        page.chatbot.example_select(self.ask_example, **answers)
-        page.chatbot.retry(self.retry, **answers)
-        page.chatbot.edit(self.edit, **answers)
-        page.replace.upload(self.replace_image, **answers)
-        page.remove.click(self.remove_image, **answers)
+        inputs = {page.chat, page.chosen, page.max_new_tokens, page.temperature}
+        answers: dict[str, Any] = {"outputs": shown, "concurrency_id": "model", "show_progress": "minimal"}
+        answers |= {"show_progress_on": page.chatbot}
+        page.box.submit(self.ask, {*inputs, page.box}, **answers)
+        page.chatbot.example_select(self.ask_example, inputs, **answers)
+        page.chatbot.retry(self.retry, inputs, **answers)
+        page.chatbot.edit(self.edit, inputs, **answers)
+        page.replace.upload(self.replace_image, {*inputs, page.replace}, **answers)
+        page.remove.click(self.remove_image, inputs, **answers)
         page.undo.click(self.undo, page.chat, shown)
         gr.on([page.reset.click, page.chatbot.clear], self.reset, page.chat, shown)
         page.load.upload(self.load, [page.chat, page.load], shown)

@@ -22,6 +22,9 @@ CSS = """
 #chatbot {height: calc(100dvh - 190px) !important; min-height: 340px}
 #chatbot .placeholder {text-align: center}
 #chatbot .example {border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg)}
+#chatbot .message:has(> .html) {border: 0 !important; background: none !important; box-shadow: none; padding: 0}
+#chatbot .message-row:has(.component) + .message-buttons:not(:has([aria-label=Retry])),
+#chatbot .message-row:has(.component) + .message-buttons [aria-label=Edit] {display: none}
 #chatbot .grid-wrap {height: auto !important; min-height: 0; max-height: none; padding: 2px 0}
 #chatbot .grid-container {display: flex; flex-wrap: wrap; gap: 6px}
 #chatbot .gallery-item {width: auto}
@@ -109,6 +112,7 @@ def make_page(name: str, examples: list[dict], max_new_tokens: int, temperature:
                 placeholder=PLACEHOLDER,
                 examples=copy.deepcopy(examples) or None,  # which it changes
                 allow_tags=False,
+                group_consecutive_messages=False,  # in a group with images, words cannot be edited
             )
             box = gr.MultimodalTextbox(
                 elem_id="box",

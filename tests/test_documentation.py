@@ -48,6 +48,7 @@ RUN_BY = {
     "serve.py": "test_serve.py",
     "serve_load.py": "test_serve.py",
     "tables.py": "test_study.py",
+    "web_demo.py": "test_web_demo.py",
 }
 OTHERS = ("lmms_eval", "run.py --data BLINK", "transformers serve")  # programs that are not ours
 
