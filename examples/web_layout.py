@@ -22,7 +22,7 @@ CSS = """
 #chatbot {height: calc(100dvh - 190px) !important; min-height: 340px}
 #chatbot .placeholder {text-align: center}
 #chatbot .example {border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg)}
-#chatbot .message:has(> .html) {border: 0 !important; background: none !important; box-shadow: none; padding: 0}
+#chatbot .message:has(.html) {border: 0 !important; background: none !important; box-shadow: none; padding: 0}
 #chatbot .message-row:has(.component) + .message-buttons:not(:has([aria-label=Retry])),
 #chatbot .message-row:has(.component) + .message-buttons [aria-label=Edit] {display: none}
 #chatbot .grid-wrap {height: auto !important; min-height: 0; max-height: none; padding: 2px 0}
@@ -129,7 +129,7 @@ def make_page(name: str, examples: list[dict], max_new_tokens: int, temperature:
                 show_label=False,
                 interactive=False,
                 allow_preview=False,
-                columns=3,
+                columns=2,
                 object_fit="cover",
                 buttons=[],
             )
