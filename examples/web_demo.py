@@ -26,8 +26,7 @@ from modeling_visualchat import ChatSession, ImageMemory
 from modeling_visualchat.conversation_edits_visualchat import iterate_images
 
 
-SECONDS_BETWEEN_UPDATES = 0.1  # of the page
-MAX_WAITING = 64  # questions
+SECONDS_BETWEEN_UPDATES = 0.1
 FINISHED = {"stop": "", "stopped": "; stopped", "length": "; at the maximum length"}  # by `Usage.finish_reason`
 
 
@@ -52,8 +51,8 @@ class Chat(ChatSession):
             answer = super().answer(messages, streamer, num_dropped)
         finally:
             self.pending = None
-        usage = self.usage
-        self.messages[-1]["usage"] = f"{usage}; {usage.speed}{FINISHED[usage.finish_reason]}"
+        took = self.usage
+        self.messages[-1]["usage"] = f"{took}; {took.speed}{FINISHED[took.finish_reason]}"
         return answer
 
     def edit_message(self, place: int, text: str, streamer: TextStreamer) -> None:
@@ -82,7 +81,7 @@ class Chat(ChatSession):
 class Demo:
     """The events of the page. One thread computes, so that answers come one after the other."""
 
-    blocks: gr.Blocks  # to be launched
+    blocks: gr.Blocks
 
     def __init__(self, page: Page, examples: list[dict], new_chat: Callable[[], Chat]):
         self.page, self.examples, self.new_chat = page, examples, new_chat
@@ -95,8 +94,8 @@ class Demo:
         page = self.page
         shown = [page.chat, page.chosen, page.chatbot, page.box, page.images, page.replace, page.remove]
         inputs = {page.chat, page.chosen, page.max_new_tokens, page.temperature}
-        answers: dict[str, Any] = {"outputs": shown, "concurrency_id": "model", "show_progress": "minimal"}
-        answers |= {"show_progress_on": page.chatbot}
+        progress = {"show_progress": "minimal", "show_progress_on": page.chatbot}
+        answers: dict[str, Any] = {"outputs": shown, "concurrency_id": "model", **progress}
         page.box.submit(self.ask, {*inputs, page.box}, **answers)
         page.chatbot.example_select(self.ask_example, inputs, **answers)
         page.chatbot.retry(self.retry, inputs, **answers)
@@ -193,9 +192,8 @@ class Demo:
     def choose_image(self, chat: Chat, image: gr.SelectData):
         return self.page.choose([number for number, _, _ in iterate_images(chat.messages)][image.index])
 
-    def stop(self, chat: Chat | None):
-        if chat is not None:
-            chat.halt()
+    def stop(self, chat: Chat):
+        chat.halt()
 
     def free(self, request: gr.Request) -> None:
         """Frees the keys and values of a tab that is closed or asleep; a phone may come back to its messages."""
@@ -227,7 +225,7 @@ def make_demo(model: Any, processor: Any, arguments: Namespace) -> Demo:
         page = make_page(name, examples, arguments.max_new_tokens, arguments.temperature)
         demo = Demo(page, examples, new_chat)
         blocks.unload(demo.free)
-    demo.blocks = blocks.queue(max_size=MAX_WAITING)
+    demo.blocks = blocks.queue(max_size=64)
     return demo
 
 
