@@ -23,6 +23,8 @@ from transformers.utils import output_capturing
 DIGEST_SIZE = 20  # bytes
 COLUMNS = 2039  # of the checksum
 MULTIPLIER = -7046029254386353131  # odd, of the golden ratio
+# Modules whose replacement of a forward computes the same from the same weights.
+NEUTRAL_FORWARDS = ("transformers.distributed.tensor_parallel",)
 # `enable_input_require_grads` changes no value; cross-attention reads images in front of decoder layers, and its
 # weights and code are in the key.
 NEUTRAL_HOOKS = ("make_inputs_require_grads", "read_images_before_layer")
@@ -167,7 +169,9 @@ def hooked_modules(model: nn.Module) -> list[str]:
     def is_hooked(module: nn.Module) -> bool:
         hooks = [hook for hook in hooks_of(module) if getattr(hook, "__name__", None) not in NEUTRAL_HOOKS]
         hooks += [*module_hooks._global_forward_pre_hooks.values(), *module_hooks._global_forward_hooks.values()]
-        return bool(hooks) or ("forward" in vars(module) and not hasattr(module, "_hf_hook"))
+        forward = vars(module).get("forward")
+        is_replaced = forward is not None and getattr(forward, "__module__", None) not in NEUTRAL_FORWARDS
+        return bool(hooks) or (is_replaced and not hasattr(module, "_hf_hook"))
 
     return [name or type(module).__name__ for name, module in model.named_modules() if is_hooked(module)]
 
@@ -199,6 +203,7 @@ def is_elsewhere(tensor: torch.Tensor) -> bool:
 
 def column_sums(tensor: torch.Tensor) -> bytes:
     """The bits of a tensor, mixed and summed up in columns, at about the speed of memory."""
+    tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # with tensor parallelism
     flat = tensor.detach().contiguous().flatten().view(torch.uint8)
     if flat.data_ptr() % 4 or flat.storage_offset() % 4 or len(flat) % 4:
         flat = nn.functional.pad(flat, (0, -len(flat) % 4)).clone()

@@ -13,9 +13,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
 RANK = """
 import sys, torch
-from conftest import pixels, tokens
+from conftest import draw_picture, make_processor, pixels, tokens
 from transformers.distributed import DistributedConfig
-from modeling_visualchat import VisualChatForConditionalGeneration
+from modeling_visualchat import ImageMemory, VisualChatForConditionalGeneration
 model = VisualChatForConditionalGeneration.from_pretrained(
     sys.argv[1], distributed_config=DistributedConfig(tp_plan="auto")
 ).eval()
@@ -27,6 +27,12 @@ with torch.no_grad():
     torch.testing.assert_close(model(ids, images).logits, whole(ids, images).logits, rtol=1e-4, atol=1e-4)
     options = {"pixel_values": images, "max_new_tokens": 5, "do_sample": False}
     assert torch.equal(model.generate(ids, **options), whole.generate(ids, **options))
+replies = []
+for each in (model, whole):
+    session = each.start_chat(make_processor(), ImageMemory(), max_new_tokens=5)
+    replies.append([session.ask("What?", [draw_picture(0)]), session.ask("And this?", [draw_picture(1)])])
+    assert session.usage.cached_text_tokens > 0
+assert replies[0] == replies[1], replies
 torch.distributed.destroy_process_group()
 """
 
