@@ -130,6 +130,7 @@ def test_the_default_runs_and_leaves_everything(tmp_path):
         again = finetune_directly(*SHORT, "--output_dir", output, *resume)
         assert again.returncode != 0 and "exists and is not empty" in again.stderr
     picture = next((output / "pictures").iterdir())
+    assert len(load_conversations(output / "examples.jsonl", make_processor())) == 3
     lines = [
         "what digit is it?",
         f"/image {output}/nowhere.png",

@@ -1,5 +1,6 @@
 """Evaluates the digits model: accuracy on held-out scans, a picture of its chats, and the loss curve."""
 
+import json
 import random
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -151,6 +152,19 @@ def add_to_card(folder: Path, rows: list) -> None:
     card.save(folder / CARD)
 
 
+def write_examples(folder: Path, digits: list[int]) -> None:
+    """Writes questions about the pictures of a checkpoint, which `web_demo.py` offers."""
+    lines = []
+    for question in (OF_ONE[0], *OF_TWO[2:]):
+        blocks = [{"type": "image", "path": f"pictures/{index}-is-{digit}.png"} for index, digit in enumerate(digits)][
+            : question.num_images
+        ]
+        user = {"role": "user", "content": [*blocks, {"type": "text", "text": question.text}]}
+        answer = {"role": "assistant", "content": question.answer(*digits[: question.num_images])}
+        lines.append(json.dumps({"messages": [user, answer]}) + "\n")
+    (folder / "examples.jsonl").write_text("".join(lines))
+
+
 def report(
     folder: str, train_scans: list, test_scans: list, log_history: list[dict], num_conversations: int = 300
 ) -> list:
@@ -170,10 +184,12 @@ def report(
     sample = random.Random(0).sample(test_scans, 10)
     for index, (image, digit) in enumerate(sample):
         image.resize((128, 128), resample=0).save(pictures / f"{index}-is-{digit}.png")
+    write_examples(folder, [digit for _, digit in sample])
     first, second = (f"{pictures}/{index}-is-{digit}.png" for index, (_, digit) in enumerate(sample[:2]))
     print(
         f"\nExact match on {len(test_scans)} held-out scans\n\n{table}\n\n"
         f"Chats: {folder / 'chats.png'}    loss: {folder / 'loss.png'}    checkpoint: {folder}\n"
         f"Talk to it:\n\n    python examples/chat.py {folder} --image {first} --image {second}\n"
+        f"    python examples/web_demo.py {folder}\n"
     )
     return rows
