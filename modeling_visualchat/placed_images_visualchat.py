@@ -26,6 +26,7 @@ from torch import nn
 from .image_states_visualchat import ImageStates
 from .key_rotation_visualchat import KeyRotation
 from .plan_visualchat import IMAGE, Run, TwoStreamPlan
+from .quantized_states_visualchat import QuantizedStates
 
 
 class Place(NamedTuple):
@@ -57,14 +58,14 @@ class PlacedImages:
     def extend(self, other: "PlacedImages") -> "PlacedImages":
         """These images, and others behind them in each row; an image in both is the same one."""
         mine, new = list(self.keys[0]), list(other.keys[0])  # of a tensor, what is listed exists only here
-        known = {id(keys): number for number, keys in enumerate(mine)}
+        known = {_identity(keys): number for number, keys in enumerate(mine)}
         numbers: list[int] = []
         added: list[int] = []
         for number, keys in enumerate(new):
-            if id(keys) not in known:
-                known[id(keys)] = len(mine) + len(added)
+            if _identity(keys) not in known:
+                known[_identity(keys)] = len(mine) + len(added)
                 added.append(number)
-            numbers.append(known[id(keys)])
+            numbers.append(known[_identity(keys)])
 
         def joined(layers, others):
             return [[*images, *(more[number] for number in added)] for images, more in zip(layers, others)]
@@ -142,6 +143,11 @@ class PlacedImages:
         return self._reads[bounds]
 
 
+def _identity(keys: Any) -> int:
+    """Tells whether keys are those of the same image, as an image memory returns them."""
+    return id(keys.data) if isinstance(keys, QuantizedStates) else id(keys)
+
+
 @dataclass(frozen=True, eq=False)
 class LayerImages:
     """The images of a batch, as one decoder layer reads them."""
@@ -163,7 +169,7 @@ class LayerImages:
         if isinstance(images, torch.Tensor):
             tokens = images.transpose(1, 2).flatten(0, 1)
         else:
-            tokens = torch.cat([image.transpose(0, 1) for image in images])
+            tokens = torch.cat([image.to(self.like.device, self.like.dtype).transpose(0, 1) for image in images])
         tokens = tokens.to(self.like.device, self.like.dtype)
         if index is None:
             return tokens.unflatten(0, (len(self.placed.rows), -1)).transpose(1, 2)

@@ -156,3 +156,20 @@ def test_the_data_pipeline_is_measured():
         assert float(measured[name][0]) > 0
     assert measured["second start"][-1].endswith("MiB")
     assert measured["packed"][1] == "0.0%" and measured["random order, padded"][1] != "0.0%"
+
+
+def test_conversations_about_the_same_images_are_measured(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import conversations
+
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
+    for name, value in (("LENGTH", 16), ("NUM_TEXT", 4), ("SMALL", shape)):
+        monkeypatch.setattr(conversations, name, value)
+    monkeypatch.setattr("sys.argv", ["conversations.py", "--conversations", "4", "--images", "3", "--repeats", "2"])
+    conversations.main()
+    lines = capsys.readouterr().out.splitlines()
+    sizes = {line[:52].strip(): line.split()[-1] for line in lines if line[:1].islower()}
+    assert sizes["a copy in each conversation"] == f"{4 * 3 * 16 * 8 * 64 * 2 * 4 / 2**20:.1f}"
+    assert sizes["by reference"] == f"{3 * 16 * 8 * 64 * 2 * 4 / 2**20:.1f}"
+    assert sizes["together"] == sizes["one after the other"] == f"{3 * 16 * 64 * 8 * 2 * 4 / 2**20:.1f}"
+    assert float(sizes["as computed"]) == 0.0 < float(sizes["8 bits"]) < float(sizes["4 bits"]) < 0.5

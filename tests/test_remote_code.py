@@ -52,6 +52,7 @@ CODE = [
     "plan_visualchat.py",
     "processing_visualchat.py",
     "projector_visualchat.py",
+    "quantized_states_visualchat.py",
     "qwen_vision_configuration_visualchat.py",
     "qwen_vision_visualchat.py",
     "resampler_visualchat.py",

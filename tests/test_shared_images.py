@@ -17,6 +17,7 @@ from transformers import LlamaConfig
 
 from modeling_visualchat import ConversationCache, ImageMemory
 from modeling_visualchat.placed_images_visualchat import Place, PlacedImages
+from modeling_visualchat.quantized_states_visualchat import QuantizedStates
 
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
@@ -225,3 +226,30 @@ def test_conversations_join_and_leave_a_batch(options):
                 ids, attention_mask=mask, position_ids=positions, mm_token_type_ids=types, past_key_values=batch
             ).logits[:, -1]
     assert number == {row: len(expected[row][0]) for row in range(4)}
+
+
+@pytest.mark.parametrize(("bits", "share", "error"), [(8, 0.30, 0.01), (4, 0.18, 0.15)])
+def test_an_image_memory_in_few_bits(bits, share, error, tmp_path):
+    """A fraction of the bytes of float32, with an error that is bounded; also from a folder, and by reference."""
+    states = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 6)[:, None]
+    quantized = QuantizedStates.quantize(states, bits)
+    restored = quantized.to(states.device, states.dtype)
+    assert quantized.shape == states.shape and quantized.nbytes <= share * states.nbytes
+    assert (restored - states).norm() < error * states.norm()
+    model, images, ids = make_model(), pixels(0, 1), tokens("I", 2, "I", 3)
+    options = {"output_logits": True, "return_dict_in_generate": True, **GREEDY}
+    exact = model.generate(ids, pixel_values=images, **options).logits[0]
+    answers = []
+    for _ in range(2):  # the second from the folder
+        memory = ImageMemory(folder=tmp_path, bits=bits)
+        cache = ConversationCache()
+        answers.append(
+            model.generate(ids, pixel_values=images, image_memory=memory, past_key_values=cache, **options).logits
+        )
+    assert memory.hits == 2 and all(map(torch.equal, *answers))
+    kept = torch.isfinite(exact)
+    difference = (answers[0][0] - exact)[kept].norm() / exact[kept].norm()
+    assert 0 < difference < error
+    assert ImageMemory(folder=tmp_path).get_states(model, images).keys[0][0].dtype == torch.float32
+    with pytest.raises(ValueError, match="bits=3: keys and values are kept in 8 or 4 bits"):
+        ImageMemory(bits=3)
