@@ -6,7 +6,7 @@ wherever it stands. A rotary score depends on the distance of query and key only
 that begins at position s in one of two ways:
 
     (R[p] q) . (R[s] k)     the keys are turned forward to s, in a copy: for many text tokens, one layer at a time
-    (R[-s] R[p] q) . k      the query is turned back by s, and nothing is copied: for single tokens, as in decoding
+    (R[-s] R[p] q) . k      the query is turned back by s, and nothing is copied: for few, as in decoding
 
 In the second form, the queries of all conversations that read an image are one matrix, so 64 conversations about the
 same images read one copy of their keys and values.
@@ -29,6 +29,9 @@ from .plan_visualchat import IMAGE, Run, TwoStreamPlan
 from .quantized_states_visualchat import QuantizedStates
 
 
+MAX_BY_REFERENCE = 64  # text tokens of a batch
+
+
 class Place(NamedTuple):
     """Consecutive image slots of a row, which consecutive tokens of an image fill."""
 
@@ -48,7 +51,8 @@ class PlacedImages:
     rotation: KeyRotation | None = None  # of the keys, if they are rotated at all
     _index: tuple | None = field(default=None, init=False, repr=False)
     _by_row: dict[int, "PlacedImages"] = field(default_factory=dict, init=False, repr=False)
-    _reads: dict[tuple, "SingleTokenReads | None"] = field(default_factory=dict, init=False, repr=False)
+    _tables: dict | None = field(default=None, init=False, repr=False)  # of the rotation, for all layers
+    _reads: dict[tuple, "ImageReads | None"] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def lengths(self) -> list[int]:
@@ -133,14 +137,21 @@ class PlacedImages:
             self._index = (None if is_plain else tokens, shifts if is_turned else None)
         return self._index
 
-    def single_token_reads(self, runs: list[list[Run]], like: torch.Tensor) -> "SingleTokenReads | None":
+    def reads(self, runs: list[list[Run]], num_text: int, like: torch.Tensor) -> "ImageReads | None":
         """
-        How one text token in each row reads its images by reference; `None` if it cannot, since some of them are cut.
+        How the text slots (B, T) of some runs read their images by reference; `None` where copies serve better: for
+        many slots, in training, or if an image is cut.
         """
-        bounds = tuple((row[0].first_key, row[0].end_key) if row else (0, 0) for row in runs)
-        if bounds not in self._reads:
-            self._reads = {bounds: SingleTokenReads.make(self, bounds, like)}  # the next token has the same
-        return self._reads[bounds]
+        if len(runs) * num_text > MAX_BY_REFERENCE or torch.is_grad_enabled():
+            return None
+        bounds = [[(0, 0)] * num_text for _ in runs]
+        for row, row_runs in enumerate(runs):
+            for run in row_runs:
+                bounds[row][run.start : run.end] = [(run.first_key, run.end_key)] * (run.end - run.start)
+        key = tuple(slot for row in bounds for slot in row)
+        if key not in self._reads:
+            self._reads = {key: ImageReads.make(self, key, num_text, like)}  # the next token has the same
+        return self._reads[key]
 
 
 def _identity(keys: Any) -> int:
@@ -162,18 +173,25 @@ class LayerImages:
         keys, values = (self._place(layers[self.layer], index) for layers in (self.placed.keys, self.placed.values))
         if shifts is None or self.placed.rotation is None:
             return keys, values
-        tables = self.placed.rotation.turn_tables(shifts.to(keys.device), keys)
-        return self.placed.rotation.rotate(keys, self.layer, tables), values
+        if self.placed._tables is None:
+            self.placed._tables = self.placed.rotation.turn_tables(shifts.to(keys.device), keys)
+        return self.placed.rotation.rotate(keys, self.layer, self.placed._tables), values
 
-    def _place(self, images: Sequence[torch.Tensor], index: torch.Tensor | None) -> torch.Tensor:
+    def _place(self, images: Sequence[Any], index: torch.Tensor | None) -> torch.Tensor:
+        device, dtype, rows = self.like.device, self.like.dtype, self.placed.rows
         if isinstance(images, torch.Tensor):
-            tokens = images.transpose(1, 2).flatten(0, 1)
-        else:
-            tokens = torch.cat([image.to(self.like.device, self.like.dtype).transpose(0, 1) for image in images])
-        tokens = tokens.to(self.like.device, self.like.dtype)
-        if index is None:
-            return tokens.unflatten(0, (len(self.placed.rows), -1)).transpose(1, 2)
-        return tokens[index.to(tokens.device)].transpose(1, 2)
+            tokens = images.transpose(1, 2).flatten(0, 1).to(device, dtype)
+            if index is None:
+                return tokens.unflatten(0, (len(rows), -1)).transpose(1, 2)
+            return tokens[index.to(device)].transpose(1, 2)
+        states = [image.to(device, dtype) for image in images]
+        lengths = self.placed.lengths
+        blocks, length = list[torch.Tensor](), max(lengths)
+        for row in rows:
+            parts = [states[place.image][:, place.first : place.first + place.length] for place in row]
+            parts.append(states[0].new_zeros(states[0].shape[0], length - lengths[len(blocks)], states[0].shape[2]))
+            blocks.append(torch.cat(parts, dim=1))
+        return torch.stack(blocks) if len(blocks) > 1 else blocks[0][None]
 
     def row(self, row: int) -> "LayerImages":
         """The images of one row."""
@@ -182,63 +200,62 @@ class LayerImages:
             by_row[row] = self.placed.select([row]) or PlacedImages(self.placed.keys, self.placed.values, [[]])
         return LayerImages(by_row[row], self.layer, self.like[row : row + 1])
 
-    def reads(self, runs: list[list[Run]]) -> "SingleTokenReads | None":
-        """See [`PlacedImages.single_token_reads`]."""
-        return self.placed.single_token_reads(runs, self.like)
+    def reads(self, runs: list[list[Run]], num_text: int) -> "ImageReads | None":
+        """See [`PlacedImages.reads`]."""
+        return self.placed.reads(runs, num_text, self.like)
 
 
 @dataclass(frozen=True, eq=False)
-class SingleTokenReads:
+class ImageReads:
     """
-    The images that one text token in each row reads, by reference. Its scores have the shape (K, G, B, M x L) for the
-    M images of the row that reads most.
+    The images that text slots read, by reference: R slots (B x T), of which each reads whole images, M at most. P is
+    the number of these reads.
     """
 
     images: list[int]  # that are read
-    counts: list[int]  # by how many rows each
-    rows: torch.Tensor  # (P,): the row of each read; reads are in the order of `images`
-    by_row: torch.Tensor | None  # (B, M): the reads of each row; `None` if reads are in this order anyway
-    by_read: torch.Tensor | None  # (P,): of each read its place in the flattened (B, M)
-    missing: torch.Tensor | None  # (B, M): `True` where a row reads fewer images
-    is_empty: torch.Tensor | None  # (B,): `True` for a row that reads none
+    counts: list[int]  # by how many slots each
+    slots: torch.Tensor  # (P,): the slot of each read; reads are in the order of `images`
+    by_slot: torch.Tensor | None  # (R, M): the reads of each slot; `None` if reads are in this order anyway
+    by_read: torch.Tensor | None  # (P,): of each read its place in the flattened (R, M)
+    missing: torch.Tensor | None  # (R, M): `True` where a slot reads fewer images
+    is_empty: torch.Tensor | None  # (R,): `True` for a slot that reads none
     tables: dict[str | None, tuple] | None  # that turn the query of each read back, (1, P, rotated size)
-    shape: tuple[int, int]  # B and M
+    shape: tuple[int, int]  # R and M
 
     @classmethod
     def make(
-        cls, placed: PlacedImages, bounds: Sequence[tuple[int, int]], like: torch.Tensor
-    ) -> "SingleTokenReads | None":
-        """The reads of the slots within the bounds of each row; `None` if an image is not read as a whole."""
-        reads: list[tuple[int, int, int, int]] = []  # image, row, number in the row, shift
-        for row, (places, (first, end)) in enumerate(zip(placed.rows, bounds)):
-            starts = [0, *accumulate(place.length for place in places)]
-            number = 0
-            for place, start in zip(places, starts):
+        cls, placed: PlacedImages, bounds: Sequence[tuple[int, int]], num_text: int, like: torch.Tensor
+    ) -> "ImageReads | None":
+        """The reads of the image slots within the bounds of each text slot; `None` if an image is not read whole."""
+        reads: list[tuple[int, int, int, int]] = []  # image, slot, number in the slot, shift
+        for slot, (first, end) in enumerate(bounds):
+            number = start = 0
+            for place in placed.rows[slot // num_text]:
                 if first <= start < end:
                     length = placed.keys[0][place.image].shape[1]
                     if place.first or place.length != length or start + length > end:
                         return None
-                    reads.append((place.image, row, number, place.shift))
+                    reads.append((place.image, slot, number, place.shift))
                     number += 1
-        lengths = {placed.keys[0][image].shape[1] for image, *_ in reads}
-        if len(lengths) != 1:
+                start += place.length
+        if len({placed.keys[0][image].shape[1] for image, *_ in reads}) != 1:
             return None
         reads.sort()
-        images, rows, numbers, shifts = map(list, zip(*reads))
-        shape = (len(placed.rows), max(numbers) + 1)
-        by_row = torch.full(shape, -1)
-        by_row[rows, numbers] = torch.arange(len(reads))
-        is_plain = bool((by_row.flatten() == torch.arange(shape[0] * shape[1])).all())
+        images, slots, numbers, shifts = map(list, zip(*reads))
+        shape = (len(bounds), max(numbers) + 1)
+        by_slot = torch.full(shape, -1)
+        by_slot[slots, numbers] = torch.arange(len(reads))
+        is_plain = bool((by_slot.flatten() == torch.arange(shape[0] * shape[1])).all())
         unique, counts = torch.tensor(images).unique(return_counts=True)
         tables = None
         if placed.rotation is not None and any(shifts):
             tables = placed.rotation.turn_tables(torch.tensor([shifts], device=like.device), like, backwards=True)
-        missing, places = by_row < 0, torch.tensor(rows) * shape[1] + torch.tensor(numbers)
+        missing, places = by_slot < 0, torch.tensor(slots) * shape[1] + torch.tensor(numbers)
         return cls(
             images=unique.tolist(),
             counts=counts.tolist(),
-            rows=torch.tensor(rows, device=like.device),
-            by_row=None if is_plain else by_row.clamp(min=0).to(like.device),
+            slots=torch.tensor(slots, device=like.device),
+            by_slot=None if is_plain else by_slot.clamp(min=0).to(like.device),
             by_read=None if is_plain else places.to(like.device),
             missing=missing.to(like.device) if bool(missing.any()) else None,
             is_empty=missing.all(dim=1).to(like.device) if bool(missing.all(dim=1).any()) else None,
@@ -247,9 +264,9 @@ class SingleTokenReads:
         )
 
     def scores(self, query: torch.Tensor, images: LayerImages, scaling: float | None) -> torch.Tensor:
-        """Queries (B, H, 1, D) to scores (K, G, B, M x L)."""
+        """Queries (B, H, T, D) to scores (K, G, R, M x L)."""
         layer, keys = images.layer, images.placed.keys[images.layer]
-        turned = query[:, :, 0].transpose(0, 1)[None, :, self.rows.to(query.device)]  # (1, H, P, D)
+        turned = query.transpose(0, 1).flatten(1, 2)[None, :, self.slots.to(query.device)]  # (1, H, P, D)
         if self.tables is not None:
             rotation: Any = images.placed.rotation
             turned = rotation.rotate(turned, layer, self.tables)
@@ -260,14 +277,17 @@ class SingleTokenReads:
             key = keys[image].to(query.device, query.dtype)
             parts.append((part.flatten(1, 2) @ key.mT).unflatten(1, part.shape[1:3]))
         scores = torch.cat(parts, dim=2)  # (K, G, P, L)
-        scores = scores.unflatten(2, self.shape) if self.by_row is None else scores[:, :, self.by_row.to(query.device)]
+        if self.by_slot is None:
+            scores = scores.unflatten(2, self.shape)
+        else:
+            scores = scores[:, :, self.by_slot.to(query.device)]
         if self.missing is not None:
             scores = scores.masked_fill(self.missing.to(query.device)[:, :, None], float("-inf"))
         return scores.flatten(3)
 
     def weigh(self, weights: torch.Tensor, images: LayerImages) -> torch.Tensor:
-        """Weights (K, G, B, M x L) of the values to their sum (B, 1, H, D)."""
-        values = images.placed.values[images.layer]
+        """Weights (K, G, R, M x L) of the values to their sum (B, T, H, D)."""
+        values, num_rows = images.placed.values[images.layer], len(images.placed.rows)
         parts = weights.unflatten(3, (self.shape[1], -1)).flatten(2, 3)
         parts = parts if self.by_read is None else parts[:, :, self.by_read.to(parts.device)]  # (K, G, P, L)
         sums = []
@@ -276,13 +296,13 @@ class SingleTokenReads:
             sums.append((part.flatten(1, 2) @ value).unflatten(1, part.shape[1:3]))
         summed = torch.cat(sums, dim=2)  # (K, G, P, D)
         output = summed.new_zeros(*summed.shape[:2], self.shape[0], summed.shape[3])
-        output = output.index_add(2, self.rows.to(output.device), summed)
-        return output.flatten(0, 1).transpose(0, 1)[:, None]
+        output = output.index_add(2, self.slots.to(output.device), summed)
+        return output.flatten(0, 1).transpose(0, 1).unflatten(0, (num_rows, -1))
 
     def attend(
         self, query: torch.Tensor, images: LayerImages, scaling: float | None, dropout: float = 0.0
     ) -> torch.Tensor:
-        """A softmax of its own over the images: (B, H, 1, D) to (B, 1, H, D), zero for a row that reads none."""
+        """A softmax of its own over the images: (B, H, T, D) to (B, T, H, D), zero for a slot that reads none."""
         weights = self.scores(query, images, scaling).softmax(dim=-1, dtype=torch.float32)
         if self.is_empty is not None:
             weights = weights.masked_fill(self.is_empty.to(weights.device)[:, None], 0.0)

@@ -226,10 +226,10 @@ def attend_to_images(
     query: torch.Tensor, images: Any, plan: TwoStreamPlan, scaling: float | None = None, dropout: float = 0.0
 ) -> torch.Tensor:
     """
-    What the text of a plan (B, H, T, D) reads of the images before it, [`LayerImages`]: (B, T, H, D). Single tokens
-    read images by reference, others in a copy: of a row at a time, where rows differ and no gradient is needed.
+    What the text of a plan (B, H, T, D) reads of the images before it, [`LayerImages`]: (B, T, H, D). Few tokens read
+    images by reference, others in a copy: of a row at a time, where rows differ and no gradient is needed.
     """
-    if query.shape[2] == 1 and (reads := images.reads(plan.runs)) is not None:
+    if (reads := images.reads(plan.runs, query.shape[2])) is not None:
         return reads.attend(query, images, scaling, dropout)
     if plan.image_mask is None and not torch.is_grad_enabled() and any(row != plan.runs[0] for row in plan.runs):
         rows = []
@@ -257,22 +257,27 @@ def joint_text_attention(
     One softmax over images and text, for `merge="joint"`; takes and returns what [`mmca_text_attention`] does.
 
     It takes one call with a mask over the image keys, followed by those of the text. Masked-out blocks are computed:
-    the images after a text token, and the later half of the text. A single token, as in decoding, reads the images by
-    reference, and only its scores are joined.
+    the images after a text token, and the later half of the text. Few tokens, as in decoding, read the images by
+    reference, and only their scores are joined.
     """
     if images is None:
         return _causal_text_attention(query, key, value, plan, scaling, dropout).transpose(1, 2).contiguous()
-    if query.shape[2] == 1 and (reads := images.reads(plan.runs)) is not None:
-        grouped = query.unflatten(1, (key.shape[1], -1)).squeeze(3)  # (B, K, G, D)
-        of_text = grouped @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-        if plan.text_mask is not None:
-            of_text = of_text.masked_fill(~plan.text_mask, float("-inf"))
-        scores = torch.cat([reads.scores(query, images, scaling), of_text.permute(1, 2, 0, 3)], dim=-1)
+    if plan.text_lengths is None and (reads := images.reads(plan.runs, query.shape[2])) is not None:
+        num_rows, num_text = query.shape[0], query.shape[2]
+        grouped = query.unflatten(1, (key.shape[1], -1))  # (B, K, G, T, D)
+        of_text = grouped @ key[:, :, None].mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        mask = plan.text_mask
+        if mask is None:
+            mask = torch.ones(num_text, key.shape[2], dtype=torch.bool, device=key.device).tril(plan.num_past)
+        of_text = of_text.masked_fill(~mask if mask.ndim == 2 else ~mask[:, :, None], float("-inf"))
+        of_text = of_text.permute(1, 2, 0, 3, 4).flatten(2, 3)  # (K, G, B x T, past + T)
+        scores = torch.cat([reads.scores(query, images, scaling), of_text], dim=-1)
         weights = nn.functional.dropout(scores.softmax(dim=-1, dtype=torch.float32), dropout, dropout > 0.0)
         weights = weights.to(query.dtype)
         of_images, of_text = weights.split([weights.shape[-1] - key.shape[2], key.shape[2]], dim=-1)
-        text = of_text.permute(2, 0, 1, 3) @ value
-        return reads.weigh(of_images, images).add_(text.flatten(1, 2)[:, None])
+        of_text = of_text.unflatten(2, (num_rows, num_text)).permute(2, 0, 1, 3, 4)
+        text = (of_text @ value[:, :, None]).flatten(1, 2).transpose(1, 2)
+        return reads.weigh(of_images, images).add_(text)
     image_key, image_value = images.keys_values()
     mask = plan.joint_mask(image_key.shape[2])
     keys, values = torch.cat([image_key, key], dim=2), torch.cat([image_value, value], dim=2)

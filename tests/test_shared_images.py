@@ -46,7 +46,7 @@ def storages(*caches: ConversationCache) -> dict[int, int]:
 
 def without_references(monkeypatch):
     """Every text token reads copies."""
-    monkeypatch.setattr(PlacedImages, "single_token_reads", lambda *arguments: None)
+    monkeypatch.setattr(PlacedImages, "reads", lambda *arguments: None)
 
 
 @pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
@@ -153,7 +153,7 @@ def test_images_are_cut_with_the_conversation():
     assert placed.cut([10, 5]) is placed
     cut = placed.cut([3, 0])
     assert cut.rows == [[Place(0, 0, 3, 3)], []] and len(cut.keys[0]) == 1
-    assert cut.single_token_reads([[], []], keys[0]) is None
+    assert cut.reads([[], []], 1, keys[0]) is None
     whole = placed.of_layer(0, keys[0]).keys_values()[0]
     assert torch.equal(cut.of_layer(0, keys[0]).keys_values()[0][:, :, :3][0], whole[0, :, :3])
     assert placed.cut([0, 0]) is None

@@ -35,6 +35,7 @@ def show(title: str, rows: dict[str, Measured], mebibytes: dict[str, float] | No
         print(f"{name:<52} {each.ratio:6.3f}  {low:.3f} to {high:.3f}  {1000 * each.seconds:8.1f}  {held:>13}")
 
 
+@torch.no_grad()
 def attention(num_conversations: int, num_images: int, repeats: int) -> None:
     """One attention layer of one token of each conversation."""
     generator = torch.Generator(DEVICE).manual_seed(0)
@@ -51,7 +52,7 @@ def attention(num_conversations: int, num_images: int, repeats: int) -> None:
 
     def by_reference():
         images = placed.of_layer(0, query)
-        reads = images.reads(runs)
+        reads = images.reads(runs, 1)
         assert reads is not None
         return reads.attend(query, images, None)
 
