@@ -104,6 +104,7 @@ class ConversationCache(DynamicCache):
     def add_images(self, placed: PlacedImages | None) -> None:
         """Puts the images of a call behind those of each row."""
         if placed is not None:
+            placed = placed.contiguous()  # each step of decoding reads them
             self.placed_images = placed if self.placed_images is None else self.placed_images.extend(placed)
 
     def commit(self, plan: TwoStreamPlan) -> None:

@@ -108,6 +108,14 @@ class PlacedImages:
         keys, values = ([[layer[image] for image in used] for layer in layers] for layers in (self.keys, self.values))
         return PlacedImages(keys, values, rows, self.rotation)
 
+    def contiguous(self) -> "PlacedImages":
+        """These images in memory as they are read; those of an image memory are so already."""
+        keys, values = (
+            [images.contiguous() if isinstance(images, torch.Tensor) else images for images in layers]
+            for layers in (self.keys, self.values)
+        )
+        return PlacedImages(keys, values, self.rows, self.rotation)
+
     def with_rows(self, before: int, after: int) -> "PlacedImages":
         """These images with rows before and after that show none."""
         rows = [*([] for _ in range(before)), *self.rows, *([] for _ in range(after))]
