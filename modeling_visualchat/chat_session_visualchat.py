@@ -307,7 +307,7 @@ class ChatSession:
                 return prompt, number
             if self.overflow == "error" or number == len(starts) - 1:
                 raise ValueError(problem)
-            share = ROOM
+            share = ROOM if number + 2 < len(starts) else 1.0  # the last round may fill the budget
         return messages, 0
 
     def _exceeds(self, messages: Messages, share: float) -> str | None:

@@ -121,6 +121,9 @@ def _validate_content(message: dict, control_tokens: Sequence[str], where: str) 
                 raise ValueError(f"{where} shows an image as {role}; only the user shows images.")
             if kind == "image_url" and not block.get("image_url"):
                 raise ValueError(f"{where} has an image_url block without a URL: {block!r:.80}.")
+            number = block.get("number")
+            if number is not None and (not isinstance(number, int) or number < 1):
+                raise ValueError(f"{where} has an image with the number {number!r}; expected one from 1 up, or none.")
             if sum(source in block for source in (*IMAGE_SOURCES, "image_url")) > 1:
                 raise ValueError(
                     f"{where} has an image with more than one source; give one of {', '.join(IMAGE_SOURCES)}."

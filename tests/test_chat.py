@@ -452,6 +452,8 @@ def test_what_exceeds_the_budget_is_said(pictures):
     assert "without the first 6 rounds" in str(session.usage)
     session.edit(remove_round=1)
     assert session.usage.dropped_rounds == 5
+    session.ask("And these?", [draw_picture(number) for number in range(4)])  # as many as are allowed
+    assert session.usage.dropped_rounds == 8
     with pytest.raises(ValueError, match="shows 5 images, and at most 4"):
         session.ask("These?", [draw_picture(number) for number in range(5)])
     with pytest.raises(ValueError, match="Unknown overflow='cut'; choose one of error, drop_first_rounds"):

@@ -429,6 +429,7 @@ def test_a_bad_image_file_is_named(processor, tmp_path, write, error, message):
         ([user({"type": "video", "path": "x"})], "message 0 has a block of type 'video'"),
         ([user({"type": "image"})], "message 0 has an image without a source"),
         ([user({"type": "image", "path": "a", "url": "b"})], "more than one source"),
+        ([user({"type": "image", "path": "a", "number": "2"})], "with the number '2'; expected one from 1 up"),
         ([{"role": "user", "content": ""}], "message 0 must have text or a list of blocks"),
         ([{"role": "user"}], "message 0 must have a role and a content"),
     ],
