@@ -58,23 +58,27 @@ class KeyRotation:
         self, shifts: torch.Tensor, like: torch.Tensor, backwards: bool = False
     ) -> dict[str | None, tuple]:
         """
-        As [`tables`], for what is rotated already and moves by a number of positions (B, I): without the factor that
-        some rotary embeddings (YaRN) put on their tables.
+        As [`tables`], in float32, for what is rotated already and moves by a number of positions (B, I): without the
+        factor that some rotary embeddings (YaRN) put on their tables.
         """
         turns = {}
         for key, (cos, sin) in self.tables(shifts, like.float()).items():
             factor = (cos.square() + sin.square()).sqrt()
-            turns[key] = ((cos / factor).to(like.dtype), (-sin if backwards else sin).div(factor).to(like.dtype))
+            turns[key] = (cos / factor, (-sin if backwards else sin) / factor)
         return turns
 
     def rotate(self, keys: torch.Tensor, layer: int, tables: dict[str | None, tuple]) -> torch.Tensor:
-        """Rotates the keys (B, K, I, D) of a layer; layers without a rotation leave them as they are."""
+        """
+        Rotates the keys (B, K, I, D) of a layer, in the dtype of the tables; layers without a rotation leave them as
+        they are.
+        """
         if not self.is_rotated[layer]:
             return keys
         cos, sin = (table.to(keys.device) for table in tables[self.table_of[layer]])
         apply = getattr(sys.modules[type(self.decoder).__module__], _APPLY)
         size = cos.shape[-1]
-        rotated = apply(keys[:, :0, :, :size], keys[..., :size], cos, sin)[1]
+        rotated = apply(keys[:, :0, :, :size].to(cos.dtype), keys[..., :size].to(cos.dtype), cos, sin)[1]
+        rotated = rotated.to(keys.dtype)
         return rotated if size == keys.shape[-1] else torch.cat([rotated, keys[..., size:]], dim=-1)
 
 

@@ -9,7 +9,8 @@ that begins at position s in one of two ways:
     (R[-s] R[p] q) . k      the query is turned back by s, and nothing is copied: for few, as in decoding
 
 In the second form, the queries of all conversations that read an image are one matrix, so 64 conversations about the
-same images read one copy of their keys and values.
+same images read one copy of their keys and values. Turns are computed in float32; in bfloat16, scores are rounded as
+in transformers' eager attention.
 
 Dimensions: B rows, I image slots of a row, U unique images of L tokens, P reads of an image by a row, H query heads, K
 key/value heads (G queries for each), D head size.

@@ -37,6 +37,7 @@ RUN_BY = {
     "evaluate.py": "test_evaluation.py",
     "extract_qwen_vl_vision.py": "test_qwen_vision.py",
     "finetune.py": "test_finetune.py",
+    "conversations.py": "test_benchmark.py",
     "generate.py": "test_generate.py",
     "join.py": "test_model_card.py",
     "llava.py": "test_benchmark.py",
