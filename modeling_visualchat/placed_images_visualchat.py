@@ -306,7 +306,7 @@ class ImageReads:
         summed = torch.cat(sums, dim=2)  # (K, G, P, D)
         output = summed.new_zeros(*summed.shape[:2], self.shape[0], summed.shape[3])
         output = output.index_add(2, self.slots.to(output.device), summed)
-        return output.flatten(0, 1).transpose(0, 1).unflatten(0, (num_rows, -1))
+        return output.flatten(0, 1).transpose(0, 1).contiguous().unflatten(0, (num_rows, -1))
 
     def attend(
         self, query: torch.Tensor, images: LayerImages, scaling: float | None, dropout: float = 0.0
