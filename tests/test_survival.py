@@ -270,7 +270,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(runs, straight, tmp_path):
 @pytest.mark.slow
 @pytest.mark.processes
 def test_a_killed_generation_continues_and_two_processes_give_the_same_answers(runs, data):
-    """Killed while it writes its settings, and within its second and third batch; the last line is then torn."""
+    """Killed while it writes its settings, and twice within its batches; the last line is then torn."""
     folder = runs.folder / "generated"
     folder.mkdir()
     records = [{"messages": [message(image("0.png") if number % 2 else "?" * (number + 1))]} for number in range(24)]
@@ -281,7 +281,7 @@ def test_a_killed_generation_continues_and_two_processes_give_the_same_answers(r
     ended = runs(straight, *flags, script="generate")
     assert ended["codes"] == [3] and "24 conversations answered, 1 failed" in ended["log"], ended["log"]
     parts, counts = Path(f"{killed}.parts") / "answers.jsonl", []
-    for moment in (1, 7, 8):
+    for moment in (1, 9, 9):
         ended = runs(killed, *flags, script="generate", signal=signal.SIGKILL, moment=moment)
         assert ended["codes"] == [-signal.SIGKILL] and not killed.exists(), ended["log"]
         counts.append(len(parts.read_text().splitlines()) if parts.exists() else 0)
