@@ -436,8 +436,10 @@ def test_a_conversation_joins_those_that_are_being_answered(endless, endless_mod
 def test_a_full_server_says_when_to_try_again_and_finishes_what_it_began(endless):
     ask = {"messages": [show(text="x")], "max_tokens": 20}
     with ThreadPoolExecutor(6) as pool:
-        running = [pool.submit(stream, endless.clients[0], **{**ask, "max_tokens": 400}) for _ in range(4)]
-        until(lambda: len(endless.replies) == 4 and endless.num_waiting == 0)  # the batch is full
+        running = []
+        for number in range(1, 5):  # until the batch is full; no more than two may wait for it
+            running.append(pool.submit(stream, endless.clients[0], **{**ask, "max_tokens": 800}))
+            until(lambda number=number: len(endless.replies) == number and endless.num_waiting == 0)
         running += [pool.submit(stream, endless.clients[0], **ask) for _ in range(2)]
         until(lambda: endless.num_waiting == 2)
         with pytest.raises(openai.RateLimitError) as caught:
