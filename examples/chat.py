@@ -322,13 +322,12 @@ def main() -> None:
     read = make_prompt()
     while not chat.is_over:
         try:
-            line = read().strip()
+            chat.run(read().strip())
         except EOFError:
             print()
             return
         except KeyboardInterrupt:
             continue  # the line is dropped
-        chat.run(line)
 
 
 if __name__ == "__main__":

@@ -471,15 +471,19 @@ def test_special_tokens_in_the_words_of_a_user_stay_text(pictures):
 def test_a_person_chats_in_a_real_terminal(pictures, tmp_path, monkeypatch):
     """Editing, history, completion of commands, and Ctrl-C, which stops an answer and not the program."""
     model = make_model()
+    processor = make_processor()
+    words = processor.tokenizer.convert_tokens_to_ids(["Ġ", "a"])  # a word is printed when the next one begins
+    model.generation_config.suppress_tokens = sorted({*range(model.config.text_config.vocab_size)} - {*words})
     model.generation_config.eos_token_id = None  # an answer ends where it is stopped
     model.save_pretrained(tmp_path / "model")
-    make_processor().save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     monkeypatch.setenv("PROMPT_TOOLKIT_NO_CPR", "1")
     prompt = "\x1b[?2004h"  # the terminal is asked to mark what is pasted
     begun = r"\?2004l\s*[^\s\x1b]"  # the line is read, and an answer begins
-    command = [str(EXAMPLES / "chat.py"), str(tmp_path / "model"), "--max_new_tokens", "900", "--image", pictures[0]]
+    command = [str(EXAMPLES / "chat.py"), str(tmp_path / "model"), "--max_new_tokens", "900", "--temperature", "100"]
+    command += ["--image", pictures[0]]
     with pexpect.spawn(
         sys.executable, command, timeout=60, encoding="utf-8", codec_errors="replace", dimensions=(40, 200)
     ) as chat:
