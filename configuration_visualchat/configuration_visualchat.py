@@ -75,7 +75,8 @@ class VisualChatConfig(PreTrainedConfig):
             8th, … layer of the decoder.
         image_scope (`str`, *optional*, defaults to `"all"`):
             The images that a text token reads in `"mmca"` and `"cross"`: `"all"` earlier ones, or only the `"last"`
-            one before it, as in Flamingo; earlier ones then reach it through earlier text.
+            one before it, as in Flamingo; earlier ones then reach it through earlier text. In `"mmca"`, `"half"` of
+            the heads reads the last one, and the others all.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
             Whether input and output embeddings are one table; taken from `text_config` when that says so.
 
@@ -191,9 +192,13 @@ class VisualChatConfig(PreTrainedConfig):
             raise ValueError(f"cross_layer_interval must be at least 1, got {self.cross_layer_interval}.")
 
     def validate_image_scope(self):
-        """Part of `@strict` validation: with causal attention, text reads everything."""
+        """Part of `@strict` validation: with causal attention, text reads everything, and halves are of MMCA."""
         if self.attention_type == "causal" and self.image_scope != "all":
             raise ValueError(f'attention_type="causal" has image_scope="all" only, got {self.image_scope!r}.')
+        if self.image_scope == "half" and self.attention_type == "cross":
+            raise ValueError('attention_type="cross" has image_scope="all" or "last", got "half".')
+        if self.image_scope == "half" and self.text_config.num_attention_heads < 2:
+            raise ValueError('image_scope="half" needs a language model of at least two attention heads.')
 
     def validate_vision_feature_layer(self):
         """Part of `@strict` validation: every layer that is read exists."""

@@ -229,6 +229,7 @@ ATTENTION_TYPES = {
 IMAGE_SCOPES = {
     "all": "",
     "last": " Text reads the last image before it; earlier images reach it through earlier text.",
+    "half": " In every second head, text reads only the last image before it.",
 }
 # The values of the fields of `VisualChatConfig` that choose the attention.
 ATTENTION_OPTIONS = {

@@ -19,15 +19,16 @@ Three fields of [`VisualChatConfig`] vary the pattern:
 - `image_attention="image"` lets an image token attend to all tokens of its own image (MIMIC, arXiv 2601.07812);
   `"self_and_text"`, for old checkpoints, to itself and, in a softmax of its own, to earlier text.
 - `image_scope="last"` lets a text token read only the last image before it, as in Flamingo (arXiv 2204.14198, section
-  3.1.3).
+  3.1.3); `"half"` does so in every second head, and the others read all images ([`split_heads`]).
 
 [`MultiModalCausalAttention`] replaces the attention function of every layer of an unmodified decoder, on one of two
 routes with the same result:
 
 - Masked, always possible. The whole pattern is one boolean mask with two channels, (B, 2, Q, S), channel 0 for the
   text softmax and channel 1 for the image softmax. An image query has no key in channel 0 and itself in channel 1, and
-  a softmax over one key is 1. A joint merge takes one softmax over both channels. transformers' own mask functions
-  make the mask once a forward pass, so caches, padding and sliding windows are theirs.
+  a softmax over one key is 1. A joint merge takes one softmax over both channels, and heads in two halves have four
+  channels. transformers' own mask functions make the mask once a forward pass, so caches, padding and sliding windows
+  are theirs.
 - In two streams (`two_streams_visualchat.py`), wherever decoder and cache allow it: images go through the decoder
   first and text reads their keys and values. No work is done for image queries, and no masked-out block is touched.
 
@@ -51,7 +52,7 @@ from transformers.masking_utils import (
 )
 from transformers.utils import torch_compilable_check
 
-from .kernels_visualchat import sdpa_kernel
+from .kernels_visualchat import join_heads, sdpa_kernel, split_heads
 
 
 def mmca_attention_reference(
@@ -78,7 +79,8 @@ def mmca_attention_reference(
         merge (`str`, *optional*, defaults to `"sum"`): How text and images add up, `"sum"` or `"joint"`.
         image_attention (`str`, *optional*, defaults to `"self"`): What an image token attends to: `"self"`, `"image"`
             or `"self_and_text"`. An image is a run of image tokens.
-        image_scope (`str`, *optional*, defaults to `"all"`): The images that text reads, `"all"` or the `"last"` one.
+        image_scope (`str`, *optional*, defaults to `"all"`): The images that text reads: `"all"`, the `"last"` one, or
+            in `"half"` of the heads the last one and in the others all.
 
     Returns:
         `torch.Tensor` of shape `(B, H, Q, D)` in the dtype of `query`.
@@ -97,13 +99,15 @@ def mmca_attention_reference(
     rows = []
     for b in range(batch_size):
         for h in range(num_heads):
+            number = h % queries_per_key if queries_per_key > 1 else h  # among the heads that share a key, if some do
+            reads_last = image_scope == "last" or (image_scope == "half" and number % 2 == 0)
             keys, values = key[b, h // queries_per_key].to(dtype), value[b, h // queries_per_key].to(dtype)
             for i in range(num_keys - num_queries, num_keys):
                 kept = [j for j in range(num_keys) if attention_mask is None or attention_mask[b, j]]
                 text = [j for j in kept if j <= i and not mm_token_type_ids[b, j]]
                 image = [j for j in kept if j < i and mm_token_type_ids[b, j]]
                 own_image = [j for j in kept if image_ids[b, j] == image_ids[b, i]]
-                if image and image_scope == "last":
+                if image and reads_last:
                     image = [j for j in image if image_ids[b, j] == image_ids[b, image[-1]]]
                 if i not in kept:
                     key_sets = []
@@ -134,6 +138,12 @@ def mmca_attention(
     MMCA on PyTorch's scaled dot product attention. Takes, returns and raises what [`mmca_attention_reference`] does.
     """
     _check_shapes(query, key, value, mm_token_type_ids, attention_mask)
+    if image_scope == "half":
+        parts = [
+            mmca_attention(*heads, mm_token_type_ids, attention_mask, scaling, merge, image_attention, scope)
+            for heads, scope in zip(split_heads(query, key, value), ("last", "all"))
+        ]
+        return join_heads(parts, key.shape[1])
     num_queries, num_keys = query.shape[2], key.shape[2]
     kept = None if attention_mask is None else attention_mask.bool()
     pattern = mmca_mask_function(mm_token_type_ids, kept, None, image_attention, None, image_scope)
@@ -278,7 +288,7 @@ def create_mmca_masks(
 ) -> torch.Tensor | dict[str, torch.Tensor]:
     """
     The MMCA masks (B, 2, Q, S) of one forward pass by a [`VisualChatConfig`], by layer type where the decoder has
-    several (full, sliding).
+    several (full, sliding). With `image_scope="half"` those of both halves of the heads, (B, 4, Q, S).
 
     Modalities and padding cover past and current tokens; a restart of positions (B, Q) marks a packed sequence.
 
@@ -299,16 +309,24 @@ def create_mmca_masks(
     window = getattr(config.text_config, "sliding_window", None)
     if window is not None and attention_mask is not None:
         beyond_window.append(window_function(attention_mask, window))
-    return create_masks_for_generate(
-        config=config.text_config,
-        inputs_embeds=inputs_embeds,
-        attention_mask=attention_mask,
-        past_key_values=past_key_values,
-        or_mask_function=or_masks(*beyond_window) if beyond_window else None,
-        and_mask_function=mmca_mask_function(
-            mm_token_type_ids, attention_mask, sequence_ids, config.image_attention, image_ids, config.image_scope
-        ),
-    )
+    masks: list[Any] = []
+    for scope in ("last", "all") if config.image_scope == "half" else (config.image_scope,):
+        pattern = mmca_mask_function(
+            mm_token_type_ids, attention_mask, sequence_ids, config.image_attention, image_ids, scope
+        )
+        masks.append(
+            create_masks_for_generate(
+                config=config.text_config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                or_mask_function=or_masks(*beyond_window) if beyond_window else None,
+                and_mask_function=pattern,
+            )
+        )
+    if isinstance(masks[0], dict):
+        return {name: torch.cat([mask[name] for mask in masks], dim=1) for name in masks[0]}
+    return torch.cat(masks, dim=1)
 
 
 def check_whole_images(mm_token_type_ids: torch.Tensor, image_seq_length: int) -> None:
@@ -361,7 +379,8 @@ class MultiModalCausalAttention:
             module (`nn.Module`): The attention layer that calls.
             query (`torch.Tensor` of shape `(B, H, Q, D)`): Queries, rotated.
             key, value (`torch.Tensor` of shape `(B, K, S, D)`): Keys, rotated, and values, with those of the cache.
-            attention_mask (`torch.Tensor` of shape `(B, 2, Q, S)` or `(B, 1, Q, S)`): See [`create_mmca_masks`].
+            attention_mask (`torch.Tensor` of shape `(B, C, Q, S)`): With 1, 2 or 4 channels, see [`mmca_mask`] and
+                [`create_mmca_masks`].
             layer_plan (`TwoStreamPlan` or `ImageStream`, *optional*): How queries, all of text or all of images,
                 attend instead.
 
@@ -379,13 +398,31 @@ class MultiModalCausalAttention:
             return layer_plan.attend(module, query, key, value, scaling, dropout), None
         if attention_mask.numel() == 0:
             raise PlanNotDeliveredError(f"{type(module).__name__} does not pass keyword arguments on.")
-        mask = attention_mask if self.merge == "sum" else join_channels(attention_mask)
-        output, weights = self.kernel(query, key, value, mask, scaling, dropout)
-        if dropout > 0.0 and attention_mask.shape[1] > 1:
-            # Image tokens read no text, and nothing of what they read is dropped.
-            is_image = ~attention_mask[:, :1].any(dim=-1, keepdim=True)
-            output = torch.where(is_image, self.kernel(query, key, value, mask, scaling)[0], output)
+        if attention_mask.shape[1] < 4:
+            output, weights = self._attend(query, key, value, attention_mask, scaling, dropout)
+        else:
+            heads, masks = split_heads(query, key, value, module), attention_mask.split(2, dim=1)
+            outputs, weights = zip(*(self._attend(*each, mask, scaling, dropout) for each, mask in zip(heads, masks)))
+            output = join_heads(outputs, key.shape[1])
+            weights = None if weights[0] is None else join_heads(weights, key.shape[1])
         return output.transpose(1, 2).contiguous(), weights
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        channels: torch.Tensor,
+        scaling: float | None,
+        dropout: float,
+    ) -> tuple[Any, Any]:
+        mask = channels if self.merge == "sum" else join_channels(channels)
+        output, weights = self.kernel(query, key, value, mask, scaling, dropout)
+        if dropout > 0.0 and channels.shape[1] > 1:
+            # Image tokens read no text, and nothing of what they read is dropped.
+            is_image = ~channels[:, :1].any(dim=-1, keepdim=True)
+            output = torch.where(is_image, self.kernel(query, key, value, mask, scaling)[0], output)
+        return output, weights
 
 
 def check_decoder(config: PreTrainedConfig) -> None:

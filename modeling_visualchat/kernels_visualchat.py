@@ -7,6 +7,7 @@ zero.
 Dimensions: B batch, S keys, Q queries, H query heads, K key/value heads (K divides H), D head size.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -78,4 +79,41 @@ def eager_kernel(
     return output if is_faulty is None else output.masked_fill(is_faulty, float("nan")), total
 
 
+def split_heads(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, module: Any = None
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """
+    The heads in two halves, each with its keys and values: every second query head of those that share a key head, or
+    where none do, every second head.
+
+    Raises:
+        `ValueError`: heads of a decoder layer, if it is given, that tensor parallelism has divided unevenly.
+    """
+    num_key_heads = key.shape[1]
+    queries_per_key = query.shape[1] // num_key_heads
+    if queries_per_key > 1:
+        grouped = query.unflatten(1, (num_key_heads, queries_per_key))
+        return [(grouped[:, :, half].flatten(1, 2), key, value) for half in HALVES]
+    num_heads = getattr(getattr(module, "config", None), "num_attention_heads", num_key_heads)
+    if num_heads != num_key_heads and num_key_heads % 2:
+        raise ValueError(
+            f'image_scope="half" cannot divide the {num_heads} heads of {type(module).__name__} among processes that '
+            f"hold {num_key_heads} each: use half as many processes, so that each holds an even number."
+        )
+    return [(query[:, half], key[:, half], value[:, half]) for half in HALVES]
+
+
+def join_heads(halves: Sequence[torch.Tensor], num_key_heads: int, dim: int = 1) -> torch.Tensor:
+    """What [`split_heads`] has divided, with its heads along a dimension."""
+    num_heads = sum(half.shape[dim] for half in halves)
+    num_groups = num_key_heads if num_heads > num_key_heads else 1
+    first, second = (half.unflatten(dim, (num_groups, -1)) for half in halves)
+    joined = first.new_empty(*first.shape[: dim + 1], num_heads // num_groups, *first.shape[dim + 2 :])
+    heads = [slice(None)] * (dim + 1)
+    for half, states in zip(HALVES, (first, second)):
+        joined[(*heads, half)] = states
+    return joined.flatten(dim, dim + 1)
+
+
+HALVES = (slice(0, None, 2), slice(1, None, 2))
 KERNELS = {"sdpa": sdpa_kernel, "eager": eager_kernel}

@@ -17,7 +17,7 @@ key/value heads (G queries for each), D head size.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -159,7 +159,9 @@ class PlacedImages:
                 bounds[row][run.start : run.end] = [(run.first_key, run.end_key)] * (run.end - run.start)
         key = tuple(slot for row in bounds for slot in row)
         if key not in self._reads:
-            self._reads = {key: ImageReads.make(self, key, num_text, like)}  # the next token has the same
+            if len(self._reads) > 1:  # those of two halves of the heads
+                self._reads.clear()
+            self._reads[key] = ImageReads.make(self, key, num_text, like)  # the next token has the same
         return self._reads[key]
 
 
@@ -175,11 +177,22 @@ class LayerImages:
     placed: PlacedImages
     layer: int
     like: torch.Tensor  # the queries
+    heads: slice = field(default_factory=lambda: slice(None))  # of keys and values that are read
+
+    def keys_of(self, image: int) -> torch.Tensor:
+        """Keys (K, L, D) of an image, as at the beginning of a conversation."""
+        return self.placed.keys[self.layer][image].to(self.like.device, self.like.dtype)[self.heads]
+
+    def values_of(self, image: int) -> torch.Tensor:
+        """Values (K, L, D) of an image."""
+        return self.placed.values[self.layer][image].to(self.like.device, self.like.dtype)[self.heads]
 
     def keys_values(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys, turned to where the images stand, and values, each (B, K, I, D)."""
         index, shifts = self.placed.index()
-        keys, values = (self._place(layers[self.layer], index) for layers in (self.placed.keys, self.placed.values))
+        keys, values = (
+            self._place(layers[self.layer], index)[:, self.heads] for layers in (self.placed.keys, self.placed.values)
+        )
         if shifts is None or self.placed.rotation is None:
             return keys, values
         if self.placed._tables is None:
@@ -207,7 +220,7 @@ class LayerImages:
         by_row = self.placed._by_row
         if row not in by_row:
             by_row[row] = self.placed.select([row]) or PlacedImages(self.placed.keys, self.placed.values, [[]])
-        return LayerImages(by_row[row], self.layer, self.like[row : row + 1])
+        return replace(self, placed=by_row[row], like=self.like[row : row + 1])
 
     def reads(self, runs: list[list[Run]], num_text: int) -> "ImageReads | None":
         """See [`PlacedImages.reads`]."""
@@ -274,16 +287,15 @@ class ImageReads:
 
     def scores(self, query: torch.Tensor, images: LayerImages, scaling: float | None) -> torch.Tensor:
         """Queries (B, H, T, D) to scores (K, G, R, M x L)."""
-        layer, keys = images.layer, images.placed.keys[images.layer]
         turned = query.transpose(0, 1).flatten(1, 2)[None, :, self.slots.to(query.device)]  # (1, H, P, D)
         if self.tables is not None:
             rotation: Any = images.placed.rotation
-            turned = rotation.rotate(turned, layer, self.tables)
-        turned = turned[0].unflatten(0, (keys[0].shape[0], -1))  # (K, G, P, D)
-        turned = turned * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+            turned = rotation.rotate(turned, images.layer, self.tables)
+        turned = turned[0] * (query.shape[-1] ** -0.5 if scaling is None else scaling)
         parts = []
-        for image, part in zip(self.images, turned.split(self.counts, dim=2)):
-            key = keys[image].to(query.device, query.dtype)
+        for image, part in zip(self.images, turned.split(self.counts, dim=1)):
+            key = images.keys_of(image)
+            part = part.unflatten(0, (len(key), -1))
             parts.append((part.flatten(1, 2) @ key.mT).unflatten(1, part.shape[1:3]))
         scores = torch.cat(parts, dim=2)  # (K, G, P, L)
         if self.by_slot is None:
@@ -296,17 +308,16 @@ class ImageReads:
 
     def weigh(self, weights: torch.Tensor, images: LayerImages) -> torch.Tensor:
         """Weights (K, G, R, M x L) of the values to their sum (B, T, H, D)."""
-        values, num_rows = images.placed.values[images.layer], len(images.placed.rows)
         parts = weights.unflatten(3, (self.shape[1], -1)).flatten(2, 3)
         parts = parts if self.by_read is None else parts[:, :, self.by_read.to(parts.device)]  # (K, G, P, L)
         sums = []
         for image, part in zip(self.images, parts.split(self.counts, dim=2)):
-            value = values[image].to(weights.device, weights.dtype)
+            value = images.values_of(image)
             sums.append((part.flatten(1, 2) @ value).unflatten(1, part.shape[1:3]))
         summed = torch.cat(sums, dim=2)  # (K, G, P, D)
         output = summed.new_zeros(*summed.shape[:2], self.shape[0], summed.shape[3])
         output = output.index_add(2, self.slots.to(output.device), summed)
-        return output.flatten(0, 1).transpose(0, 1).contiguous().unflatten(0, (num_rows, -1))
+        return output.flatten(0, 1).transpose(0, 1).contiguous().unflatten(0, (len(images.placed.rows), -1))
 
     def attend(
         self, query: torch.Tensor, images: LayerImages, scaling: float | None, dropout: float = 0.0

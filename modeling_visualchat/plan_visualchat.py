@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from transformers.masking_utils import find_packed_sequence_indices
 
-from .kernels_visualchat import sdpa_kernel
+from .kernels_visualchat import HALVES, join_heads, sdpa_kernel, split_heads
 
 
 PADDING, TEXT, IMAGE = 0, 1, 2
@@ -57,6 +57,7 @@ class TwoStreamPlan:
     images: Any = field(default=None, repr=False)  # `PlacedImages`, what the text reads of images
     # How text reads text and images, of the attention type.
     text_attention: Callable[..., torch.Tensor] = field(default_factory=lambda: mmca_text_attention, repr=False)
+    limited: "TwoStreamPlan | None" = field(default=None, repr=False)  # that of every second head, if it is another
     joint_masks: dict[int, torch.Tensor | None] = field(default_factory=dict, init=False, repr=False)
 
     def gather_text(self, states: torch.Tensor) -> torch.Tensor:
@@ -106,7 +107,15 @@ class TwoStreamPlan:
         """The attention of the text in one decoder layer: (B, H, T, D) to (B, T, H, D)."""
         layer: Any = module.layer_idx
         images = None if self.images is None else self.images.of_layer(layer, query)
-        return self.text_attention(query, key, value, images, self, scaling, dropout)
+        if self.limited is None:
+            return self.text_attention(query, key, value, images, self, scaling, dropout)
+        parts = []
+        for plan, half, heads in zip((self.limited, self), HALVES, split_heads(query, key, value, module)):
+            of_half = images
+            if images is not None and heads[1].shape != key.shape:
+                of_half = replace(images, heads=half)
+            parts.append(self.text_attention(*heads, of_half, plan, scaling, dropout))
+        return join_heads(parts, key.shape[1], dim=2)
 
 
 def make_plan(

@@ -137,7 +137,7 @@ def is_finished_mask(attention_mask: Any) -> bool:
         return attention_mask is not None
     if attention_mask.ndim == 2:
         return False
-    if attention_mask.ndim == 4 and attention_mask.shape[1] == 2 and attention_mask.dtype == torch.bool:
+    if attention_mask.ndim == 4 and attention_mask.shape[1] in (2, 4) and attention_mask.dtype == torch.bool:
         return True
     raise ValueError(
         "attention_mask must have shape (batch, tokens) with 1 to keep and 0 for padding, or be boolean of shape "

@@ -140,8 +140,6 @@ class TwoStreamMixin:
             embeds = embeds + 0.0 * sum(tensor.sum().to(embeds.device) for tensor in computed)
 
         form: Any = get_attention_type(self.config).two_streams
-        if self.config.image_scope == "last":
-            plan = plan.limit_to_last_image(self.config.image_seq_length)
         plan = replace(plan, text_attention=form.text_attention)
         placed = None
         if states is not None:
@@ -150,6 +148,9 @@ class TwoStreamMixin:
             cache.add_images(placed)
             placed = cache.placed_images
         plan = replace(plan, images=placed)
+        if self.config.image_scope != "all":
+            limited = plan.limit_to_last_image(self.config.image_seq_length)
+            plan = limited if self.config.image_scope == "last" else replace(plan, limited=limited)
         outputs = self._decode(plan.gather_text(embeds), plan.gather_text(position_ids), plan, cache, **kwargs)
         if cache is not None:
             cache.commit(plan)

@@ -27,6 +27,8 @@ VARIANTS = {
 VARIANTS |= {
     "mmca, last image": {"image_scope": "last"},
     "joint, last image": {"merge": "joint", "image_scope": "last"},
+    "joint, last image for half of the heads": {"merge": "joint", "image_scope": "half"},
+    "sum within images, last image for half": {"image_attention": "image", "image_scope": "half"},
     "joint within images, last image": {"merge": "joint", "image_attention": "image", "image_scope": "last"},
 }
 INDEPENDENT = {key: options for key, options in VARIANTS.items() if options.get("image_attention") != "self_and_text"}
@@ -39,11 +41,23 @@ within = pytest.mark.parametrize("options", WITHIN.values(), ids=WITHIN)
 
 @variants
 @pytest.mark.parametrize("rows", PATTERNS.values(), ids=PATTERNS)
-def test_the_fast_form_equals_the_reference_in_value_and_gradient(rows, options):
-    inputs = draw(rows)
+def test_the_fast_form_equals_the_reference_in_value_and_gradient(rows, options, heads=(4, 2)):
+    inputs = draw(rows, *heads)
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs[:3]]
     expected = outputs_and_gradients(mmca_attention_reference, *exact, *inputs[3:], **options)
     assert_errs_no_more_than_rounding(outputs_and_gradients(mmca_attention, *inputs, **options), expected)
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (3, 3), (6, 2), (5, 1)], ids=lambda heads: f"{heads[0]} on {heads[1]}")
+def test_half_of_any_number_of_heads_reads_the_last_image(heads):
+    options = {"merge": "joint", "image_scope": "half"}
+    test_the_fast_form_equals_the_reference_in_value_and_gradient(PATTERNS["unequal rows"], options, heads)
+    query, key, value, ids, _ = draw(["ITIT"], *heads)
+    changed = value + ids[:, None, :, None] * torch.tensor([1.0, 0, 0, 0])[:, None]  # of the first image
+    before, after = (mmca_attention(query, key, values, ids, **options)[0, :, -1] for values in (value, changed))
+    queries_per_key = heads[0] // heads[1]
+    numbers = [head % queries_per_key if queries_per_key > 1 else head for head in range(heads[0])]
+    assert (before != after).any(dim=-1).tolist() == [number % 2 == 1 for number in numbers]
 
 
 def test_a_joint_merge_is_one_softmax_weighted_by_the_shares_of_two():

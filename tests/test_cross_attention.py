@@ -384,6 +384,8 @@ def test_what_cannot_be_done_is_refused_with_the_reason():
         make_cross(image_scope="lost")
     with pytest.raises(StrictDataclassError, match='has image_scope="all" only'):
         make_config(attention_type="causal", image_scope="last")
+    with pytest.raises(StrictDataclassError, match='has image_scope="all" or "last"'):
+        make_config(attention_type="cross", image_scope="half")
     assert make_config(cross_image_scope="last").image_scope == "last"
     with pytest.raises(StrictDataclassError, match="cross_layer_interval must be at least 1, got 0"):
         make_config(cross_layer_interval=0)

@@ -24,11 +24,14 @@ GREEDY = {"max_new_tokens": 6, "do_sample": False}
 # Rows of unlike images, in unlike order, twice, and none.
 ROWS = [("I", 3, "I", 2), (4,), ("I", "I", 2, "I", 1), (1, "I", 5)]
 IMAGES = (0, 1, 1, 0, 2, 1)
+HALF = {"merge": "joint", "image_scope": "half"}
 MODELS = {
     "sum": {},
     "joint": {"merge": "joint"},
     "within images": {"image_attention": "image"},
     "last image": {"merge": "joint", "image_scope": "last"},
+    "half of the heads": HALF,
+    "half of the heads, a key for each": {**HALF, "text_config": LlamaConfig(**{**SHAPE, "num_key_value_heads": 4})},
     "cross": {"attention_type": "cross", "cross_layer_interval": 1},
     "layers without rotation": {"decoder": "smollm3"},
 }

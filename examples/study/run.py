@@ -44,7 +44,8 @@ ARMS: dict[str, dict] = {
     "mmca, joint": {"merge": "joint"},
     "mmca, sum, within images": {"image_attention": "image"},
     "text only": {"attention_type": "causal"},
-    "mmca, joint, last image": {"merge": "joint", "image_scope": "last"},  # added after the protocol
+    "mmca, joint, last image": {"merge": "joint", "image_scope": "last"},  # this and the next: added later
+    "mmca, joint, half": {"merge": "joint", "image_scope": "half"},
 }
 FLOOR = "text only"
 # Short, since most tokens of a conversation are those of its format: " image 1<image>", then " digit of image 1? two".
