@@ -1,5 +1,7 @@
 """The variants of MMCA: joint merge, attention within an image, earlier text for image tokens."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import IMAGE_SEQ_LENGTH, IMAGE_TOKEN_ID, TEXT_CONFIGS, make_model, pad_left, pixels, tokens
@@ -17,6 +19,7 @@ from modeling_visualchat import (
     mmca_attention_reference,
 )
 from modeling_visualchat.attention_visualchat import MultiModalCausalAttention
+from modeling_visualchat.kernels_visualchat import split_heads
 
 
 VARIANTS = {
@@ -58,6 +61,14 @@ def test_half_of_any_number_of_heads_reads_the_last_image(heads):
     queries_per_key = heads[0] // heads[1]
     numbers = [head % queries_per_key if queries_per_key > 1 else head for head in range(heads[0])]
     assert (before != after).any(dim=-1).tolist() == [number % 2 == 1 for number in numbers]
+
+
+def test_heads_that_tensor_parallelism_divides_unevenly_are_refused():
+    states, layer = torch.zeros(1, 3, 1, 4), SimpleNamespace(config=SimpleNamespace(num_attention_heads=6))
+    with pytest.raises(ValueError, match=r'"half" cannot divide the 6 heads .* that hold 3 each: use half as many'):
+        split_heads(states, states, states, layer)
+    halves = split_heads(states, states[:, :1], states[:, :1], layer)  # three that share a key are divided anywhere
+    assert [query.shape[1] for query, _, _ in halves] == [2, 1]
 
 
 def test_a_joint_merge_is_one_softmax_weighted_by_the_shares_of_two():

@@ -132,6 +132,8 @@ def test_tables_are_worked_out_by_hand(study):
     assert tables.spent_to(rows[2], "single", 0.4) == 100
     assert tables.spent_to(rows[0], "single", 0.9) == float("inf")
     report = tables.format_report(rows)
+    assert "| causal | 55% | 55% | 55% | 55% | 55.0% ± 63.5% |  |" in report
+    assert "| mmca, sum | 70% | 70% | 70% | 70% | 70.0% ± 0.0% | +15.0 ± 63.5 |" in report
     assert "| single | 10.0% | 55.0% ± 63.5% | 70.0% ± 0.0% |" in report and "| single | +15.0 ± 63.5 |" in report
     assert "| single, 63% | not reached | 0.2, 4 s |" in report
 

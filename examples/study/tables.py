@@ -22,6 +22,13 @@ from tasks import TASKS
 FOLDER = Path(__file__).parent
 BASELINE, FLOOR = "causal", "text only"
 CONFIDENCE = 0.95
+# The tasks of run.py by what they ask for.
+GROUPS = {
+    "one or two images": ("single", "larger", "sum"),
+    "binding": ("same", "largest", "count"),
+    "pointers": ("two hops", "three hops"),
+    "images apart": ("apart", "distractors"),
+}
 SHARES = (0.5, 0.9)  # of the best arm's final accuracy, at which data efficiency is read
 
 Rows = list[dict[str, str]]
@@ -66,17 +73,15 @@ def curves_of(rows: Rows) -> list[str]:
     return [task for task in tasks_of(rows) if f"{task}, curve" in rows[0]]
 
 
-def accuracy(task: str) -> Measure:
-    return lambda row: float(row[task])
+def accuracy(*tasks: str) -> Measure:
+    """The mean over tasks."""
+    return lambda row: sum(float(row[task]) for task in tasks) / len(tasks)
 
 
 def measures(rows: Rows) -> dict[str, Measure]:
     """What arms are compared by: the mean over all tasks, and each task."""
     tasks = tasks_of(rows)
-    return {
-        "all tasks": lambda row: sum(float(row[task]) for task in tasks) / len(tasks),
-        **{task: accuracy(task) for task in tasks},
-    }
+    return {"all tasks": accuracy(*tasks), **{task: accuracy(task) for task in tasks}}
 
 
 def chance(task) -> float:
@@ -108,31 +113,47 @@ def spent_to(row: dict, task: str, accuracy: float, spent: str = "points") -> fl
     return float("inf")
 
 
+def summary_table(rows: Rows) -> list[list[str]]:
+    """An arm a row: the mean over the tasks of a group and over seeds, and over all tasks with its interval."""
+    tasks = tasks_of(rows)
+    groups = {name: group for name, group in GROUPS.items() if set(group) <= set(tasks)}
+    table = [["arm", *groups, "all tasks", "over causal, points"]]
+    for arm in arms_of(rows):
+        cells = [f"{interval(list(by_seed(rows, arm, accuracy(*each)).values()))[0]:.0%}" for each in groups.values()]
+        cells.append(format_accuracy(rows, arm, accuracy(*tasks)))
+        cells.append("" if arm in (BASELINE, FLOOR) else format_difference(rows, arm, accuracy(*tasks)))
+        table.append([arm, *cells])
+    return table
+
+
+def format_accuracy(rows: Rows, arm: str, value: Measure) -> str:
+    mean, half = interval(list(by_seed(rows, arm, value).values()))
+    return f"{mean:.1%}" if np.isnan(half) else f"{mean:.1%} ± {half:.1%}"
+
+
+def format_difference(rows: Rows, arm: str, value: Measure) -> str:
+    """Percentage points over causal attention; in bold where the interval excludes zero."""
+    mean, half = difference(rows, arm, value)
+    text = f"{100 * mean:+.1f}" + ("" if np.isnan(half) else f" ± {100 * half:.1f}")
+    return f"**{text}**" if abs(mean) > half else text
+
+
 def accuracy_table(rows: Rows) -> list[list[str]]:
     table = [["task", "chance", *arms_of(rows)]]
     chances = {task: CHANCES[task] for task in tasks_of(rows)}
     chances["all tasks"] = sum(chances.values()) / len(chances)
     for name, value in measures(rows).items():
-        cells = [f"{chances[name]:.1%}"]
-        for arm in arms_of(rows):
-            mean, half = interval(list(by_seed(rows, arm, value).values()))
-            cells.append(f"{mean:.1%}" if np.isnan(half) else f"{mean:.1%} ± {half:.1%}")
-        table.append([name, *cells])
+        table.append([name, f"{chances[name]:.1%}", *(format_accuracy(rows, arm, value) for arm in arms_of(rows))])
     return table
 
 
 def difference_table(rows: Rows) -> list[list[str]]:
-    """Against causal attention; in bold where the interval excludes zero."""
     arms = [arm for arm in arms_of(rows) if arm not in (BASELINE, FLOOR)]
-    table = [["task", *arms]]
-    for name, value in measures(rows).items():
-        cells = []
-        for arm in arms:
-            mean, half = difference(rows, arm, value)
-            text = f"{100 * mean:+.1f}" + ("" if np.isnan(half) else f" ± {100 * half:.1f}")
-            cells.append(f"**{text}**" if abs(mean) > half else text)
-        table.append([name, *cells])
-    return table
+    measured = measures(rows).items()
+    return [
+        ["task", *arms],
+        *([name, *(format_difference(rows, arm, value) for arm in arms)] for name, value in measured),
+    ]
 
 
 def efficiency_table(rows: Rows) -> list[list[str]]:
@@ -180,6 +201,11 @@ def format_table(table: list[list[str]]) -> str:
 
 def format_report(rows: Rows) -> str:
     sections = {
+        "Summary": (
+            summary_table,
+            "Exact match on held-out images after the last step, mean over seeds; ± 95% intervals, of the difference "
+            "paired over seeds, in bold where it excludes zero.",
+        ),
         "Accuracy": (
             accuracy_table,
             "Exact match on held-out images after the last step: mean over seeds ± 95% interval.",
