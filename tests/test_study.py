@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from test_finetune import EXAMPLES, environment
+from test_remote_code import REPOSITORY
 
 
 STUDY = EXAMPLES / "study"
@@ -136,6 +137,14 @@ def test_tables_are_worked_out_by_hand(study):
     assert "| mmca, sum | 70% | 70% | 70% | 70% | 70.0% ± 0.0% | +15.0 ± 63.5 |" in report
     assert "| single | 10.0% | 55.0% ± 63.5% | 70.0% ± 0.0% |" in report and "| single | +15.0 ± 63.5 |" in report
     assert "| single, 63% | not reached | 0.2, 4 s |" in report
+
+
+def test_the_pages_say_what_the_runs_gave(study):
+    _, tables = study
+    report = tables.format_report(tables.read_rows(STUDY / "results.csv"))
+    assert (STUDY / "results.md").read_text() == report
+    in_readme = [line for line in (REPOSITORY / "README.md").read_text().splitlines() if "| mmca, " in line]
+    assert len(in_readme) >= 4 and set(in_readme) <= set(report.splitlines())
 
 
 @pytest.mark.slow
