@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_finetune import EXAMPLES, environment
 
-from modeling_visualchat import ATTENTION_TYPES, mmca_attention
+from modeling_visualchat import mmca_attention
 
 
 pytestmark = pytest.mark.slow
@@ -42,14 +42,14 @@ def test_whole_models_compute_the_same_with_images_known(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import attention as benchmark
 
-    others = [kind for kind in ATTENTION_TYPES if kind != "causal"]
+    others = [kind for kind in benchmark.VARIANTS if kind != "causal"]
     models = benchmark.Models((2, 4, 7), 2, SHAPE, others)
     names = [name for name in vars(benchmark.Models) if name.startswith("benchmark_")]
     rows = [row for name in names for row in getattr(models, name)(2)]
-    assert len(names) == 6 and {row["variant"] for row in rows} == set(ATTENTION_TYPES)
+    assert len(names) == 6 and {row["variant"] for row in rows} == set(benchmark.VARIANTS)
     assert {row["variant"] for row in rows if "shared" not in row["measured"]} == set(others)
     known = [row["variant"] for row in rows if "cached" in row["measured"]]
-    assert known == [kind for kind in others if ATTENTION_TYPES[kind].image_attention != "self_and_text"]
+    assert known == [kind for kind in others if benchmark.VARIANTS[kind].get("image_attention") != "self_and_text"]
     assert all(row["ratio"] > 0 and row["mebibytes"] > 0 for row in rows)
     benchmark.draw([{**rows[0], "floor": 0.5}, *rows[1:]], tmp_path / "plot.png")
     assert rows[-1]["measured"] in benchmark.format_table(rows, 1e9)

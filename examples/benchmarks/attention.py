@@ -46,6 +46,9 @@ from modeling_visualchat.plan_visualchat import make_plan
 QUICK_LAYOUTS = [(1, 256, 128), (4, 256, 256), (8, 256, 512)]
 FULL_LAYOUTS = [*QUICK_LAYOUTS, (8, 576, 512)]
 NUM_SHARING = 8  # conversations about the same images
+# Fields of `VisualChatConfig` by the name of a variant.
+VARIANTS = {key: each.options for key, each in ATTENTION_TYPES.items()}
+VARIANTS["mmca_joint_half"] = {"attention_type": "mmca", "merge": "joint", "image_scope": "half"}
 MAX_ORIGINAL_LENGTH = 3000  # tokens; for longer sequences, its score matrices take minutes and gigabytes
 
 
@@ -222,12 +225,12 @@ class Models:
         layout (`tuple` of 3 `int`): Images, tokens per image, text tokens.
         num_layers (`int`): Layers of the decoder.
         shape (`dict`): Its sizes.
-        others (`list` of `str`, *optional*): Attention types, keys of `ATTENTION_TYPES`; by default MMCA.
+        others (`list` of `str`, *optional*): Attention types, keys of `VARIANTS`; by default MMCA.
     """
 
     def __init__(self, layout, num_layers, shape, others=("mmca",)):
         self.layout, self.name = layout, f"{num_layers} layer{'s' * (num_layers > 1)}, {shape['hidden_size']} wide"
-        kinds = {kind: ATTENTION_TYPES[kind].options for kind in ("causal", *others)}
+        kinds = {kind: VARIANTS[kind] for kind in ("causal", *others)}
         self.models = {kind: build(layout, options, num_layers, shape) for kind, options in kinds.items()}
         size = self.models["mmca"].config.vision_config.image_size
         generator = torch.Generator(DEVICE).manual_seed(0)
@@ -339,7 +342,7 @@ def plan_jobs(arguments) -> list[Callable[[], list[dict]]]:
     shape = {"7b": MODEL_7B, "8b": MODEL_8B}[arguments.shape]
     whole = (8, shape) if USES_GPU else (8, SMALL)
     everything = ("benchmark_new", "benchmark_known", "benchmark_decoding", "benchmark_training")
-    others = [kind for kind in ATTENTION_TYPES if kind != "causal"]
+    others = [kind for kind in VARIANTS if kind != "causal"]
     heads = (arguments.heads, arguments.key_heads, 128)
     jobs = {
         "attention": [
