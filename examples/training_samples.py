@@ -1,18 +1,11 @@
 """A handful of evaluation conversations that are answered at each evaluation, as text and as a picture."""
 
-import textwrap
-import warnings
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot
+from drawn_chats import Chat, draw_chats
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
@@ -25,8 +18,6 @@ from processing_visualchat.evaluation.records import Example, Round, SuiteError
 
 
 SAMPLES = "_samples"  # folder of the answers; what begins with _ is not pushed to the Hub
-WIDTH, LINE, PICTURE = 44, 0.18, 3.5  # of a drawn chat: characters, inches of a line, and lines of an image
-Chat = tuple[Sequence[tuple[str, list, str]], Sequence[str]]  # `(question, images, expected)` of rounds, and answers
 
 
 class Samples:
@@ -107,45 +98,3 @@ def read_chat(example: Example, rounds: list[dict]) -> Chat:
         images = [open_picture(block, example.key).image for block in asked.content if is_image(block)]
         shown.append((question, images, asked.references[0]))
     return shown, [asked["answer"] for asked in rounds]
-
-
-def draw_chats(chats: Sequence[Chat], path: Path) -> None:
-    """Draws chats in up to four columns: images where they are shown, questions, and answers in green or red."""
-    num_columns = min(len(chats), 4)
-    figure, axes = pyplot.subplots(-(-len(chats) // num_columns), num_columns, squeeze=False)
-    heights = [draw_chat(axis, *chat) for axis, chat in zip(axes.flat, chats)]
-    for axis in axes.flat:
-        axis.set_axis_off()
-        axis.set(xlim=(0, 1), ylim=(-max(heights), 0))
-    figure.set_size_inches(3.6 * num_columns, LINE * max(heights) * len(axes))
-    figure.subplots_adjust(0.01, 0, 1, 0.99, wspace=0.02, hspace=0)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # that the font lacks; the text has it
-        figure.savefig(path, dpi=100)
-    pyplot.close(figure)
-
-
-def draw_chat(axis: Any, rounds: Sequence[tuple[str, list, str]], answers: Sequence[str]) -> float:
-    """Draws one chat from 0 downwards; returns its height in lines."""
-    height, number = 0.0, 0
-    for (question, images, expected), answer in zip(rounds, answers):
-        height += (PICTURE + 1) * bool(images)
-        pitch = min(0.36, 1 / max(len(images), 1))
-        for column, image in enumerate(images):
-            number += 1
-            inset = axis.inset_axes([pitch * column, -height, 0.8 * pitch, PICTURE], transform=axis.transData)
-            inset.imshow(image, cmap="gray", interpolation="nearest")
-            inset.set(xticks=[], yticks=[])
-            inset.set_title(f"Image {number}", fontsize=8, pad=2)
-        height += 0.3 * bool(images)
-        is_right = answer == expected
-        shown = answer if is_right else f"{answer or '(nothing)'}  (expected: {expected})"
-        for text, style in (
-            (question, {"family": "monospace"}),
-            (shown, {"color": "green" if is_right else "red", "weight": "bold"}),
-        ):
-            lines = [line for part in text.splitlines() for line in textwrap.wrap(part, WIDTH)] or [""]
-            axis.text(0, -height, "\n".join(lines), fontsize=10, va="top", parse_math=False, clip_on=True, **style)
-            height += len(lines)
-        height += 0.5
-    return height

@@ -1,9 +1,11 @@
 """The pictures of the study: read in the layout of their packages, split without overlap, asked about rightly."""
 
+import csv
 import gzip
 import random
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +13,9 @@ import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
-from test_finetune import EXAMPLES
+from test_finetune import EXAMPLES, environment
+
+from modeling_visualchat import VisualChatForConditionalGeneration
 
 
 STUDY = EXAMPLES / "study"
@@ -159,6 +163,43 @@ def test_conversations_repeat_and_can_do_without_images(study, paths):
         assert {block["type"] for block in without} == {"text"}
     tested = tasks.PictureConversations(train, 1, 0, "back")[0]["messages"]
     assert [message["weight"] for message in tested[1::2]] == [0] * (len(tested) // 2 - 1) + [1]
+
+
+@pytest.mark.slow
+def test_a_quick_run_trains_real_parts_on_pictures_and_is_continued(study, paths, tmp_path):
+    """Two steps and two questions a task; the line of a run that is there is left as it is."""
+    cut_out = Image.new("RGBA", (40, 20), (0, 80, 200, 255))
+    for kind, folder in (("animal", "animals"), ("food", "food")):  # enough for four of a kind among held-out ones
+        for name, emoji in list(concepts_of(kind).items())[:9]:
+            path = paths["stamps"] / folder / f"a_{name}.png"
+            cut_out.save(path)
+            path.with_suffix(".txt").write_text(f"A {name}.\n", encoding="utf-8")
+            cut_out.save(paths["emojione"] / f"{ord(emoji[0]):04X}.png")
+    command = [sys.executable, str(STUDY / "pretrained.py"), "--quick", "--output", tmp_path, "--parts", tmp_path]
+    pictures_of = [f"{name}={path}" for name, path in paths.items()]
+    command += ["--save", tmp_path / "checkpoints", "--pictures", *pictures_of]
+    for arms in (["mmca, joint, half"], ["mmca, joint, half", "causal"]):
+        run = subprocess.run([*command, "--arms", *arms], capture_output=True, text=True, env=environment())
+        assert run.returncode == 0, run.stderr[-2000:]
+    _, tasks = study
+    with (tmp_path / "pretrained_quick.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["arm"] for line in lines] == ["mmca, joint, half", "causal"]
+    assert all(0 <= float(line[name]) <= 1 for line in lines for name in tasks.TESTS)
+    assert all(0 < int(line["trained_parameters"]) < int(line["parameters"]) for line in lines)
+    model = VisualChatForConditionalGeneration.from_pretrained(tmp_path / "checkpoints" / "mmca-joint-half-0")
+    assert (model.config.merge, model.config.image_scope) == ("joint", "half")
+    command = [sys.executable, str(STUDY / "demo.py"), tmp_path / "checkpoints" / "mmca-joint-half-0", "--chats", "1"]
+    command += ["--max_new_tokens", "3", "--output", tmp_path / "demo.png", "--pictures"]
+    run = subprocess.run([*command, *pictures_of], capture_output=True, text=True, env=environment())
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "of 9 answers are those expected" in run.stdout and (tmp_path / "demo.png").stat().st_size > 0
+
+
+def concepts_of(kind):
+    from concepts import CONCEPTS
+
+    return CONCEPTS[kind]
 
 
 def test_a_missing_package_is_named(tmp_path, study, monkeypatch, capsys):

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import draw_picture, make_model, make_processor
+from drawn_chats import draw_chats
 from PIL import Image
 from planning.hours import peak_tflops
 from torch.nn.functional import cross_entropy
 from training_accounts import BATCHES, Sums, TokenLosses, TrainerWithAccounts, find_spike
 from training_arguments import FinetuneError
 from training_parameters import GroupedTrainer, GroupOptions
-from training_samples import SAMPLES, Samples, draw_chats
+from training_samples import SAMPLES, Samples
 from transformers import TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 

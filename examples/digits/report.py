@@ -6,10 +6,10 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
+from drawn_chats import draw_chats
 from huggingface_hub import EvalResult
 from matplotlib import pyplot
 from tqdm.auto import tqdm
-from training_samples import draw_chats
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from modeling_visualchat import VisualChatForConditionalGeneration

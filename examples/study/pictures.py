@@ -15,6 +15,7 @@ import gzip
 import itertools
 import random
 import re
+from argparse import ArgumentParser, Namespace
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -178,6 +179,21 @@ SOURCES: dict[str, Source] = {
     "garments": Source(SHARE / "datasets/fashion-mnist", "apt install dataset-fashion-mnist", read_garments),
     "digits": Source(package_folder("sklearn"), "pip install scikit-learn", read_digits),
 }
+
+
+def add_pictures_argument(parser: ArgumentParser) -> None:
+    """Adds the flag for pictures that do not lie where their packages put them."""
+    parser.add_argument(
+        "--pictures", nargs="+", default=[], metavar="SOURCE=PATH", help=f"pictures elsewhere: {', '.join(SOURCES)}"
+    )
+
+
+def read_paths(parser: ArgumentParser, arguments: Namespace) -> dict[str, Path]:
+    """The paths of that flag by source; a name that is none ends the program."""
+    paths = dict(each.partition("=")[::2] for each in arguments.pictures)
+    if unknown := paths.keys() - SOURCES.keys():
+        parser.error(f"--pictures names {', '.join(sorted(unknown))}; wanted is SOURCE=PATH, of {', '.join(SOURCES)}")
+    return {name: Path(path) for name, path in paths.items()}
 
 
 def load_pictures(paths: dict[str, Path] | None = None) -> list[Picture]:

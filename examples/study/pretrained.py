@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from picture_tasks import NUM_VARIANTS, TASKS, TESTS, PictureConversations
-from pictures import SOURCES, Picture, load_pictures, split_pictures
+from pictures import Picture, add_pictures_argument, load_pictures, read_paths, split_pictures
 from pretrained_model import autocast, build_pretrained, draw_features, fit_projector, save_parts
 from run import ARMS, CHAT_TEMPLATE, FLOOR, FOLDER, Results, peak_mebibytes, run_in_processes
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_cosine_schedule_with_warmup, set_seed
@@ -32,7 +32,7 @@ from transformers.utils import logging
 from processing_visualchat import DataCollatorForVisualChat
 
 
-DEFAULT_ARMS = ("causal", "mmca, sum", "mmca, sum, within images")
+DEFAULT_ARMS = ("causal", "mmca, sum", "mmca, joint, half")
 TEST_BATCH_SIZE = 25
 
 
@@ -202,17 +202,12 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(3)), help="seeds to run")
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the CSV file")
     parser.add_argument("--parts", type=Path, default=FOLDER / "parts", help="folder of parts and features")
-    parser.add_argument(
-        "--pictures", nargs="+", default=[], metavar="SOURCE=PATH", help=f"pictures elsewhere: {', '.join(SOURCES)}"
-    )
+    add_pictures_argument(parser)
     parser.add_argument("--processes", type=int, default=1, help="runs at a time, each on one thread")
     parser.add_argument("--save", type=Path, help="folder to write a checkpoint of each run to")
     parser.add_argument("--quick", action="store_true", help="one seed and a few steps, to pretrained_quick.csv")
     arguments = parser.parse_args()
-    paths = dict(each.partition("=")[::2] for each in arguments.pictures)
-    if unknown := paths.keys() - SOURCES.keys():
-        parser.error(f"--pictures names {', '.join(sorted(unknown))}; wanted is SOURCE=PATH, of {', '.join(SOURCES)}")
-    places = Places(arguments.parts, {name: Path(path) for name, path in paths.items()}, arguments.save)
+    places = Places(arguments.parts, read_paths(parser, arguments), arguments.save)
     plan, seeds, name = (QUICK, [0], "pretrained_quick") if arguments.quick else (FULL, arguments.seeds, "pretrained")
     try:
         load_pictures(places.pictures)
@@ -223,8 +218,8 @@ def main() -> None:
     results = Results(arguments.output / f"{name}.csv")
     done = {(row["arm"], int(row["seed"])) for row in results.rows}
     missing = [(arm, seed, plan, places) for seed in seeds for arm in arguments.arms if (arm, seed) not in done]
-    for _ in run_in_processes(keep_features, [places], 1):
-        pass
+    if missing and not arguments.quick:
+        list(run_in_processes(keep_features, [places], 1))
     for row in run_in_processes(run, missing, arguments.processes):
         results.add(row)
         print(
