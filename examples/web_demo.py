@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 
 import gradio as gr
 from gradio.utils import get_upload_folder
-from loading import add_model_arguments, load_model
+from loading import add_image_memory_arguments, add_model_arguments, load_model, make_image_memory
 from transformers import TextStreamer, logging
 from web_layout import LOOK, Page, make_page, message_places, read_examples, show_messages, unpack
 
@@ -212,9 +212,7 @@ def tell(error: BaseException | None) -> None:
 
 def make_demo(model: Any, processor: Any, arguments: Namespace) -> Demo:
     """The page of a model."""
-    memory = ImageMemory(folder=arguments.image_memory) if model.model.supports_conversation_cache() else None
-    if arguments.image_memory and memory is None:
-        raise SystemExit("error: --image_memory: this model cannot use an image memory")
+    memory = make_image_memory(model, arguments, ImageMemory)
     examples = read_examples(arguments.examples, arguments.checkpoint, processor)
     name = Path(arguments.checkpoint).name
 
@@ -238,7 +236,7 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", type=int, default=256, help="maximum number of tokens of an answer")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 for the most likely tokens")
     parser.add_argument("--max_images", type=int, help="maximum images; beyond, the first rounds are dropped")
-    parser.add_argument("--image_memory", help="folder that caches image states across runs")
+    add_image_memory_arguments(parser)
     arguments = parser.parse_args()
 
     logging.set_verbosity_error()

@@ -52,7 +52,8 @@ def demo(model_and_processor, pictures):
     content = [{"type": "image", "path": "3.png"}, {"type": "text", "text": "What is it?"}]
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "A circle."}]
     (folder / "examples.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
-    arguments = {"checkpoint": str(folder), "examples": None, "max_images": None, "image_memory": None}
+    arguments = {"checkpoint": str(folder), "examples": None, "max_images": None}
+    arguments |= {"image_memory": None, "image_memory_bits": None}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(folder / "uploads"))
         yield web_demo.make_demo(
@@ -112,6 +113,14 @@ class Tab:
 
 def event(kind, index, value=None):
     return kind(None, {"index": index, "value": value, "previous_value": None})
+
+
+def test_the_page_has_the_flags_of_an_image_memory(monkeypatch):
+    models = make_model(attention_type="causal"), make_processor()
+    monkeypatch.setattr(web_demo, "load_model", lambda arguments: models)
+    monkeypatch.setattr("sys.argv", ["web_demo.py", "checkpoint", "--image_memory_bits", "4"])
+    with pytest.raises(SystemExit, match="error: --image_memory_bits 4: this model cannot use an image memory"):
+        web_demo.main()
 
 
 def test_every_event_of_the_page_changes_its_conversation(demo, pictures, direct, tmp_path, recwarn):
