@@ -20,7 +20,7 @@ if the run could not start.
 import itertools
 import os
 import sys
-from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from accelerate import PartialState
 from jinja2 import TemplateError
-from loading import add_image_memory_arguments, add_model_arguments, load_model, make_image_memory
+from loading import add_image_memory_arguments, add_model_arguments, count, load_model, make_image_memory
 from transformers import logging
 
 from modeling_visualchat import ImageMemory
@@ -55,13 +55,6 @@ class Prompt(NamedTuple):
     id: str  # its place in the file
     key: str | int | None  # the id that it gives itself
     conversation: Conversation | Dropped
-
-
-def count(text: str) -> int:
-    """A number from 1 up."""
-    if not text.isdecimal() or int(text) < 1:
-        raise ArgumentTypeError(f"{text!r} is not a number from 1 up")
-    return int(text)
 
 
 def make_parser() -> ArgumentParser:

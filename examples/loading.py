@@ -1,6 +1,6 @@
 """What a front end loads, and its flags: a checkpoint, on one or several devices, and an image memory."""
 
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +21,13 @@ QUANTIZATIONS = {
 }
 # Prefixes of paths.
 NOT_QUANTIZED = ["lm_head", *(f"model.{part}" for part in ("vision_tower", "multi_modal_projector", *ADDED_PARTS))]
+
+
+def count(text: str) -> int:
+    """A number from 1 up."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r} is not a number from 1 up")
+    return int(text)
 
 
 def quantization_config(name: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
