@@ -4,10 +4,10 @@ Serves a saved VisualChat checkpoint by OpenAI's API.
     python examples/serve.py CHECKPOINT [--port 8000] [--api_keys FILE] [--image_memory FOLDER]
 
 Requests are answered in batches, and an image is computed once for all of them. Without API keys (one a line in
---api_keys, or separated by commas in VISUALCHAT_API_KEYS), only programs on this machine may connect.
+--api_keys, or separated by commas in VISUALCHAT_API_KEYS), only programs on this machine may connect, and web pages of
+other sites are refused.
 """
 
-import ipaddress
 import os
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
@@ -17,6 +17,7 @@ from loading import add_image_memory_arguments, add_model_arguments, load_model,
 from serving.app import make_app
 from serving.conversations import Limits
 from serving.engine import Engine, EngineMemory
+from serving.gate import is_loopback
 from transformers import logging
 
 
@@ -63,14 +64,6 @@ def read_keys(arguments: Namespace) -> list[str]:
             "VISUALCHAT_API_KEYS"
         )
     return keys
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only programs on this machine reach an address."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def main() -> None:
