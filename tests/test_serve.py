@@ -225,6 +225,12 @@ def test_what_is_of_one_key_is_of_no_other(served, tiny):
     secret, picture = "the password is swordfish", draw_picture(50)
     id = first.post("/images", body={"image": uri(picture)}, cast_to=object)["id"]
     prefix = {"role": "user", "content": [{"type": "image_id", "image_id": id}, {"type": "text", "text": secret}]}
+    # A client learns nothing of the images of others, which are not computed again.
+    misses = served.memory.misses
+    shown = [stream(client, [show(picture)])[1] for client in (first, second, second)]
+    assert [usage.images["known"] for usage in shown] == [0, 0, 1]
+    assert [usage.prompt_tokens_details.cached_tokens for usage in shown] == [0, 0, IMAGE_SEQ_LENGTH]
+    assert served.memory.misses == misses + 1
     stream(first, [prefix])
     for attempt in (
         lambda: second.get(f"/images/{id}", cast_to=object),
