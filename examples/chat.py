@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-from loading import add_model_arguments, load_model
+from loading import add_image_memory_arguments, add_model_arguments, load_model, make_image_memory
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
@@ -296,21 +296,16 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", type=int, default=256, help="maximum number of tokens of an answer")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 for the most likely tokens")
     parser.add_argument("--max_images", type=int, help="maximum images; beyond, the first rounds are dropped")
-    parser.add_argument("--image_memory", help="folder that caches image states across runs")
+    add_image_memory_arguments(parser)
     parser.add_argument("--speed", action="store_true", help="show how fast answers come")
     arguments = parser.parse_args()
 
     logging.set_verbosity_error()
     model, processor = load_model(arguments)
-    memory = None
-    if model.model.supports_conversation_cache():
-        memory = ImageMemory(folder=arguments.image_memory)
-    elif arguments.image_memory:
-        raise SystemExit("error: --image_memory: this model cannot use an image memory")
     options = {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature else {}
     session = model.start_chat(
         processor,
-        memory,
+        make_image_memory(model, arguments, ImageMemory),
         max_images=arguments.max_images,
         overflow="drop_first_rounds",
         max_new_tokens=arguments.max_new_tokens,

@@ -20,7 +20,7 @@ if the run could not start.
 import itertools
 import os
 import sys
-from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,9 +29,10 @@ from typing import NamedTuple
 import torch
 from accelerate import PartialState
 from jinja2 import TemplateError
-from loading import add_model_arguments, load_model
+from loading import add_image_memory_arguments, add_model_arguments, count, load_model, make_image_memory
 from transformers import logging
 
+from modeling_visualchat import ImageMemory
 from modeling_visualchat.weights_key_visualchat import known_key
 from processing_visualchat.conversation_visualchat import is_image, map_blocks
 from processing_visualchat.data.conversation import Conversation, Dropped
@@ -56,13 +57,6 @@ class Prompt(NamedTuple):
     conversation: Conversation | Dropped
 
 
-def count(text: str) -> int:
-    """A number from 1 up."""
-    if not text.isdecimal() or int(text) < 1:
-        raise ArgumentTypeError(f"{text!r} is not a number from 1 up")
-    return int(text)
-
-
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add_model_arguments(parser)
@@ -74,6 +68,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 for the most likely tokens")
     parser.add_argument("--top_p", type=float, default=1.0, help="probability mass that is sampled from")
     parser.add_argument("--seed", type=int, default=0, help="seed of sampled answers")
+    add_image_memory_arguments(parser)
     parser.add_argument("--limit", type=count, help="only the first so many conversations")
     return parser
 
@@ -154,16 +149,18 @@ def run(arguments: Namespace, state: PartialState) -> list[dict]:
     with state.main_process_first():  # images in a table are read once
         prompts = read_prompts(arguments)
     model, processor = load_model(arguments)
+    memory = make_image_memory(model, arguments, ImageMemory)
     settings = {name: getattr(options, name) for name in OPTIONS} | {
         "checkpoint": arguments.checkpoint,
         "weights": known_key(model) or arguments.checkpoint,
         "input": digest_file(arguments.input),
+        "image_memory_bits": arguments.image_memory_bits,
         "image_root": arguments.image_root and os.path.abspath(arguments.image_root),
         "limit": arguments.limit,
     }
     if state.is_main_process:
         check_settings(folder, settings, FREE)
-    answerer = Answerer(model, processor, options, arguments.batch_size, folder)
+    answerer = Answerer(model, processor, options, arguments.batch_size, folder, memory)
     batches = make_batches(prompts, arguments.batch_size, partial(length, answerer=answerer))
     order = {prompt.id: number for number, prompt in enumerate(prompts)}
     lines = answer_all(folder, batches, partial(answer, answerer=answerer), order, state)

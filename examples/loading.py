@@ -1,16 +1,19 @@
-"""The checkpoint that a front end talks to: its flags, and the model on one or several devices."""
+"""What a front end loads, and its flags: a checkpoint, on one or several devices, and an image memory."""
 
-from argparse import ArgumentParser, Namespace
-from typing import Any
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from typing import Any, TypeVar
 
 import torch
 from transformers import BitsAndBytesConfig
 
+from modeling_visualchat import ImageMemory
+from modeling_visualchat.quantized_states_visualchat import BITS
 from modeling_visualchat.trainable_parts_visualchat import ADDED_PARTS
 from processing_visualchat import VisualChatProcessor
 from processing_visualchat.evaluation.evaluation import load_complete
 
 
+Memory = TypeVar("Memory", bound=ImageMemory)
 # By value of `--quantize` and `--quantization`.
 QUANTIZATIONS = {
     "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
@@ -18,6 +21,13 @@ QUANTIZATIONS = {
 }
 # Prefixes of paths.
 NOT_QUANTIZED = ["lm_head", *(f"model.{part}" for part in ("vision_tower", "multi_modal_projector", *ADDED_PARTS))]
+
+
+def count(text: str) -> int:
+    """A number from 1 up."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r} is not a number from 1 up")
+    return int(text)
 
 
 def quantization_config(name: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -92,3 +102,33 @@ def read_memory(sizes: list[str]) -> dict[int | str, str]:
             raise ValueError(f"--max_memory {size} is not a size of a device, as in 0=20GiB or cpu=60GiB")
         memory[int(device) if device.isdecimal() else device] = value
     return memory
+
+
+def add_image_memory_arguments(parser: ArgumentParser) -> None:
+    """Adds flags that say how images are kept."""
+    parser.add_argument("--image_memory", metavar="FOLDER", help="folder that caches image states across runs")
+    parser.add_argument(
+        "--image_memory_bits",
+        type=int,
+        choices=BITS,
+        help="keep keys and values of images in so many bits, by torchao; by default as they are computed",
+    )
+
+
+def make_image_memory(model: Any, arguments: Namespace, memory_class: type[Memory]) -> Memory | None:
+    """
+    The image memory of [`add_image_memory_arguments`], `None` for a model that cannot use one.
+
+    Raises:
+        `SystemExit`: flags that such a model has no use for, a path that is not a folder, or torchao is missing.
+    """
+    options = {"folder": arguments.image_memory, "bits": arguments.image_memory_bits}
+    if not model.model.supports_conversation_cache():
+        for flag, value in zip(("--image_memory", "--image_memory_bits"), options.values()):
+            if value is not None:
+                raise SystemExit(f"error: {flag} {value}: this model cannot use an image memory; leave it out")
+        return None
+    try:
+        return memory_class(**options)
+    except (OSError, ValueError, ImportError) as error:
+        raise SystemExit(f"error: the image memory cannot be made: {error}") from error

@@ -4,19 +4,20 @@ Serves a saved VisualChat checkpoint by OpenAI's API.
     python examples/serve.py CHECKPOINT [--port 8000] [--api_keys FILE] [--image_memory FOLDER]
 
 Requests are answered in batches, and an image is computed once for all of them. Without API keys (one a line in
---api_keys, or separated by commas in VISUALCHAT_API_KEYS), only programs on this machine may connect.
+--api_keys, or separated by commas in VISUALCHAT_API_KEYS), only programs on this machine may connect, and web pages of
+other sites are refused.
 """
 
-import ipaddress
 import os
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import uvicorn
-from loading import add_model_arguments, load_model
+from loading import add_image_memory_arguments, add_model_arguments, load_model, make_image_memory
 from serving.app import make_app
 from serving.conversations import Limits
 from serving.engine import Engine, EngineMemory
+from serving.gate import is_loopback
 from transformers import logging
 
 
@@ -31,7 +32,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--port", type=int, default=8000, help="port to listen at; 0 for any that is free")
     parser.add_argument("--name", help="name of the model in requests; by default that of the checkpoint")
     parser.add_argument("--api_keys", help="file of API keys, one a line; by default VISUALCHAT_API_KEYS, with commas")
-    parser.add_argument("--image_memory", help="folder that caches image states across runs")
+    add_image_memory_arguments(parser)
     parser.add_argument("--max_batch", type=int, default=16, help="maximum conversations of a batch")
     parser.add_argument("--max_waiting", type=int, default=64, help="maximum conversations that wait for a batch")
     parser.add_argument("--max_new_tokens", type=int, default=1024, help="maximum tokens of an answer")
@@ -65,14 +66,6 @@ def read_keys(arguments: Namespace) -> list[str]:
     return keys
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only programs on this machine reach an address."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def main() -> None:
     arguments = make_parser().parse_args()
     keys = read_keys(arguments)
@@ -80,11 +73,7 @@ def main() -> None:
     model, processor = load_model(arguments)
     if not processor.tokenizer.is_fast:
         raise SystemExit(f"error: {arguments.checkpoint} has no tokenizer.json, which streams are decoded by")
-    memory = None
-    if model.model.supports_conversation_cache():
-        memory = EngineMemory(folder=arguments.image_memory)
-    elif arguments.image_memory:
-        raise SystemExit("error: --image_memory: this model cannot use an image memory")
+    memory = make_image_memory(model, arguments, EngineMemory)
     limits = Limits(
         max_images=arguments.max_images,
         max_pixels=int(arguments.max_megapixels * 1e6),

@@ -5,7 +5,8 @@ Talks to a saved VisualChat checkpoint on a web page: several rounds, images upl
 
 CHECKPOINT is a folder or a name on the Hub. Any image, question or answer may change later: only what follows is
 computed again, and an image is computed once for everyone. Each browser tab has a conversation of its own; answers are
-generated one after the other. When a tab is closed, its keys and values are freed, and an hour later its messages.
+generated one after the other. The last --max_caches conversations keep their keys and values; of another one, the next
+question computes its text again. When a tab is closed, its keys and values are freed, and an hour later its messages.
 """
 
 import tempfile
@@ -18,7 +19,7 @@ from weakref import WeakValueDictionary
 
 import gradio as gr
 from gradio.utils import get_upload_folder
-from loading import add_model_arguments, load_model
+from loading import add_image_memory_arguments, add_model_arguments, count, load_model, make_image_memory
 from transformers import TextStreamer, logging
 from web_layout import LOOK, Page, make_page, message_places, read_examples, show_messages, unpack
 
@@ -79,13 +80,17 @@ class Chat(ChatSession):
 
 
 class Demo:
-    """The events of the page. One thread computes, so that answers come one after the other."""
+    """
+    The events of the page. One thread computes, so that answers come one after the other; the keys and values of the
+    least recently used conversations are freed.
+    """
 
     blocks: gr.Blocks
 
-    def __init__(self, page: Page, examples: list[dict], new_chat: Callable[[], Chat]):
-        self.page, self.examples, self.new_chat = page, examples, new_chat
+    def __init__(self, page: Page, examples: list[dict], new_chat: Callable[[], Chat], max_caches: int):
+        self.page, self.examples, self.new_chat, self.max_caches = page, examples, new_chat, max_caches
         self.chats: WeakValueDictionary[str, Chat] = WeakValueDictionary()
+        self.cached: list[Chat] = []  # the last one used comes last; of the thread that computes
         self.worker = ThreadPoolExecutor(1)
         self.connect()
 
@@ -120,7 +125,7 @@ class Demo:
         page, chat = self.page, self.open(inputs[self.page.chat], request)
         chat.generate_kwargs = page.generation_options(inputs)
         streamer, shown = AnswerStreamer(chat.processor.tokenizer, skip_prompt=True, skip_special_tokens=True), None
-        chat.running, asked = self.worker.submit(ask, chat, streamer), {"value": None} if message else {}
+        chat.running, asked = self.worker.submit(self.compute, ask, chat, streamer), {"value": None} if message else {}
         try:
             yield {page.chat: chat, page.box: gr.MultimodalTextbox(**asked, submit_btn=False, stop_btn=True)}
             while not chat.running.done():
@@ -136,6 +141,13 @@ class Demo:
         box = gr.MultimodalTextbox(**restored, submit_btn=True, stop_btn=False)
         yield {page.chat: chat, page.box: box, **page.show(chat.messages)}
         tell(error)
+
+    def compute(self, ask: Callable, chat: Chat, streamer: TextStreamer) -> None:
+        """Answers, once there is room for the keys and values."""
+        self.cached = [*(each for each in self.cached if each is not chat), chat]
+        while len(self.cached) > self.max_caches:
+            self.drop_cache(self.cached[0])
+        ask(chat, streamer)
 
     def ask(self, inputs: dict, request: gr.Request):
         message = inputs[self.page.box]
@@ -199,7 +211,12 @@ class Demo:
         """Frees the keys and values of a tab that is closed or asleep; a phone may come back to its messages."""
         if (chat := self.chats.get(request.session_hash)) is not None:
             chat.halt()
-            self.worker.submit(chat.cache.reset)
+            self.worker.submit(self.drop_cache, chat)
+
+    def drop_cache(self, chat: Chat) -> None:
+        """Frees keys and values; what comes next computes them again."""
+        self.cached = [each for each in self.cached if each is not chat]
+        chat.cache.reset()
 
 
 def tell(error: BaseException | None) -> None:
@@ -212,9 +229,7 @@ def tell(error: BaseException | None) -> None:
 
 def make_demo(model: Any, processor: Any, arguments: Namespace) -> Demo:
     """The page of a model."""
-    memory = ImageMemory(folder=arguments.image_memory) if model.model.supports_conversation_cache() else None
-    if arguments.image_memory and memory is None:
-        raise SystemExit("error: --image_memory: this model cannot use an image memory")
+    memory = make_image_memory(model, arguments, ImageMemory)
     examples = read_examples(arguments.examples, arguments.checkpoint, processor)
     name = Path(arguments.checkpoint).name
 
@@ -223,7 +238,7 @@ def make_demo(model: Any, processor: Any, arguments: Namespace) -> Demo:
 
     with gr.Blocks(title=f"VisualChat: {name}", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as blocks:
         page = make_page(name, examples, arguments.max_new_tokens, arguments.temperature)
-        demo = Demo(page, examples, new_chat)
+        demo = Demo(page, examples, new_chat, arguments.max_caches)
         blocks.unload(demo.free)
     demo.blocks = blocks.queue(max_size=64)
     return demo
@@ -238,7 +253,8 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", type=int, default=256, help="maximum number of tokens of an answer")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 for the most likely tokens")
     parser.add_argument("--max_images", type=int, help="maximum images; beyond, the first rounds are dropped")
-    parser.add_argument("--image_memory", help="folder that caches image states across runs")
+    parser.add_argument("--max_caches", type=count, default=8, help="maximum conversations that keep keys and values")
+    add_image_memory_arguments(parser)
     arguments = parser.parse_args()
 
     logging.set_verbosity_error()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .image_states_visualchat import ImageStates, same_images
-from .quantized_states_visualchat import BITS, QuantizedStates
+from .quantized_states_visualchat import BITS, QuantizedStates, quantization_primitives
 from .tensor_store_visualchat import Entry, TensorStore
 from .weights_key_visualchat import has_dropout, hooked_modules, image_key, weights_key
 
@@ -43,12 +43,15 @@ class ImageMemory(TensorStore):
 
     Raises:
         `ValueError`: another number of bits.
+        `ImportError`: torchao, which 8 and 4 bits require, is not installed.
     """
 
     def __init__(self, *options, bits: int | None = None, **named_options):
         super().__init__(*options, **named_options)
         if bits not in (None, *BITS):
             raise ValueError(f"bits={bits!r}: keys and values are kept in 8 or 4 bits, or by default as they are.")
+        if bits is not None:
+            quantization_primitives()  # raises its error before the first image
         self.bits = bits
 
     @torch.no_grad()

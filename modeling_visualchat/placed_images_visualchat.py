@@ -16,9 +16,9 @@ Dimensions: B rows, I image slots of a row, U unique images of L tokens, P reads
 key/value heads (G queries for each), D head size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -50,7 +50,6 @@ class PlacedImages:
     values: Sequence[Sequence[torch.Tensor]]
     rows: list[list[Place]]
     rotation: KeyRotation | None = None  # of the keys, if they are rotated at all
-    _index: tuple | None = field(default=None, init=False, repr=False)
     _by_row: dict[int, "PlacedImages"] = field(default_factory=dict, init=False, repr=False)
     _tables: dict | None = field(default=None, init=False, repr=False)  # of the rotation, for all layers
     _reads: dict[tuple, "ImageReads | None"] = field(default_factory=dict, init=False, repr=False)
@@ -126,25 +125,25 @@ class PlacedImages:
         """What the text of a layer reads, on the device and in the dtype of its queries."""
         return LayerImages(self, layer, like)
 
-    def index(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """
-        Of each slot (B, I) its row among the tokens of all images, and by how many positions it is turned: `None` for
-        slots that are all tokens in order, and for no turn.
-        """
-        if self._index is None:
-            starts = [0, *accumulate(keys.shape[1] for keys in self.keys[0])]
-            rows = []
-            for row in self.rows:
-                parts = [torch.zeros(2, 0, dtype=torch.long)]
-                for image, first, length, shift in row:
-                    tokens = torch.arange(length) + starts[image] + first
-                    parts.append(torch.stack([tokens, torch.full((length,), shift)]))
-                rows.append(torch.cat(parts, dim=1).T)
-            tokens, shifts = nn.utils.rnn.pad_sequence(rows, batch_first=True).unbind(dim=2)
-            is_plain = tokens.numel() == starts[-1] and bool((tokens.flatten() == torch.arange(starts[-1])).all())
-            is_turned = self.rotation is not None and bool(shifts.any())
-            self._index = (None if is_plain else tokens, shifts if is_turned else None)
-        return self._index
+    @cached_property
+    def shifts(self) -> torch.Tensor | None:
+        """By how many positions each slot (B, I) is turned; `None` for no turn."""
+        if self.rotation is None or not any(place.shift for row in self.rows for place in row):
+            return None
+        return self._by_slot(lambda place: torch.full((place.length,), place.shift))
+
+    @cached_property
+    def tokens(self) -> torch.Tensor | None:
+        """Of each slot (B, I) its row among the tokens of images made together; `None` for all of them in order."""
+        num_images, length = len(self.keys[0]), self.keys[0][0].shape[1]
+        tokens = self._by_slot(lambda place: torch.arange(place.length) + place.image * length + place.first)
+        return None if torch.equal(tokens.flatten(), torch.arange(num_images * length)) else tokens
+
+    def _by_slot(self, of_place: Callable[[Place], torch.Tensor]) -> torch.Tensor:
+        """The numbers of each place's slots, side by side in their rows (B, I)."""
+        empty = torch.zeros(0, dtype=torch.long)
+        rows = [torch.cat([empty, *map(of_place, row)]) for row in self.rows]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     def reads(self, runs: list[list[Run]], num_text: int, like: torch.Tensor) -> "ImageReads | None":
         """
@@ -189,23 +188,23 @@ class LayerImages:
 
     def keys_values(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys, turned to where the images stand, and values, each (B, K, I, D)."""
-        index, shifts = self.placed.index()
         keys, values = (
-            self._place(layers[self.layer], index)[:, self.heads] for layers in (self.placed.keys, self.placed.values)
+            self._place(layers[self.layer])[:, self.heads] for layers in (self.placed.keys, self.placed.values)
         )
+        shifts = self.placed.shifts
         if shifts is None or self.placed.rotation is None:
             return keys, values
         if self.placed._tables is None:
             self.placed._tables = self.placed.rotation.turn_tables(shifts.to(keys.device), keys)
         return self.placed.rotation.rotate(keys, self.layer, self.placed._tables), values
 
-    def _place(self, images: Sequence[Any], index: torch.Tensor | None) -> torch.Tensor:
+    def _place(self, images: Sequence[Any]) -> torch.Tensor:
         device, dtype, rows = self.like.device, self.like.dtype, self.placed.rows
         if isinstance(images, torch.Tensor):
             tokens = images.transpose(1, 2).flatten(0, 1).to(device, dtype)
-            if index is None:
+            if self.placed.tokens is None:
                 return tokens.unflatten(0, (len(rows), -1)).transpose(1, 2)
-            return tokens[index.to(device)].transpose(1, 2)
+            return tokens[self.placed.tokens.to(device)].transpose(1, 2)
         states = [image.to(device, dtype) for image in images]
         lengths = self.placed.lengths
         blocks, length = list[torch.Tensor](), max(lengths)

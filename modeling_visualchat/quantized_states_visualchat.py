@@ -35,7 +35,7 @@ class QuantizedStates:
     @classmethod
     def quantize(cls, states: torch.Tensor, bits: int) -> "QuantizedStates":
         """The states (K, L, D) in 8 or 4 bits."""
-        primitives, size = _primitives(), states.shape[-1]
+        primitives, size = quantization_primitives(), states.shape[-1]
         group = GROUP_OF_4_BITS if bits == 4 and size % GROUP_OF_4_BITS == 0 else size
         block, limits = (1, 1, group), (torch.uint8, 0, 2**bits - 1)
         scale, zero = primitives.choose_qparams_affine(
@@ -52,7 +52,9 @@ class QuantizedStates:
         if self.bits == 4:
             data = torch.stack([data & 15, data >> 4], dim=-1).flatten(-2)
         block, limits = (1, 1, data.shape[-1] // scale.shape[-1]), (torch.uint8, 0, 2**self.bits - 1)
-        return _primitives().dequantize_affine(data, block, scale.float(), zero.int(), *limits, output_dtype=dtype)
+        return quantization_primitives().dequantize_affine(
+            data, block, scale.float(), zero.int(), *limits, output_dtype=dtype
+        )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -65,7 +67,8 @@ class QuantizedStates:
         return self.data.nbytes + self.scale.nbytes + self.zero.nbytes
 
 
-def _primitives() -> Any:
+def quantization_primitives() -> Any:
+    """The functions of torchao; an `ImportError` that says how to install it."""
     try:
         from torchao.quantization import quant_primitives
     except ImportError as error:

@@ -103,6 +103,15 @@ def test_the_code_of_the_readme_runs(folder, monkeypatch):
     assert model(tokens("I", 4), pixels(0)).logits.shape[1] == 9
 
 
+def test_the_pictures_of_the_pages_are_there():
+    pictures = [
+        (REPOSITORY / page).parent / path
+        for page, text in PAGES.items()
+        for path in re.findall(r"!\[[^\]]*\]\(([^):]+)\)", text)
+    ]
+    assert len(pictures) > 2 and all(path.is_file() for path in pictures)
+
+
 def test_the_code_for_another_program_has_a_test():
     (of_another_program,) = blocks("examples/README.md", "python")
     assert "vlmeval" in of_another_program and (REPOSITORY / "tests" / "test_vlmevalkit.py").is_file()

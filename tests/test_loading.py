@@ -1,5 +1,7 @@
 """How front ends load a checkpoint: flags, devices, and what is refused."""
 
+import importlib
+import sys
 from argparse import ArgumentParser
 
 import pytest
@@ -69,3 +71,45 @@ def test_what_does_not_fit_the_machine_is_refused(load, flags, message):
 def test_a_checkpoint_that_is_not_there_is_named(load, tmp_path):
     with pytest.raises(SystemExit, match=r"error: .*nowhere cannot be loaded: "):
         load(checkpoint=tmp_path / "nowhere")
+
+
+@pytest.fixture
+def memory_of(monkeypatch):
+    """The image memory that flags make for a model."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import loading
+
+    def memory_of(model, *flags):
+        parser = ArgumentParser()
+        loading.add_image_memory_arguments(parser)
+        return loading.make_image_memory(model, parser.parse_args([*map(str, flags)]), ImageMemory)
+
+    return memory_of
+
+
+def test_an_image_memory_is_as_its_flags_say(memory_of, tmp_path, monkeypatch):
+    model, causal = make_model(), make_model(attention_type="causal")
+    memory = memory_of(model, "--image_memory", tmp_path, "--image_memory_bits", 8)
+    assert (memory.folder, memory.bits, memory_of(model).bits) == (tmp_path, 8, None)
+    assert memory_of(causal) is None
+    with pytest.raises(SystemExit, match=f"error: --image_memory {tmp_path}: this model cannot use an image memory"):
+        memory_of(causal, "--image_memory", tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"error: the image memory cannot be made: .* is a file; name a folder"):
+        memory_of(model, "--image_memory", tmp_path / "file")
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)  # as if it were not installed
+    assert memory_of(model).bits is None
+    with pytest.raises(SystemExit, match=r"error: .* 8 or 4 bits requires torchao: pip install torchao"):
+        memory_of(model, "--image_memory_bits", 4)
+
+
+@pytest.mark.parametrize("script", ["chat", "generate", "serve"])
+def test_a_front_end_has_the_flags_of_an_image_memory(load, script, tmp_path, monkeypatch):
+    front_end = importlib.import_module(script)
+    make_model(attention_type="causal").save_pretrained(tmp_path / "model")
+    (tmp_path / "asked.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n')
+    command = [script, str(tmp_path / "model"), "--image_memory_bits", "4"]
+    files = ["--input", str(tmp_path / "asked.jsonl"), "--output", str(tmp_path / "answers.jsonl")]
+    monkeypatch.setattr(sys, "argv", [*command, *(files if script == "generate" else [])])
+    with pytest.raises(SystemExit, match="error: --image_memory_bits 4: this model cannot use an image memory"):
+        front_end.main()

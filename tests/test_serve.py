@@ -225,6 +225,12 @@ def test_what_is_of_one_key_is_of_no_other(served, tiny):
     secret, picture = "the password is swordfish", draw_picture(50)
     id = first.post("/images", body={"image": uri(picture)}, cast_to=object)["id"]
     prefix = {"role": "user", "content": [{"type": "image_id", "image_id": id}, {"type": "text", "text": secret}]}
+    # A client learns nothing of the images of others, which are not computed again.
+    misses = served.memory.misses
+    shown = [stream(client, [show(picture)])[1] for client in (first, second, second)]
+    assert [usage.images["known"] for usage in shown] == [0, 0, 1]
+    assert [usage.prompt_tokens_details.cached_tokens for usage in shown] == [0, 0, IMAGE_SEQ_LENGTH]
+    assert served.memory.misses == misses + 1
     stream(first, [prefix])
     for attempt in (
         lambda: second.get(f"/images/{id}", cast_to=object),
@@ -263,10 +269,10 @@ HEADERS = {"Authorization": f"Bearer {KEYS[0]}"}
 
 
 @contextlib.contextmanager
-def in_process(tiny, limits=LIMITS):
+def in_process(tiny, limits=LIMITS, keys=KEYS):
     """A server in this process, without a network."""
     engine = Engine(*tiny, EngineMemory())
-    with TestClient(make_app(engine, tiny[1], "tiny", limits, KEYS), headers=HEADERS) as client:
+    with TestClient(make_app(engine, tiny[1], "tiny", limits, keys), headers=HEADERS) as client:
         yield client
 
 
@@ -469,7 +475,7 @@ def test_requests_in_progress_and_slow_bodies_are_limited():
             return {"type": "http.disconnect"}
 
         door = gate.Gate(app, (), max_requests, 9, 0.02, lambda scope, status: statuses.append(status))
-        await door({"type": "http", "path": "/", "headers": [], "method": "GET"}, receive, send)
+        await door({"type": "http", "path": "/", "headers": [(b"host", b"localhost")], "method": "GET"}, receive, send)
 
     async def send(message):
         pass
@@ -560,6 +566,23 @@ def test_other_machines_need_a_key(tmp_path, monkeypatch):
         keys("--api_keys", str(tmp_path / "keys"))
     monkeypatch.setenv("VISUALCHAT_API_KEYS", "one, two")
     assert keys("--host", "0.0.0.0") == ["one", "two"]
+
+
+def test_a_server_without_keys_refuses_web_pages_of_other_sites(tiny):
+    accepted = ("localhost", "127.0.0.1:8000", "127.8.0.1", "[::1]:8000", "LOCALHOST:1")
+    refused = ("evil.test", "localhost.evil.test:8000", "192.168.0.1", "0.0.0.0", "[::1", "", "127.0.0.1@evil.test")
+    with in_process(tiny, keys=()) as client:
+        for path in ("/v1/models", "/health", "/metrics"):
+            assert [client.get(path, headers={"Host": host}).status_code for host in accepted] == [200] * 5
+            assert [client.get(path, headers={"Host": host}).status_code for host in refused] == [403] * 7
+        # What a page may send without asking first; browsers name its site.
+        body = json.dumps({"model": "tiny", "messages": [show()], "max_tokens": 2})
+        for origin, status in {"http://localhost:3000": 200, "https://evil.test": 403, "null": 403}.items():
+            headers = {"Host": "localhost", "Origin": origin, "Content-Type": "text/plain"}
+            response = client.post("/v1/chat/completions", content=body, headers=headers)
+            assert response.status_code == status
+        error = response.json()["error"]
+        assert error["code"] == "not_local" and "Origin 'null' is not this machine" in error["message"]
 
 
 @pytest.fixture(scope="module")

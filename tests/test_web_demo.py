@@ -52,7 +52,8 @@ def demo(model_and_processor, pictures):
     content = [{"type": "image", "path": "3.png"}, {"type": "text", "text": "What is it?"}]
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "A circle."}]
     (folder / "examples.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
-    arguments = {"checkpoint": str(folder), "examples": None, "max_images": None, "image_memory": None}
+    arguments = {"checkpoint": str(folder), "examples": None, "max_images": None, "max_caches": 8}
+    arguments |= {"image_memory": None, "image_memory_bits": None}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(folder / "uploads"))
         yield web_demo.make_demo(
@@ -112,6 +113,14 @@ class Tab:
 
 def event(kind, index, value=None):
     return kind(None, {"index": index, "value": value, "previous_value": None})
+
+
+def test_the_page_has_the_flags_of_an_image_memory(monkeypatch):
+    models = make_model(attention_type="causal"), make_processor()
+    monkeypatch.setattr(web_demo, "load_model", lambda arguments: models)
+    monkeypatch.setattr("sys.argv", ["web_demo.py", "checkpoint", "--image_memory_bits", "4"])
+    with pytest.raises(SystemExit, match="error: --image_memory_bits 4: this model cannot use an image memory"):
+        web_demo.main()
 
 
 def test_every_event_of_the_page_changes_its_conversation(demo, pictures, direct, tmp_path, recwarn):
@@ -206,6 +215,25 @@ def test_an_answer_is_shown_as_it_comes_and_can_be_stopped(demo):
     del tab, steps, updates
     gc.collect()
     assert "c" not in demo.chats
+
+
+def test_only_the_last_conversations_keep_their_cache(demo, pictures, direct, monkeypatch):
+    monkeypatch.setattr(demo, "max_caches", 2)
+    direct.generate_kwargs["max_new_tokens"] = 8
+    tabs = [Tab(demo, name) for name in "def"]
+    for tab in (tabs[0], tabs[1], tabs[0], tabs[2]):
+        tab.answer("ask", box={"text": "What is it?", "files": pictures[:1]})
+    assert [tab.chat.cache.get_seq_length() > 0 for tab in tabs] == [True, False, True]
+    tabs[1].answer("ask", box={"text": "And this?", "files": pictures[1:2]})
+    direct.ask("What is it?", pictures[:1])
+    direct.ask("And this?", pictures[1:2])
+    assert without_usage(tabs[1].chat.messages) == direct.messages
+    assert tabs[1].chat.usage.cached_text_tokens == 0 and tabs[1].chat.usage.known_images > 0
+    assert [tab.chat.cache.get_seq_length() > 0 for tab in tabs] == [False, True, True]
+    for tab in tabs:
+        demo.free(tab.request)
+    demo.worker.submit(lambda: None).result(60)
+    assert demo.cached == []
 
 
 @pytest.mark.slow

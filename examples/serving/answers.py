@@ -22,7 +22,7 @@ def event(data: dict, name: str | None = None) -> str:
 
 
 def count(usage: Usage, image_seq_length: int) -> dict[str, int]:
-    """Tokens of a prompt and its answer, and those that were known: of images that were computed before."""
+    """Tokens of a prompt and its answer, and those that were known: of images that the client has shown before."""
     known = usage.cached_text_tokens + usage.known_images * image_seq_length
     prompt = usage.text_tokens + usage.new_images * image_seq_length + known
     return {"prompt": prompt, "cached": known, "answer": usage.answer_tokens, "total": prompt + usage.answer_tokens}

@@ -24,7 +24,7 @@ def make_app(engine: Engine, processor: Any, name: str, limits: Limits, keys: It
         processor (`VisualChatProcessor`): The processor of its model.
         name (`str`): The name of the model.
         limits ([`Limits`]): What a request may take.
-        keys (`Iterable[str]`): API keys; without any, the server is open.
+        keys (`Iterable[str]`): API keys; without any, the server is open to programs on this machine.
     """
 
     @asynccontextmanager

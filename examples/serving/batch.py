@@ -6,6 +6,7 @@ reference, so all rows that show an image read one copy. A model that cannot use
 batches that begin and end together.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,23 +20,39 @@ from modeling_visualchat.plan_visualchat import IMAGE, PADDING
 from .replies import Reply
 
 
+MAX_SHOWN = 100_000  # images whose clients are known
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 
 
 class EngineMemory(ImageMemory):
-    """An image memory that tells which of the unique images of its last call were computed."""
+    """An image memory that tells a client whether it has shown an image before, and not whether others have."""
 
-    computed: list[int] | None = None
+    keys: Sequence[str] = ()  # of the unique images of the last call
+
+    def __init__(self, *options, **named_options):
+        super().__init__(*options, **named_options)
+        self._shown_by: OrderedDict[str, set[str]] = OrderedDict()  # since an image was computed
 
     def get_entries(self, keys, device, compute):
         """See [`TensorStore`]."""
-        self.computed = []
+        self.keys = keys
 
-        def note(missing: list[int]) -> list:
-            self.computed = missing
+        def forget(missing: list[int]) -> list:
+            for number in missing:
+                self._shown_by.pop(keys[number], None)
             return compute(missing)
 
-        return super().get_entries(keys, device, note)
+        return super().get_entries(keys, device, forget)
+
+    def is_new(self, number: int, owner: str) -> bool:
+        """Whether an owner shows a unique image of the last call for the first time since it was computed."""
+        owners = self._shown_by.setdefault(self.keys[number], set())
+        self._shown_by.move_to_end(self.keys[number])
+        if len(self._shown_by) > MAX_SHOWN:
+            self._shown_by.popitem(last=False)
+        is_new = owner not in owners
+        owners.add(owner)
+        return is_new
 
 
 class JoinedBatch:
@@ -194,11 +211,11 @@ def pad(replies: Sequence[Reply], tokenizer: Any) -> tuple[Any, torch.Tensor | N
 
 
 def count_new_images(replies: Sequence[Reply], pixel_values: torch.Tensor, memory: EngineMemory | None) -> None:
-    """Notes how many images were computed for each reply; one of several replies, for the first of them."""
-    index = same_images(pixel_values)
-    computed = range(len(index)) if memory is None or memory.computed is None else memory.computed
-    place = 0
+    """Notes how many images of each reply are new to its client: the server may have computed them for another."""
+    index = iter(same_images(pixel_values))
     for reply in replies:
-        for number in index[place : place + reply.num_images]:
-            reply.new_images += number in computed and index.index(number) == place
-            place += 1
+        images = {next(index) for _ in range(reply.num_images)}
+        if memory is None or not memory.keys:
+            reply.new_images = len(images)
+        else:
+            reply.new_images = sum(memory.is_new(number, reply.request.owner) for number in images)

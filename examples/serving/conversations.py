@@ -83,6 +83,7 @@ class Conversations:
             )
             raise ApiError(400, message, code="context_length_exceeded")
         return Request(
+            owner=owner,
             input_ids=tokens,
             pixel_values=inputs.get("pixel_values"),
             max_new_tokens=min(limit, room),

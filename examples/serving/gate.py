@@ -7,8 +7,10 @@ A body is read whole before a route sees it, and a request whose client goes awa
 import asyncio
 import contextlib
 import hashlib
+import ipaddress
 from collections.abc import Callable, Iterable
 from typing import Any
+from urllib.parse import urlsplit
 
 from .errors import ApiError, busy
 
@@ -23,13 +25,40 @@ def digest_of_key(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only programs on this machine reach an address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def check_local(headers: dict[bytes, str]) -> None:
+    """
+    A 403 for what a web page of another site may send from a browser on this machine: to a name of its own that it
+    has pointed here (DNS rebinding, seen by `Host`), or to this server without asking first (seen by `Origin`).
+    """
+    for name, prefix, default in (("Host", "//", ""), ("Origin", "", "//localhost")):
+        value = headers.get(name.lower().encode(), default)
+        try:
+            host = urlsplit(prefix + value).hostname
+        except ValueError:
+            host = None
+        if not is_loopback(host or ""):
+            message = (
+                f"{name} {value[:100]!r} is not this machine. Without API keys, only programs on it are answered, at "
+                "http://localhost or a loopback address; for others, start the server with API keys."
+            )
+            raise ApiError(403, message, code="not_local")
+
+
 class Gate:
     """
     An ASGI application in front of another.
 
     Args:
         app: The other one.
-        keys (`Iterable[str]`): API keys; without any, the server is open.
+        keys (`Iterable[str]`): API keys; without any, the server is open to programs on this machine.
         max_requests (`int`): Maximum requests at a time.
         max_body (`int`): Maximum bytes of a body.
         seconds (`float`): Maximum time until a body is there. A response has `GRACE` seconds more.
@@ -58,11 +87,14 @@ class Gate:
                 self.observe(scope, message["status"])
             await send(message)
 
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         is_open = scope["path"] in OPEN_PATHS
         self.num_requests += not is_open
         try:
+            if not self.owners:
+                check_local(headers)
             if not is_open:
-                scope.setdefault("state", {})["owner"] = self._owner(scope)
+                scope.setdefault("state", {})["owner"] = self._owner(headers)
                 if self.num_requests > self.max_requests:
                     raise busy(f"{self.max_requests} requests are in progress already; try again later.")
             body = await self._read(scope, receive)
@@ -73,10 +105,9 @@ class Gate:
         finally:
             self.num_requests -= not is_open
 
-    def _owner(self, scope: dict) -> str:
+    def _owner(self, headers: dict[bytes, str]) -> str:
         if not self.owners:
             return OPEN_OWNER
-        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         scheme, _, key = headers.get(b"authorization", "").partition(" ")
         owner = digest_of_key(key.strip())
         if scheme.lower() != "bearer" or owner not in self.owners:

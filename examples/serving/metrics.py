@@ -24,8 +24,8 @@ class Metrics:
         self.registry = CollectorRegistry()
         options = {"namespace": "visualchat", "registry": self.registry}
         self.requests = Counter("requests", "Requests by route and status", ["route", "status"], **options)
-        self.tokens = Counter("tokens", "Tokens: computed and known of prompts, generated", ["kind"], **options)
-        self.images = Counter("images", "Images of prompts, computed (new) or known", ["kind"], **options)
+        self.tokens = Counter("tokens", "Tokens: new and known of prompts, generated", ["kind"], **options)
+        self.images = Counter("images", "Images of prompts, new or known to their API key", ["kind"], **options)
         self.first_token = Histogram(
             "time_to_first_token_seconds", "Seconds until the first token", buckets=SECONDS, **options
         )
@@ -36,9 +36,9 @@ class Metrics:
         self.requests.labels(getattr(scope.get("route"), "path", "refused"), status).inc()
 
     def count_usage(self, usage: Usage, image_seq_length: int) -> None:
-        """Counts what an answer took to compute."""
+        """Counts what a client is told of its answer, so that the sums say no more."""
         tokens = count(usage, image_seq_length)
-        self.tokens.labels("computed").inc(tokens["prompt"] - tokens["cached"])
+        self.tokens.labels("new").inc(tokens["prompt"] - tokens["cached"])
         self.tokens.labels("known").inc(tokens["cached"])
         self.tokens.labels("generated").inc(tokens["answer"])
         self.images.labels("new").inc(usage.new_images)

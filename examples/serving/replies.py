@@ -23,6 +23,7 @@ class Request:
     A conversation to answer.
 
     Args:
+        owner (`str`): Whose it is.
         input_ids (`list[int]`): Its tokens, with the placeholders of images.
         pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`, *optional*): Its images.
         max_new_tokens (`int`): Maximum tokens of the answer.
@@ -33,6 +34,7 @@ class Request:
         seconds (`float`, *optional*): Maximum time until its last token.
     """
 
+    owner: str
     input_ids: list[int]
     pixel_values: torch.Tensor | None
     max_new_tokens: int

@@ -122,13 +122,23 @@ class Answerer:
         options ([`AnswerOptions`]): How conversations are answered.
         batch_size (`int`): Maximum rows of a batch, of conversations or of options.
         thumbnails (`Path`): The folder of the thumbnails of shown items.
+        memory ([`ImageMemory`], *optional*): Where images are looked up; by default an empty one, if the model can
+            use one.
     """
 
-    def __init__(self, model: Any, processor: Any, options: AnswerOptions, batch_size: int, thumbnails: Path):
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        options: AnswerOptions,
+        batch_size: int,
+        thumbnails: Path,
+        memory: ImageMemory | None = None,
+    ):
         self.model, self.processor, self.options = model, processor, options
         self.batch_size, self.thumbnails = batch_size, thumbnails
         # Images that come again, in a later round or another conversation, are not computed again.
-        self.memory = self.make_memory()
+        self.memory = self.make_memory() if memory is None else memory
         self.control_tokens = [processor.image_token, *processor.tokenizer.all_special_tokens]
 
     def make_memory(self) -> ImageMemory | None:
