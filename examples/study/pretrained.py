@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from picture_tasks import NUM_VARIANTS, TASKS, TESTS, PictureConversations
 from pictures import Picture, add_pictures_argument, load_pictures, read_paths, split_pictures
-from pretrained_model import autocast, build_pretrained, draw_features, fit_projector, save_parts
+from pretrained_model import build_pretrained, draw_features, fit_projector, save_parts
 from run import ARMS, CHAT_TEMPLATE, FLOOR, FOLDER, Results, peak_mebibytes, run_in_processes
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_cosine_schedule_with_warmup, set_seed
 from transformers.utils import logging
@@ -95,7 +95,6 @@ class Run(TrainerCallback):
                 report_to="none",
                 seed=self.seed,
                 use_cpu=True,
-                bf16=True,
                 remove_unused_columns=False,
                 train_sampling_strategy="sequential",
                 disable_tqdm=not os.isatty(2),
@@ -164,16 +163,15 @@ class Run(TrainerCallback):
             end = min(start + TEST_BATCH_SIZE, number)
             batch = self.collator([conversations[index] for index in range(start, end)])
             labels = batch.pop("labels")[:, 1:]
-            with autocast():
-                best = self.model(**batch, use_cache=False).logits[:, :-1].argmax(dim=-1)
+            best = self.model(**batch, use_cache=False).logits[:, :-1].argmax(dim=-1)
             right += int(((best == labels) | (labels == -100)).all(dim=1).sum())
         self.model.train()
         return right / number
 
     def save(self, folder: Path) -> None:
-        """Writes a checkpoint in float32 that needs neither the parts nor the kept features."""
+        """Writes a checkpoint that needs neither the parts nor the kept features."""
         folder = folder / f"{self.arm.replace(', ', '-').replace(' ', '-')}-{self.seed}"
-        self.model.float().save_pretrained(folder)
+        self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
 
 

@@ -21,11 +21,6 @@ FEATURE_LAYER = -2  # the last is tuned for saliency
 TEMPERATURE = 0.07  # of the softmax over cosines
 
 
-def autocast() -> torch.autocast:
-    """Computes in bfloat16, which takes about two thirds of the time of float32."""
-    return torch.autocast("cpu", torch.bfloat16)
-
-
 def save_parts(folder: Path) -> None:
     """Writes both parts as checkpoints, unless they are there."""
     for name, save in (("dinov2", save_dinov2), ("smollm2", save_smollm2)):
@@ -39,8 +34,8 @@ def build_pretrained(
     """
     Joins the parts in a folder by a perceiver.
 
-    Features of images are kept in the folder. The frozen layers of the language model are held in bfloat16. New image
-    tokens are as large as embeddings of words (the standard deviation over all numbers).
+    Features of images are kept in the folder. New image tokens are as large as embeddings of words (the standard
+    deviation over all numbers).
 
     Args:
         folder (`Path`): Where [`save_parts`] has written them.
@@ -60,7 +55,6 @@ def build_pretrained(
         vision, text, IMAGE_SEQ_LENGTH, chat_template=chat_template
     )
     processor.image_processor.size = {"shortest_edge": SIZE}
-    model.model.language_model.layers.to(torch.bfloat16)
     model.model.vision_cache = VisionFeatureCache(device="cpu", folder=folder / "features")
     freeze(model.model.vision_tower)
     with torch.no_grad():
@@ -80,8 +74,7 @@ def draw_features(
     """Features (N, patches and class token, vision hidden) of variants of pictures, from the cache if possible."""
     images = [picture.render(variant) for picture, variant in zip(pictures, variants)]
     pixel_values = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-    with autocast():
-        return model.model.vision_cache.get_features(model.model, pixel_values, [FEATURE_LAYER], "full")
+    return model.model.vision_cache.get_features(model.model, pixel_values, [FEATURE_LAYER], "full")
 
 
 def fit_projector(
@@ -113,8 +106,7 @@ def fit_projector(
         drawn = rng.sample(range(len(names)), batch_size)
         shown = [rng.choice(by_name[names[index]]) for index in drawn]
         features = draw_features(model, processor, shown, [rng.randrange(NUM_VARIANTS) for _ in shown])
-        with autocast():
-            tokens = projector(features).float()
+        tokens = projector(features)
         logits = nn.functional.normalize(tokens, dim=-1) @ directions.T / TEMPERATURE
         labels = torch.tensor(drawn).repeat_interleave(tokens.shape[1])
         excess = tokens.norm(dim=-1) / length - 1
