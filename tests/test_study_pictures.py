@@ -191,7 +191,7 @@ def test_a_quick_run_trains_real_parts_on_pictures_and_its_checkpoint_chats(stud
     command += ["--max_new_tokens", "3", "--output", tmp_path / "demo.png", "--pictures"]
     run = subprocess.run([*command, *pictures_of], capture_output=True, text=True, env=environment())
     assert run.returncode == 0, run.stderr[-2000:]
-    assert "of 9 answers are those expected" in run.stdout and (tmp_path / "demo.png").stat().st_size > 0
+    assert "of 11 answers are those expected" in run.stdout and (tmp_path / "demo.png").stat().st_size > 0
 
 
 def concepts_of(kind):
