@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 from test_finetune import EXAMPLES, environment
 
 from modeling_visualchat import VisualChatForConditionalGeneration
@@ -85,6 +85,19 @@ def test_pictures_are_drawn_the_same_again_and_inside(study, paths):
         assert first.tobytes() == picture.render(0).tobytes() != other.tobytes()
         ground = np.asarray(first)[0, 0]
         assert (np.asarray(first) != ground).any() and ground.min() >= 190
+
+
+def test_a_digit_is_never_mirrored(study):
+    """A wedge, high at its left."""
+    pictures, _ = study
+    wedge = Image.new("RGBA", (60, 60))
+    ImageDraw.Draw(wedge).polygon([(0, 0), (0, 60), (60, 60)], fill=(0, 0, 0, 255))
+    for kind, expected in (("digit", {True}), ("animal", {True, False})):
+        picture = pictures.Picture("nine", kind, "digits", "9/0", lambda: wedge)
+        drawn = [np.asarray(picture.render(variant).convert("L")) < 128 for variant in range(20)]
+        columns = [np.flatnonzero(each.any(axis=0)) for each in drawn]
+        left = {bool(each[:, where[0]].sum() > each[:, where[-1]].sum()) for each, where in zip(drawn, columns)}
+        assert left == expected
 
 
 def test_no_picture_concept_or_style_is_on_both_sides(study, paths):

@@ -47,11 +47,11 @@ class Picture:
     draw: Callable[[], Image.Image]
 
     def render(self, variant: int = 0) -> Image.Image:
-        """On a plain light ground, 224 by 224 pixels; its place, size, side and ground are drawn from the variant."""
+        """On a plain light ground, 224 by 224 pixels; its place, size, side (not of a digit) and ground are drawn."""
         rng = random.Random(f"{self.style}/{self.key}/{variant}")
         cut_out = self.draw()
         cut_out = cut_out.crop(cut_out.getbbox())
-        if rng.random() < 0.5:
+        if rng.random() < 0.5 and self.kind != "digit":
             cut_out = ImageOps.mirror(cut_out)
         side = round(SIZE * rng.uniform(0.65, 0.95))
         cut_out = ImageOps.contain(cut_out, (side, side), Image.Resampling.BICUBIC)
