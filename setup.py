@@ -13,6 +13,7 @@ CONFIGURATION = ROOT / "configuration_visualchat" / "configuration_visualchat.py
 EXAMPLES = ["matplotlib>=3.11,<4", "scikit-learn>=1.9,<2", "pyyaml>=6,<7", "prompt_toolkit>=3.0.53,<4"]
 EVALUATION = ["openai>=3.57,<4", "pycocoevalcap>=1.2,<2", "rouge-score>=0.1.2,<0.2"]
 SERVING = ["fastapi>=0.165,<0.166", "uvicorn>=0.54,<0.55", "prometheus_client>=0.26,<0.27"]
+RAY = ["ray[serve]>=2.60,<2.61"]
 WEB = ["gradio>=6.31,<7"]
 GGUF = ["gguf>=0.19,<0.20"]
 TESTS = ["pytest>=9,<10", "pytest-xdist>=3.8,<4", "hypothesis>=6.170,<7", "onnx>=1.23,<2", "onnxruntime>=1.32,<2"]
@@ -56,8 +57,9 @@ setup(
         "examples": EXAMPLES,
         "evaluation": EVALUATION,
         "serving": SERVING,
+        "replicas": SERVING + RAY,
         "gguf": GGUF,
         "web": WEB,
-        "tests": EXAMPLES + EVALUATION + SERVING + GGUF + WEB + TESTS,
+        "tests": EXAMPLES + EVALUATION + SERVING + RAY + GGUF + WEB + TESTS,
     },
 )

@@ -11,6 +11,7 @@ other sites are refused.
 import os
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from loading import add_image_memory_arguments, add_model_arguments, load_model, make_image_memory
@@ -66,28 +67,41 @@ def read_keys(arguments: Namespace) -> list[str]:
     return keys
 
 
-def main() -> None:
-    arguments = make_parser().parse_args()
-    keys = read_keys(arguments)
+def load_engine(arguments: Namespace) -> Engine:
+    """The engine of a checkpoint; ends the program if it cannot be loaded, or has no use for a flag."""
     logging.set_verbosity_error()
     model, processor = load_model(arguments)
     if not processor.tokenizer.is_fast:
         raise SystemExit(f"error: {arguments.checkpoint} has no tokenizer.json, which streams are decoded by")
     memory = make_image_memory(model, arguments, EngineMemory)
+    return Engine(model, processor, memory, arguments.max_batch, arguments.max_waiting)
+
+
+def model_name(arguments: Namespace) -> str:
+    """The name of the model in requests."""
+    return arguments.name or Path(arguments.checkpoint).resolve().name
+
+
+def run(engine: Any, arguments: Namespace, keys: list[str], replicas: int = 1) -> None:
+    """Serves an engine, which may stand for several replicas, until a signal ends the program."""
     limits = Limits(
         max_images=arguments.max_images,
         max_pixels=int(arguments.max_megapixels * 1e6),
         max_body=arguments.max_body * MIB,
         max_new_tokens=arguments.max_new_tokens,
-        max_requests=arguments.max_batch + arguments.max_waiting,
+        max_requests=replicas * arguments.max_batch + arguments.max_waiting,
         max_stored=arguments.max_stored * MIB,
         seconds=arguments.timeout,
         image_hosts=[host.lower() for host in arguments.allow_image_hosts],
     )
-    engine = Engine(model, processor, memory, arguments.max_batch, arguments.max_waiting)
-    name = arguments.name or Path(arguments.checkpoint).resolve().name
-    app = make_app(engine, processor, name, limits, keys)
+    app = make_app(engine, engine.processor, model_name(arguments), limits, keys)
     uvicorn.run(app, host=arguments.host, port=arguments.port, access_log=False)
+
+
+def main() -> None:
+    arguments = make_parser().parse_args()
+    keys = read_keys(arguments)
+    run(load_engine(arguments), arguments, keys)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ RUN_BY = {
     "run.py": "test_study.py",
     "serve.py": "test_serve.py",
     "serve_load.py": "test_serve.py",
+    "serve_replicas.py": "test_serve_replicas.py",
     "tables.py": "test_study.py",
     "web_demo.py": "test_web_demo.py",
 }

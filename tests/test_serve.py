@@ -111,14 +111,18 @@ def served(tiny):
         yield engine
 
 
-@pytest.fixture(scope="module")
-def endless_model():
+def make_endless_model():
     """A model whose answers are letters, and end at their maximum length only."""
     model, vocabulary = make_model(seed=1), make_processor().tokenizer.get_vocab()
     others = [id for token, id in vocabulary.items() if not (len(token) == 1 and token.isascii())]
     model.generation_config.suppress_tokens = sorted(others)
     model.freeze()
     return model
+
+
+@pytest.fixture(scope="module")
+def endless_model():
+    return make_endless_model()
 
 
 @pytest.fixture

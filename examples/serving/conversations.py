@@ -53,7 +53,7 @@ class Conversations:
 
     def __init__(self, engine: Engine, processor: Any, store: ImageStore, limits: Limits):
         self.processor, self.store, self.limits = processor, store, limits
-        longest = getattr(engine.model.config.text_config, "max_position_embeddings", None)
+        longest = getattr(engine.config.text_config, "max_position_embeddings", None)
         self.max_tokens = min(processor.tokenizer.model_max_length, longest or processor.tokenizer.model_max_length)
         self._lock = threading.Lock()  # a tokenizer changes while it tokenizes
 

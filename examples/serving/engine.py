@@ -47,7 +47,7 @@ class Engine:
         max_waiting: int = 64,
         seconds_to_gather: float = 0.005,
     ):
-        self.model, self.processor, self.memory = model, processor, memory
+        self.model, self.processor, self.memory, self.config = model, processor, memory, model.config
         self.tokenizer = copy.deepcopy(processor.tokenizer)  # the processor's is used by other threads
         # Where frequencies depend on the longest row, each row is a batch.
         self.max_batch = max_batch if rotary_limit(model.config.text_config) is None else 1

@@ -111,7 +111,7 @@ class Routes:
 
     async def tell_health(self) -> dict:
         """That the server can answer."""
-        if not self.engine.is_alive:
+        if not await asyncio.to_thread(lambda: self.engine.is_alive):
             raise ApiError(503, "The engine has ended; start the server again.", code="engine_ended")
         return {"status": "ok", "waiting": self.engine.num_waiting}
 
