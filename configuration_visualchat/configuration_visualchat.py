@@ -15,7 +15,7 @@ from .qwen_vision_configuration_visualchat import VisualChatQwenVisionConfig  # 
 
 
 # Increased with every change of the code that travels with a checkpoint: transformers tells versions apart by it.
-VERSION = "0.5.0"
+VERSION = "0.6.0"
 
 # `transformers serve` and the pipelines look classes up in these tables by model type.
 MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["visualchat"] = "VisualChatForConditionalGeneration"
