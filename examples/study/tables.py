@@ -226,7 +226,7 @@ def format_report(rows: Rows) -> str:
 
 
 def draw(rows: Rows, path: Path) -> None:
-    """Learning curves of each task, a line and a band of one standard deviation for each arm; chance in gray."""
+    """Learning curves of each task, a line and a band of one standard deviation for each arm; chance is dashed."""
     matplotlib.use("Agg")
     tasks = curves_of(rows)
     figure, axes = pyplot.subplots(2, (len(tasks) + 1) // 2, figsize=(16, 6), sharex=True, sharey=True)
@@ -237,7 +237,7 @@ def draw(rows: Rows, path: Path) -> None:
             points, mean = np.array(curves[0][0]) / 1000, values.mean(axis=0)
             axis.plot(points, mean, label=arm, linestyle=":" if arm == FLOOR else "-")
             axis.fill_between(points, mean - values.std(axis=0), mean + values.std(axis=0), alpha=0.15)
-        axis.axhline(CHANCES[task], color="gray", linewidth=0.8)
+        axis.axhline(CHANCES[task], color="black", linewidth=0.8, linestyle="--")
         axis.set_title(task)
     figure.supxlabel("thousands of conversations seen")
     figure.supylabel("exact match on held-out images")
