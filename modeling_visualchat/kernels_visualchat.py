@@ -14,6 +14,9 @@ import torch
 from torch import nn
 
 
+HALVES = (slice(0, None, 2), slice(1, None, 2))  # of heads, where they read unlike images
+
+
 def confine(key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """
     Keys and values in which a position that is not finite is zero, and which queries attend to one (B, 1, Q, 1), whose
@@ -115,5 +118,4 @@ def join_heads(halves: Sequence[torch.Tensor], num_key_heads: int, dim: int = 1)
     return joined.flatten(dim, dim + 1)
 
 
-HALVES = (slice(0, None, 2), slice(1, None, 2))
 KERNELS = {"sdpa": sdpa_kernel, "eager": eager_kernel}
