@@ -7,9 +7,9 @@ Trains and evaluates arms of the study on a pretrained language model and a pret
     python examples/study/pretrained.py --quick     # one seed, a few steps, to pretrained_quick.csv
     python examples/study/tables.py --input examples/study/pretrained.csv
 
-Projector and embeddings are trained, on conversations about one to four pictures (picture_tasks.py). Parts and
-features of pictures are kept in `--parts` and made by the first run. Started again, it continues with the runs that
-are missing.
+Projector and embeddings are trained, on conversations about one to four pictures (picture_tasks.py). Parts, features
+of pictures and the projector that a seed starts with are kept in `--parts` and made once. Started again, it continues
+with the runs that are missing.
 """
 
 import os
@@ -26,6 +26,7 @@ from picture_tasks import NUM_VARIANTS, TASKS, TESTS, PictureConversations
 from pictures import Picture, add_pictures_argument, load_pictures, read_paths, split_pictures
 from pretrained_model import build_pretrained, draw_features, fit_projector, save_parts
 from run import ARMS, CHAT_TEMPLATE, FLOOR, FOLDER, Results, peak_mebibytes, run_in_processes
+from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_cosine_schedule_with_warmup, set_seed
 from transformers.utils import logging
 
@@ -62,6 +63,10 @@ class Places:
     pictures: dict[str, Path]
     save: Path | None
 
+    def fitted(self, seed: int, plan: Plan) -> Path:
+        """The file of the projector that every arm of a seed starts with."""
+        return self.parts / f"projector-{seed}-{plan.fit_steps}.safetensors"
+
 
 class Run(TrainerCallback):
     """One arm with one seed: trains it, and evaluates it on the way."""
@@ -81,8 +86,8 @@ class Run(TrainerCallback):
         """Trains the arm, and returns the line of the CSV."""
         plan = self.plan
         self.started = time.process_time()
-        if self.has_images:
-            fit_projector(self.model, self.processor, self.splits["train"], plan.fit_steps, self.seed)
+        projector = self.model.model.multi_modal_projector
+        projector.load_state_dict(load_file(self.places.fitted(self.seed, plan)))
         size = plan.steps * plan.batch_size
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
@@ -194,6 +199,20 @@ def keep_features(places: Places) -> None:
                 draw_features(model, processor, some, [variant] * len(some))
 
 
+def keep_projector(wanted: tuple[int, Plan, Places]) -> None:
+    """Fits the projector that every arm of a seed starts with, unless it is kept already."""
+    seed, plan, places = wanted
+    path = places.fitted(seed, plan)
+    if path.exists():
+        return
+    torch.set_num_threads(1)
+    set_seed(seed)
+    model, processor = build_pretrained(places.parts, CHAT_TEMPLATE)
+    fit_projector(model, processor, split_pictures(load_pictures(places.pictures))["train"], plan.fit_steps, seed)
+    save_file(model.model.multi_modal_projector.state_dict(), path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").rename(path)
+
+
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", default=DEFAULT_ARMS, choices=list(ARMS), help="arms to run")
@@ -218,6 +237,8 @@ def main() -> None:
     missing = [(arm, seed, plan, places) for seed in seeds for arm in arguments.arms if (arm, seed) not in done]
     if missing and not arguments.quick:
         list(run_in_processes(keep_features, [places], 1))
+    fits = [(seed, plan, places) for seed in sorted({seed for _, seed, *_ in missing})]
+    list(run_in_processes(keep_projector, fits, arguments.processes))
     for row in run_in_processes(run, missing, arguments.processes):
         results.add(row)
         print(
