@@ -15,7 +15,7 @@ from .qwen_vision_configuration_visualchat import VisualChatQwenVisionConfig  # 
 
 
 # Increased with every change of the code that travels with a checkpoint: transformers tells versions apart by it.
-VERSION = "0.6.0"
+VERSION = "0.7.0"
 
 # `transformers serve` and the pipelines look classes up in these tables by model type.
 MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["visualchat"] = "VisualChatForConditionalGeneration"
@@ -29,6 +29,13 @@ NUM_EXTRA_VISION_TOKENS = {
     "siglip_vision_model": 0,
 }
 NUM_PERCEIVER_QUERIES = 256
+
+
+def attention_defaults(attention_type: str) -> dict[str, str]:
+    """The fields that vary an attention type, where they are not given: for MMCA what `examples/study` found best."""
+    if attention_type == "mmca":
+        return {"merge": "joint", "image_attention": "self", "image_scope": "half"}
+    return {"merge": "sum", "image_attention": "self", "image_scope": "all"}
 
 
 @strict
@@ -63,9 +70,9 @@ class VisualChatConfig(PreTrainedConfig):
             `"mmca"` (multi-modal causal attention, section 4.1 of arXiv 2309.14327), `"causal"` (the decoder's own) or
             `"cross"` (the decoder's own over text, and gated cross-attention layers to the images; section 3.1.2 of
             arXiv 2204.14198); `ATTENTION_TYPES` holds them with `merge` and `image_attention`.
-        merge (`str`, *optional*, defaults to `"sum"`):
-            How a text token merges text and images in `"mmca"`: the `"sum"` of two softmaxes, or `"joint"`, the two
-            weighted by their shares of the joint normaliser (D-Attn, arXiv 2502.01906).
+        merge (`str`, *optional*, defaults to `"joint"` for `"mmca"`):
+            How a text token merges text and images in `"mmca"`: the `"sum"` of two softmaxes, as in the paper, or
+            `"joint"`, the two weighted by their shares of the joint normaliser (D-Attn, arXiv 2502.01906).
         image_attention (`str`, *optional*, defaults to `"self"`):
             What an image token attends to in `"mmca"`: `"self"`, `"image"` (all tokens of its own image; MIMIC, arXiv
             2601.07812), or `"self_and_text"` (itself and earlier text, for checkpoints of the original
@@ -73,7 +80,7 @@ class VisualChatConfig(PreTrainedConfig):
         cross_layer_interval (`int`, *optional*, defaults to 4):
             For `"cross"`, a cross-attention layer stands before every layer of this number: 4 is before the 4th, the
             8th, … layer of the decoder.
-        image_scope (`str`, *optional*, defaults to `"all"`):
+        image_scope (`str`, *optional*, defaults to `"half"` for `"mmca"` and `"all"` for `"cross"`):
             The images that a text token reads in `"mmca"` and `"cross"`: `"all"` earlier ones, or only the `"last"`
             one before it, as in Flamingo; earlier ones then reach it through earlier text. In `"mmca"`, `"half"` of
             the heads reads the last one, and the others all.
@@ -122,14 +129,17 @@ class VisualChatConfig(PreTrainedConfig):
     vision_feature_layer: int | list[int] = -1
     vision_feature_select_strategy: Literal["full", "default"] = "full"
     attention_type: str = "mmca"
-    merge: str = "sum"
-    image_attention: str = "self"
+    merge: str | None = None  # `attention_defaults`, as the next
+    image_attention: str | None = None
     cross_layer_interval: int = 4
-    image_scope: str = "all"
+    image_scope: str | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
         self.image_scope = kwargs.pop("cross_image_scope", self.image_scope)  # its name in version 0.4.0
+        for name, value in attention_defaults(self.attention_type).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         super().__post_init__(**kwargs)
         # The whole map at once: `register_for_auto_class` remembers one class a file.
         self.auto_map = {
@@ -146,7 +156,8 @@ class VisualChatConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
         """
-        As in `PreTrainedConfig.from_dict`.
+        As in `PreTrainedConfig.from_dict`. Where a saved model does not name `merge` and `image_scope`, they are what
+        they were by default before version 0.7.0, `"sum"` and `"all"`; with another `attention_type`, its defaults.
 
         Raises:
             `ValueError`: the dictionary describes a model of another type.
@@ -158,7 +169,12 @@ class VisualChatConfig(PreTrainedConfig):
                 "it, join a vision encoder and a language model with "
                 "VisualChatForConditionalGeneration.from_vision_text_pretrained."
             )
-        return super().from_dict(config_dict, **kwargs)
+        saved = {"attention_type": "mmca", "merge": "sum", "image_scope": "all"} | config_dict
+        if kwargs.get("attention_type", saved["attention_type"]) != saved["attention_type"]:
+            saved = {name: value for name, value in saved.items() if name not in attention_defaults("mmca")}
+        names = ("attention_type", *attention_defaults("mmca"))
+        chosen = {name: kwargs.pop(name) for name in names if name in kwargs}
+        return super().from_dict(saved | chosen, **kwargs)
 
     def _derive_image_seq_length(self) -> int:
         if self.projector_type == "perceiver":
@@ -197,8 +213,8 @@ class VisualChatConfig(PreTrainedConfig):
             raise ValueError(f'attention_type="causal" has image_scope="all" only, got {self.image_scope!r}.')
         if self.image_scope == "half" and self.attention_type == "cross":
             raise ValueError('attention_type="cross" has image_scope="all" or "last", got "half".')
-        if self.image_scope == "half" and self.text_config.num_attention_heads < 2:
-            raise ValueError('image_scope="half" needs a language model of at least two attention heads.')
+        if self.image_scope == "half" and getattr(self.text_config, "num_attention_heads", 2) < 2:
+            raise ValueError('image_scope="half" needs a language model of at least two attention heads; use "all".')
 
     def validate_vision_feature_layer(self):
         """Part of `@strict` validation: every layer that is read exists."""

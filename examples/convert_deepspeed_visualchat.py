@@ -227,14 +227,14 @@ def build_config(old: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, arg
     text_config = AutoConfig.from_pretrained(arguments.text)
     text_config.vocab_size = num_embeddings
     text_config.tie_word_embeddings = False  # only the input embeddings were trained
-    has_mmca = arguments.attention_type == "mmca"
+    mmca = {"merge": "sum", "image_attention": arguments.image_attention, "image_scope": "all"}
     config = VisualChatConfig(
         vision_config=vision_config,
         text_config=text_config,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         projector_type=projection.projector_type,
         attention_type=arguments.attention_type,
-        **({"image_attention": arguments.image_attention} if has_mmca else {}),
+        **(mmca if arguments.attention_type == "mmca" else {}),
         **projection.fields(old, vision_config),
     )
     dtype = arguments.dtype or str(old["lang_embed.weight"].dtype).removeprefix("torch.")

@@ -45,6 +45,7 @@ from training_saving import ResumableTrainer
 from transformers import AutoProcessor, TrainingArguments, set_seed
 from transformers.hf_argparser import HfArg
 
+from configuration_visualchat import attention_defaults
 from modeling_visualchat import (
     ATTENTION_OPTIONS,
     PROJECTORS,
@@ -61,7 +62,8 @@ class FinetuneTrainer(GroupedTrainer, TrainerWithAccounts, ResumableTrainer, Tra
 
 def attention_option(name: str, description: str):
     """A flag for a field of `VisualChatConfig`."""
-    help = f"{description}; by default the checkpoint's, and {ATTENTION_OPTIONS[name][0]} in the digits demo."
+    default = ({"attention_type": "mmca"} | attention_defaults("mmca"))[name]
+    help = f"{description}; by default the checkpoint's, and {default} in the digits demo."
     return HfArg(default=None, help=help, metadata={"choices": ATTENTION_OPTIONS[name]})
 
 

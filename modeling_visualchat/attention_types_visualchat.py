@@ -146,8 +146,13 @@ class AttentionType:
 
     @property
     def options(self) -> dict[str, str]:
-        """The fields of [`VisualChatConfig`] that choose it."""
-        return {"attention_type": self.name, "merge": self.merge, "image_attention": self.image_attention}
+        """The fields of [`VisualChatConfig`] that choose it, with text that reads all images in every head."""
+        return {
+            "attention_type": self.name,
+            "merge": self.merge,
+            "image_attention": self.image_attention,
+            "image_scope": "all",
+        }
 
     def implementation(self, kernel: str | None) -> str | None:
         """The `attn_implementation` of this type on a kernel, given by its own name or as another implementation."""

@@ -54,6 +54,8 @@ TEXT_CONFIGS = {
     "smollm3": lambda: SmolLM3Config(**SHAPE, no_rope_layers=[1, 0]),
 }
 
+PAPER = {"merge": "sum", "image_scope": "all"}  # MMCA as in the paper, and not as in new models
+
 
 def make_config(decoder: str = "llama", **kwargs) -> VisualChatConfig:
     vision_config = CLIPVisionConfig(

@@ -1,14 +1,26 @@
 """The variants of MMCA: joint merge, attention within an image, earlier text for image tokens."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import IMAGE_SEQ_LENGTH, IMAGE_TOKEN_ID, TEXT_CONFIGS, make_model, pad_left, pixels, tokens
+from conftest import (
+    IMAGE_SEQ_LENGTH,
+    IMAGE_TOKEN_ID,
+    PAPER,
+    TEXT_CONFIGS,
+    make_config,
+    make_model,
+    pad_left,
+    pixels,
+    tokens,
+)
 from test_attention import PATTERNS, assert_errs_no_more_than_rounding, draw, outputs_and_gradients
 from test_image_memory import CONVERSATIONS, logits
 from test_plan import pack
 
+from configuration_visualchat import VisualChatConfig
 from modeling_visualchat import (
     ATTENTION_TYPES,
     PROJECTORS,
@@ -22,10 +34,10 @@ from modeling_visualchat.attention_visualchat import MultiModalCausalAttention
 from modeling_visualchat.kernels_visualchat import split_heads
 
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, str]] = {
     key: {"merge": each.merge, "image_attention": each.image_attention}
     for key, each in ATTENTION_TYPES.items()
-    if each.name == "mmca" and key != "mmca"
+    if each.name == "mmca"
 }
 VARIANTS |= {
     "mmca, last image": {"image_scope": "last"},
@@ -34,6 +46,7 @@ VARIANTS |= {
     "sum within images, last image for half": {"image_attention": "image", "image_scope": "half"},
     "joint within images, last image": {"merge": "joint", "image_attention": "image", "image_scope": "last"},
 }
+VARIANTS = {key: PAPER | options for key, options in VARIANTS.items()}
 INDEPENDENT = {key: options for key, options in VARIANTS.items() if options.get("image_attention") != "self_and_text"}
 WITHIN = {key: options for key, options in VARIANTS.items() if options.get("image_attention") == "image"}
 DECODERS = list(TEXT_CONFIGS)
@@ -318,7 +331,7 @@ def test_unknown_values_are_refused_with_the_nearest():
 
 
 def test_an_image_that_depends_on_text_has_no_memory():
-    model = make_model(image_attention="self_and_text")
+    model = make_model(merge="sum", image_attention="self_and_text")
     with pytest.raises(ValueError, match="Images can be computed apart"):
         logits(model, [tokens(2, "I", 2)], pixels(0), image_memory=ImageMemory())
     cache = ConversationCache()
@@ -327,3 +340,52 @@ def test_an_image_that_depends_on_text_has_no_memory():
     ids[:, 9] = cache.token_ids[0, -1] if cache.get_seq_length() > 9 else ids[:, 9]
     kept = model.generate(ids, pixel_values=pixels(0, 1), past_key_values=cache, max_new_tokens=4, do_sample=False)
     assert torch.equal(kept, model.generate(ids, pixel_values=pixels(0, 1), max_new_tokens=4, do_sample=False))
+
+
+def attention_of(config: VisualChatConfig) -> tuple[str, str, str, str]:
+    return config.attention_type, config.merge, config.image_attention, config.image_scope
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ({}, ("mmca", "joint", "self", "half")),
+        ({"image_scope": "all"}, ("mmca", "joint", "self", "all")),
+        ({"attention_type": "causal"}, ("causal", "sum", "self", "all")),
+        ({"attention_type": "cross", "image_scope": "last"}, ("cross", "sum", "self", "last")),
+    ],
+    ids=str,
+)
+def test_a_new_model_has_the_defaults_of_its_attention_type(chosen, expected, tmp_path):
+    config = make_config(**chosen)
+    assert attention_of(config) == expected
+    config.save_pretrained(tmp_path)
+    assert attention_of(VisualChatConfig.from_pretrained(tmp_path)) == expected
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ({}, ("mmca", "sum", "self", "all")),
+        ({"merge": "joint"}, ("mmca", "joint", "self", "all")),
+        ({"attention_type": "mmca"}, ("mmca", "sum", "self", "all")),
+        ({"attention_type": "causal"}, ("causal", "sum", "self", "all")),
+    ],
+    ids=str,
+)
+def test_an_old_checkpoint_keeps_its_attention(chosen, expected, tmp_path):
+    """As it was written before there was a choice, and with an attention type that is changed."""
+    saved = make_config().to_dict()
+    for name in ("merge", "image_attention", "image_scope"):
+        del saved[name]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert attention_of(VisualChatConfig.from_pretrained(tmp_path, **chosen)) == expected
+
+
+def test_a_checkpoint_that_changes_its_type_takes_the_defaults_of_the_new_one(tmp_path):
+    make_config(image_attention="image", image_scope="last").save_pretrained(tmp_path)
+    causal = VisualChatConfig.from_pretrained(tmp_path, attention_type="causal")
+    assert attention_of(causal) == ("causal", "sum", "self", "all")
+    causal.save_pretrained(tmp_path)
+    changed = VisualChatConfig.from_pretrained(tmp_path, attention_type="mmca", image_scope="all")
+    assert attention_of(changed) == ("mmca", "joint", "self", "all")

@@ -10,7 +10,8 @@ from modeling_visualchat import VisualChatForConditionalGeneration
 
 DECODERS = list(TEXT_CONFIGS)
 NEW = 12
-OPTIONS = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
+# No padding token (0) in an answer, since `generate` finds the padding of later calls by it.
+OPTIONS = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "suppress_tokens": [0]}
 
 PROMPT = (3, "I", 4, "I", 6)
 IMAGES = (0, 1)
@@ -21,7 +22,7 @@ def generate_uncached(model, input_ids, pixel_values=None, num_new=NEW):
     """Greedy decoding of one row without a cache, without padding and without `generate`."""
     for _ in range(num_new):
         logits = model(input_ids, pixel_values, use_cache=False).logits[:, -1].float()
-        logits[:, [IMAGE_TOKEN_ID, 1]] = -torch.inf  # no placeholder, and no end before its time
+        logits[:, [0, IMAGE_TOKEN_ID, 1]] = -torch.inf  # no padding, no placeholder, and no end before its time
         input_ids = torch.cat([input_ids, logits.argmax(dim=-1, keepdim=True)], dim=1)
     return input_ids
 

@@ -236,7 +236,7 @@ def test_parts_join(name, tmp_path):
     assert torch.equal(model.model.language_model.layers[0].self_attn.q_proj.weight, weights)
     torch.testing.assert_close(model(ids).logits[..., :VOCAB_SIZE], text_logits, rtol=1e-5, atol=1e-5)
     assert not any(parameter.is_meta for parameter in model.parameters())
-    assert model.model.language_model.config._attn_implementation == "mmca_sdpa"
+    assert model.model.language_model.config._attn_implementation == "mmca_joint_sdpa"
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trainable == {
         "model.multi_modal_projector.linear.weight", "model.multi_modal_projector.linear.bias",

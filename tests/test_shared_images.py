@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import (
     IMAGE_SEQ_LENGTH,
+    PAPER,
     SHAPE,
     TEXT_CONFIGS,
     draw_picture,
@@ -26,9 +27,9 @@ ROWS = [("I", 3, "I", 2), (4,), ("I", "I", 2, "I", 1), (1, "I", 5)]
 IMAGES = (0, 1, 1, 0, 2, 1)
 HALF = {"merge": "joint", "image_scope": "half"}
 MODELS = {
-    "sum": {},
-    "joint": {"merge": "joint"},
-    "within images": {"image_attention": "image"},
+    "sum": PAPER,
+    "joint": {"merge": "joint", "image_scope": "all"},
+    "within images": {**PAPER, "image_attention": "image"},
     "last image": {"merge": "joint", "image_scope": "last"},
     "half of the heads": HALF,
     "half of the heads, a key for each": {**HALF, "text_config": LlamaConfig(**{**SHAPE, "num_key_value_heads": 4})},

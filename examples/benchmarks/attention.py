@@ -46,9 +46,9 @@ from modeling_visualchat.plan_visualchat import make_plan
 QUICK_LAYOUTS = [(1, 256, 128), (4, 256, 256), (8, 256, 512)]
 FULL_LAYOUTS = [*QUICK_LAYOUTS, (8, 576, 512)]
 NUM_SHARING = 8  # conversations about the same images
-# Fields of `VisualChatConfig` by the name of a variant.
-VARIANTS = {key: each.options for key, each in ATTENTION_TYPES.items()}
-VARIANTS["mmca_joint_half"] = {"attention_type": "mmca", "merge": "joint", "image_scope": "half"}
+# Fields of `VisualChatConfig` by the name of a variant; "mmca" is that of new models.
+VARIANTS: dict[str, dict[str, str]] = {"mmca": {}}
+VARIANTS |= {"mmca_sum" if key == "mmca" else key: each.options for key, each in ATTENTION_TYPES.items()}
 MAX_ORIGINAL_LENGTH = 3000  # tokens; for longer sequences, its score matrices take minutes and gigabytes
 
 
@@ -129,7 +129,7 @@ def compare(
             "mebibytes": measured[variant].peak_bytes / 2**20,
             "causal_mebibytes": causal.peak_bytes / 2**20,
             "operations_per_second": (
-                None if operations is None or variant != "mmca" else operations / measured[variant].seconds
+                None if operations is None or variant != "mmca_sum" else operations / measured[variant].seconds
             ),
         }
         for variant in others
@@ -139,7 +139,7 @@ def compare(
 def benchmark_attention(layout, num_heads, num_key_heads, head_dim, repeats, backward):
     """
     Attention alone, as a decoder layer calls it in a training step: causal attention maps (B, H, S, D) to
-    (B, S, H, D); MMCA takes images and text separately.
+    (B, S, H, D); MMCA, in the paper's form, takes images and text separately.
     """
     num_images, image_length, num_text = layout
     ids = modalities(layout)
@@ -164,7 +164,7 @@ def benchmark_attention(layout, num_heads, num_key_heads, head_dim, repeats, bac
         placed = PlacedImages([stream.keys[0]], [stream.values[0]], [places])
         return own, replace(plan, images=placed).attend(layer, *text, None, 0.0)
 
-    variants = {"causal": lambda: causal_attention(*whole), "mmca": mmca}
+    variants = {"causal": lambda: causal_attention(*whole), "mmca_sum": mmca}
     if backward:
 
         def causal_backward():
@@ -174,7 +174,7 @@ def benchmark_attention(layout, num_heads, num_key_heads, head_dim, repeats, bac
             own, read = mmca()
             torch.autograd.grad(own.sum() + read.sum(), [*text, *images[1:]])
 
-        variants = {"causal": causal_backward, "mmca": mmca_backward}
+        variants = {"causal": causal_backward, "mmca_sum": mmca_backward}
     elif ids.shape[1] <= MAX_ORIGINAL_LENGTH:
         variants["original implementation"] = lambda: original_attention(*whole, ids)
     num_pairs = floor(ids) * ids.shape[1] * (ids.shape[1] + 1) / 2
@@ -376,7 +376,7 @@ def format_table(rows: list[dict], rate: float) -> str:
 def draw(rows: list[dict], path: Path) -> None:
     """Draws the ratios as bars, with the floor of each."""
     matplotlib.use("Agg")
-    rows = [row for row in rows if row["variant"] == "mmca"]
+    rows = [row for row in rows if row["variant"] == ("mmca_sum" if "attention" in row["measured"] else "mmca")]
     figure, axis = pyplot.subplots(figsize=(9, 1 + 0.35 * len(rows)))
     labels = [f"{row['measured']}  {row['layout']}" for row in rows]
     errors = [[abs(row["ratio"] - row["spread"][end]) for row in rows] for end in (0, 1)]

@@ -27,7 +27,8 @@ from measuring import DEVICE, DTYPE
 from PIL import Image
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from modeling_visualchat import ATTENTION_TYPES, VisionFeatureCache, VisualChatForConditionalGeneration
+from configuration_visualchat import attention_defaults
+from modeling_visualchat import VisionFeatureCache, VisualChatForConditionalGeneration
 from processing_visualchat import DataCollatorForVisualChat
 from processing_visualchat.data.tables import format_table
 
@@ -44,7 +45,7 @@ QUESTION_LENGTH = 12  # tokens
 class Variant:
     """A row of the table."""
 
-    model: str  # "llava" or a key of `ATTENTION_TYPES`
+    model: str  # "llava" or an attention type
     packing: bool = False
     features: bool = False  # kept
     shared: bool = False  # images of a batch
@@ -75,7 +76,7 @@ def make_models() -> dict[str, torch.nn.Module]:
     models: dict[str, torch.nn.Module] = {"llava": llava}
     for name in ("causal", "mmca"):
         config = build_config(llava, (3, IMAGE_SIZE, IMAGE_SIZE))
-        config.update(ATTENTION_TYPES[name].options)
+        config.update({"attention_type": name} | attention_defaults(name))
         models[name] = move_weights(copy.deepcopy(llava), config).set_trainable()
     trained = {id(llava.get_input_embeddings().weight), *map(id, llava.model.multi_modal_projector.parameters())}
     for parameter in llava.parameters():

@@ -130,7 +130,7 @@ def compare_settings() -> list[dict]:
     trained += [{"lora": ["language_model"]}, {"lora": ["vision_tower"]}]
     settings = [({}, make_settings()), ({"frozen_dtype": "bfloat16"}, make_settings(bf16=True))]
     runs = [(size, {}, {}, *each) for size, each in product(SIZES, settings)]
-    runs += [("small", options, {}, *settings[0]) for options in types[1:]]
+    runs += [("small", options, {}, *settings[0]) for options in types]
     runs += [("small", {}, what, *each) for what, each in product(trained, settings)]
     rows = []
     for (size, options, what, dtypes, setting), checkpoints in product(runs, (False, True)):

@@ -40,9 +40,9 @@ FOLDER = Path(__file__).parent
 ARMS: dict[str, dict] = {
     "causal": {"attention_type": "causal"},
     "cross": {"attention_type": "cross", "cross_layer_interval": 2, "image_scope": "last"},
-    "mmca, sum": {},
-    "mmca, joint": {"merge": "joint"},
-    "mmca, sum, within images": {"image_attention": "image"},
+    "mmca, sum": {"merge": "sum", "image_scope": "all"},
+    "mmca, joint": {"merge": "joint", "image_scope": "all"},
+    "mmca, sum, within images": {"merge": "sum", "image_attention": "image", "image_scope": "all"},
     "text only": {"attention_type": "causal"},
     "mmca, joint, last image": {"merge": "joint", "image_scope": "last"},  # this and the next: added later
     "mmca, joint, half": {"merge": "joint", "image_scope": "half"},
