@@ -52,7 +52,7 @@ from transformers.masking_utils import (
 )
 from transformers.utils import torch_compilable_check
 
-from .kernels_visualchat import join_heads, sdpa_kernel, split_heads
+from .kernels_visualchat import channels_of, join_heads, mask_of_heads, sdpa_kernel, split_heads
 
 
 def mmca_attention_reference(
@@ -163,7 +163,7 @@ def mmca_attention(
 
 
 def join_channels(mask: torch.Tensor) -> torch.Tensor:
-    """The keys (B, 2, Q, S) of two softmaxes as those of one, (B, 1, Q, S)."""
+    """The keys (B, 2, …, Q, S) of two softmaxes as those of one, (B, 1, …, Q, S)."""
     return mask.any(dim=1, keepdim=True)
 
 
@@ -398,13 +398,14 @@ class MultiModalCausalAttention:
             return layer_plan.attend(module, query, key, value, scaling, dropout), None
         if attention_mask.numel() == 0:
             raise PlanNotDeliveredError(f"{type(module).__name__} does not pass keyword arguments on.")
-        if attention_mask.shape[1] < 4:
-            output, weights = self._attend(query, key, value, attention_mask, scaling, dropout)
-        else:
+        has_halves = attention_mask.shape[1] == 4
+        if has_halves and self.kernel is sdpa_kernel:
             heads, masks = split_heads(query, key, value, module), attention_mask.split(2, dim=1)
-            outputs, weights = zip(*(self._attend(*each, mask, scaling, dropout) for each, mask in zip(heads, masks)))
-            output = join_heads(outputs, key.shape[1])
-            weights = None if weights[0] is None else join_heads(weights, key.shape[1])
+            outputs = [self._attend(*each, mask, scaling, dropout)[0] for each, mask in zip(heads, masks)]
+            return join_heads(outputs, key.shape[1]).transpose(1, 2).contiguous(), None
+        # A kernel that yields weights computes those of all heads at once: what is returned is what the output is of.
+        mask = mask_of_heads(attention_mask, query, key, module) if has_halves else attention_mask
+        output, weights = self._attend(query, key, value, mask, scaling, dropout)
         return output.transpose(1, 2).contiguous(), weights
 
     def _attend(
@@ -420,7 +421,7 @@ class MultiModalCausalAttention:
         output, weights = self.kernel(query, key, value, mask, scaling, dropout)
         if dropout > 0.0 and channels.shape[1] > 1:
             # Image tokens read no text, and nothing of what they read is dropped.
-            is_image = ~channels[:, :1].any(dim=-1, keepdim=True)
+            is_image = ~channels_of(channels)[0].any(dim=-1, keepdim=True)
             output = torch.where(is_image, self.kernel(query, key, value, mask, scaling)[0], output)
         return output, weights
 

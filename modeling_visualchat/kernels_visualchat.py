@@ -1,8 +1,8 @@
 """
 A sum of masked softmaxes over keys, on the kernels that MMCA is available on.
 
-Masks are boolean, (B, C, Q, S) with one softmax a channel: `True` where a query attends. A row without a key gives
-zero.
+Masks are boolean, (B, C, Q, S) with one softmax a channel, or (B, C, H, Q, S) where the heads differ: `True` where a
+query attends. A row without a key gives zero.
 
 Dimensions: B batch, S keys, Q queries, H query heads, K key/value heads (K divides H), D head size.
 """
@@ -19,18 +19,24 @@ HALVES = (slice(0, None, 2), slice(1, None, 2))  # of heads, where they read unl
 
 def confine(key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """
-    Keys and values in which a position that is not finite is zero, and which queries attend to one (B, 1, Q, 1), whose
-    output is NaN: a weight of zero would carry it to all others, to another conversation of a packed row too. Not in a
-    step of decoding, where a copy of the cache would cost as much as attention.
+    Keys and values in which a position that is not finite is zero, and which queries attend to one (B, 1 or H, Q, 1),
+    whose output is NaN: a weight of zero would carry it to all others, to another conversation of a packed row too.
+    Not in a step of decoding, where a copy of the cache would cost as much as attention.
     """
-    if mask.shape[2] == 1:
+    if mask.shape[-2] == 1:
         return key, value, None
     sums = key.sum(dim=(1, 3), dtype=torch.float32) + value.sum(dim=(1, 3), dtype=torch.float32)
     faulty = ~sums.isfinite()  # (B, S)
     if not torch.compiler.is_compiling() and faulty.device.type == "cpu" and not faulty.any():
         return key, value, None
     key, value = (states.masked_fill(faulty[:, None, :, None], 0.0) for states in (key, value))
-    return key, value, (mask & faulty[:, None, None]).any(dim=-1).any(dim=1)[:, None, :, None]
+    reads = [(channel & faulty[:, None, None]).any(dim=-1, keepdim=True) for channel in channels_of(mask)]
+    return key, value, torch.stack(reads).any(dim=0)
+
+
+def channels_of(mask: torch.Tensor) -> list[torch.Tensor]:
+    """The channels of a mask, each (B, 1 or H, Q, S)."""
+    return [channel if channel.ndim == 4 else channel[:, None] for channel in mask.unbind(1)]
 
 
 def sdpa_kernel(
@@ -44,7 +50,7 @@ def sdpa_kernel(
     """By PyTorch's fused kernel, a call for each channel: (B, H, Q, D) and no weights."""
     key, value, is_faulty = confine(key, value, mask)
     output: Any = 0
-    for channel in mask.split(1, dim=1):
+    for channel in channels_of(mask):
         has_key = channel.any(dim=-1, keepdim=True)
         softmax = nn.functional.scaled_dot_product_attention(
             query,
@@ -73,7 +79,7 @@ def eager_kernel(
     key, value = (states.repeat_interleave(queries_per_key, dim=1) for states in (key, value))
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     total: Any = 0
-    for channel in mask.split(1, dim=1):
+    for channel in channels_of(mask):
         has_key = channel.any(dim=-1, keepdim=True)
         weights = scores.masked_fill(~(channel | ~has_key), float("-inf")).softmax(dim=-1, dtype=torch.float32)
         total = total + weights.masked_fill(~has_key, 0.0).to(query.dtype)
@@ -116,6 +122,16 @@ def join_heads(halves: Sequence[torch.Tensor], num_key_heads: int, dim: int = 1)
     for half, states in zip(HALVES, (first, second)):
         joined[(*heads, half)] = states
     return joined.flatten(dim, dim + 1)
+
+
+def mask_of_heads(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor, module: Any = None) -> torch.Tensor:
+    """The four channels (B, 4, Q, S) of two halves of the heads as two channels of each head, (B, 2, H, Q, S)."""
+    halves = split_heads(query, key, key, module)
+    spread = [
+        channels[:, :, None].expand(-1, -1, queries.shape[1], -1, -1)
+        for channels, (queries, *_) in zip(mask.split(2, dim=1), halves)
+    ]
+    return join_heads(spread, key.shape[1], dim=2)
 
 
 KERNELS = {"sdpa": sdpa_kernel, "eager": eager_kernel}

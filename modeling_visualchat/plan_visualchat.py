@@ -74,11 +74,11 @@ class TwoStreamPlan:
         is_image = (self.token_types == IMAGE).to(text.device)
         return states.masked_scatter(is_image.view(*is_image.shape, *[1] * (text.ndim - 2)), image.to(states.dtype))
 
-    def limit_to_last_image(self, image_seq_length: int) -> "TwoStreamPlan":
-        """The plan in which text reads only the last image before it."""
+    def limit_to_last_image(self, starts: list[list[int]]) -> "TwoStreamPlan":
+        """The plan in which text reads only the last image before it; images of a row begin at these slots."""
         runs = [
-            [run._replace(first_key=max(run.first_key, run.end_key - image_seq_length)) for run in row]
-            for row in self.runs
+            [run._replace(first_key=max([run.first_key, *(s for s in slots if s < run.end_key)])) for run in row]
+            for row, slots in zip(self.runs, starts)
         ]
         mask = self.image_mask
         mask = None if mask is None else single_token_mask(runs, mask.shape[-1]).to(mask.device)

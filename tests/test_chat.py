@@ -113,7 +113,7 @@ def test_the_commands_of_the_terminal(chat_module, pictures, tmp_path, capsys):
     assert "next: " in run("/images") and len(chat.images) == 3
     assert "computed: " in run("Which is it? I don't know.") and chat.images == []
     assert run(f"/image {tmp_path}/3*.png").count("24 x 16") == 1
-    assert "computed: 59 text tokens, 1 image; known: 141 text tokens, 3 images]" in run("And this?")
+    assert "computed: 60 text tokens, 1 image; known: 141 text tokens, 3 images]" in run("And this?")
     assert "first token after" not in run("/retry")
     run("/speed")
     assert "first token after" in run("/retry")

@@ -7,6 +7,7 @@ import torch
 from conftest import (
     IMAGE_SEQ_LENGTH,
     IMAGE_TOKEN_ID,
+    PAPER,
     SHAPE,
     TEXT_CONFIGS,
     draw_picture,
@@ -438,15 +439,16 @@ def test_hidden_states_are_recorded_where_the_configuration_of_a_built_model_ask
 
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_float_mask_of_two_channels_is_that_of_booleans_or_refused(kernel, dtype):
+@pytest.mark.parametrize(("options", "channels"), [(PAPER, 2), ({}, 4)], ids=["two channels", "four channels"])
+def test_a_float_mask_is_that_of_booleans_or_refused(options, channels, kernel, dtype):
     """Added to the scores, as transformers' float masks are: 0 to attend, the lowest number not to."""
-    model = make_model().to(dtype)
+    model = make_model(**options).to(dtype)
     model.set_attn_implementation(kernel)
     ids, images = tokens(2, "I", 3), pixels(0)
     types = (ids == IMAGE_TOKEN_ID).long()
     embeds = model.get_input_embeddings()(ids)
     allowed = create_mmca_masks(model.config, embeds, types, None, None)
-    assert allowed.shape[1] == 2
+    assert allowed.shape[1] == channels
     expected = model(ids, images, attention_mask=allowed, use_cache=False).logits
     torch.testing.assert_close(model(ids, images, use_cache=False).logits, expected, rtol=3e-2, atol=3e-2)
     for low in (torch.finfo(dtype).min, float("-inf")):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import IMAGE_SEQ_LENGTH, TEXT_CONFIGS, make_model, pad_left, pixels, tokens
+from conftest import IMAGE_SEQ_LENGTH, PAPER, TEXT_CONFIGS, make_model, pad_left, pixels, tokens
 from transformers import AutoModelForCausalLM
 
 from modeling_visualchat import mmca_attention_reference
@@ -43,7 +43,9 @@ def test_every_layer_computes_the_reference(decoder, monkeypatch):
 
     def compare(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
         output, weights = compute(self, module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        expected = mmca_attention_reference(query, key, value, is_image, scaling=scaling).transpose(1, 2)
+        expected = mmca_attention_reference(
+            query, key, value, is_image, None, scaling, model.config.merge, "self", model.config.image_scope
+        ).transpose(1, 2)
         errors.append((output - expected).abs().max().item())
         return output, weights
 
@@ -133,13 +135,14 @@ def test_gradient_checkpointing_changes_no_gradient(decoder):
         torch.testing.assert_close(gradients[1][name], gradients[0][name], rtol=1e-5, atol=1e-6)
 
 
-def test_weights_of_the_eager_kernel_show_two_softmaxes():
-    model = make_model()
+@pytest.mark.parametrize(("options", "mass"), [({}, 1.0), (PAPER, 2.0)], ids=["joint", "sum"])
+def test_weights_of_the_eager_kernel_show_one_softmax_or_two(options, mass):
+    model = make_model(**options)
     model.set_attn_implementation("eager")
     weights = model(tokens(2, "I", 3), pixels(0), output_attentions=True).attentions
     assert len(weights) == 2
     sums = weights[0][0].sum(dim=-1)
-    expected = torch.tensor([1.0] * 2 + [1.0] * IMAGE_SEQ_LENGTH + [2.0] * 3)
+    expected = torch.tensor([1.0] * 2 + [1.0] * IMAGE_SEQ_LENGTH + [mass] * 3)
     torch.testing.assert_close(sums, expected.expand_as(sums))
 
 

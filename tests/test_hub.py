@@ -82,7 +82,7 @@ def test_one_commit_makes_a_repository_that_anyone_loads(tmp_path):
     assert "# someone/model\n" in card and 'checkpoint = "someone/model"\n' in card and code.count("session") == 3
     assert "Ten pictures of cats." in card and "<!-- data: run 1 -->" in card
     assert "- digits\n" in card and "{repo_id}" not in card and "{attention}" not in card
-    assert "two softmaxes whose results are summed; an image token attends only to itself." in card
+    assert "images through one softmax; an image token attends only to itself." in card
     name, logits, messages = json.loads(output)
     assert name == "VisualChatProcessor"
     assert [message["role"] for message in messages] == ["user", "assistant"]

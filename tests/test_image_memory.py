@@ -251,7 +251,7 @@ def test_a_memory_is_refused_where_it_would_be_wrong():
         logits(make_model(attention_type="causal"), rows, images, image_memory=ImageMemory())
     eager = make_model()
     eager.set_attn_implementation("eager")
-    with pytest.raises(ValueError, match=r"on the sdpa kernel, .* 'mmca_eager'"):
+    with pytest.raises(ValueError, match=r"on the sdpa kernel, .* 'mmca_joint_eager'"):
         logits(eager, rows, images, image_memory=ImageMemory())
     with pytest.raises(ValueError, match="limits of ImageMemory are numbers of bytes"):
         ImageMemory(max_bytes=-1)

@@ -198,7 +198,7 @@ def test_remote_code_in_a_process_that_cannot_import_the_packages(tmp_path, chat
     assert completed.returncode == 0, completed.stderr[-3000:]
     results = json.loads(completed.stdout.splitlines()[-1])
     assert results["classes"] == ["VisualChatConfig", "VisualChatProcessor", "VisualChatModel"]
-    assert results["implementation"] == "mmca_sdpa"
+    assert results["implementation"] == "mmca_joint_sdpa"
 
     messages = [
         {"role": "user", "content": [{"type": "image", "path": picture}, {"type": "text", "text": "What is it?"}]}

@@ -110,7 +110,7 @@ def test_conversations_of_a_batch_hold_one_copy_and_answer_as_alone(options):
     shown = images[torch.cat(orders)]
     together = model.generate(**batch, pixel_values=shown, past_key_values=cache, **GREEDY)
     layers, heads, size = 2, 2, 8
-    if options:
+    if model.config.attention_type == "cross":
         layers = len(model.model.cross_attention)
     assert sum(storages(cache).values()) == 2 * 20 * layers * heads * IMAGE_SEQ_LENGTH * size * 4
     for row in (0, 1, 2, 63):

@@ -22,12 +22,16 @@ from tasks import TASKS
 FOLDER = Path(__file__).parent
 BASELINE, FLOOR = "causal", "text only"
 CONFIDENCE = 0.95
-# The tasks of run.py by what they ask for.
-GROUPS = {
+# The tasks of run.py by what they ask for, and those of pretrained.py by what is held out.
+GROUPS: dict[str, tuple[str, ...]] = {
     "one or two images": ("single", "larger", "sum"),
     "binding": ("same", "largest", "count"),
     "pointers": ("two hops", "three hops"),
     "images apart": ("apart", "distractors"),
+}
+GROUPS |= {
+    f"unseen {held_out}": tuple(name for name, (_, split) in PICTURE_TESTS.items() if split == of)
+    for of, held_out in (("test", "pictures"), ("concept", "concepts"), ("style", "style"))
 }
 SHARES = (0.5, 0.9)  # of the best arm's final accuracy, at which data efficiency is read
 
