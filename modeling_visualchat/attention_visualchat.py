@@ -12,14 +12,24 @@ image token attends only to itself, so its output is its own value vector:
 zero. Two departures from the original implementation, on purpose: text before the first image gets nothing from images
 (there: a uniform softmax over past and future), and an image token does not attend to earlier text (there: it does).
 
-Three fields of [`VisualChatConfig`] vary the pattern:
+Three fields of [`VisualChatConfig`] vary the pattern. New models have `merge="joint"` and `image_scope="half"`, which
+answered more questions about several images in `examples/study`; the paper's form is `"sum"` and `"all"`:
 
 - `merge="joint"` weights the two softmaxes of a text token by their shares of the joint normaliser (D-Attn, arXiv
   2502.01906), which is one softmax over text and images: its mass is 1, that of the sum is 2.
 - `image_attention="image"` lets an image token attend to all tokens of its own image (MIMIC, arXiv 2601.07812);
   `"self_and_text"`, for old checkpoints, to itself and, in a softmax of its own, to earlier text.
 - `image_scope="last"` lets a text token read only the last image before it, as in Flamingo (arXiv 2204.14198, section
-  3.1.3); `"half"` does so in every second head, and the others read all images ([`split_heads`]).
+  3.1.3); `"half"` does so in every second head, and the others read all images ([`split_heads`]). For `I I T T I T`,
+  rows are queries, 1 is a joint softmax and s the token itself:
+
+          heads 1, 3, …     heads 2, 4, …
+      I | s . . . . .       s . . . . .
+      I | . s . . . .       . s . . . .
+      T | . 1 1 . . .       1 1 1 . . .
+      T | . 1 1 1 . .       1 1 1 1 . .
+      I | . . . . s .       . . . . s .
+      T | . . 1 1 1 1       1 1 1 1 1 1
 
 [`MultiModalCausalAttention`] replaces the attention function of every layer of an unmodified decoder, on one of two
 routes with the same result:

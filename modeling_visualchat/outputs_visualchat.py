@@ -26,7 +26,7 @@ class VisualChatCausalLMOutputWithPast(CausalLMOutputWithPast):
 
     The loss is next-token cross-entropy over the labels that are not -100, in training zero if all are. There are no
     logits with `skip_logits`. The layers of a [`ConversationCache`] hold the keys and values of text only. Attentions,
-    of the `eager` kernel, are the two softmaxes of MMCA summed.
+    of the `eager` kernel, are those of MMCA, the two softmaxes summed with `merge="sum"`.
     """
 
     image_hidden_states: torch.Tensor | None = None
