@@ -25,7 +25,7 @@ import torch
 from picture_tasks import NUM_VARIANTS, TASKS, TESTS, PictureConversations
 from pictures import Picture, add_pictures_argument, load_pictures, read_paths, split_pictures
 from pretrained_model import build_pretrained, draw_features, fit_projector, save_parts
-from run import ARMS, FLOOR, FOLDER, Results, peak_mebibytes, run_in_processes
+from run import ARMS, CHAT_TEMPLATE, FLOOR, FOLDER, Results, peak_mebibytes, run_in_processes
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_cosine_schedule_with_warmup, set_seed
 from transformers.utils import logging
@@ -34,27 +34,8 @@ from processing_visualchat import DataCollatorForVisualChat
 
 
 # Of the formats that were tried on the frozen decoder, with the embeddings of names in place of images, this has the
-# least loss per token before any training: "image 1:<image>", then "what is image 1?: a lion".
-CHAT_TEMPLATE = """
-{%- set images = namespace(count=0) %}
-{%- for message in messages %}
-    {%- if message["role"] == "assistant" %}
-        {%- generation %}
-            {%- for block in message["content"] %}{{ " " + block["text"] }}{% endfor %}
-            {{- eos_token }}
-        {%- endgeneration %}
-        {{- "\n" }}
-    {%- else %}
-        {%- for block in message["content"] %}
-            {%- if block["type"] == "image" %}
-                {%- set images.count = images.count + 1 %}
-                {{- "image " ~ images.count ~ ":<image>\n" }}
-            {%- else %}
-                {{- block["text"] + ":" }}
-            {%- endif %}
-        {%- endfor %}
-    {%- endif %}
-{%- endfor %}"""
+# least loss per token before any training: "image 1:<image>", then "what is image 1?: lion" and a new line.
+FORMAT = {"begin": "", "number_end": ":", "question_end": ":", "answer_end": "\\n"}
 DEFAULT_ARMS = ("causal", "mmca, sum", "mmca, joint, half")
 TEST_BATCH_SIZE = 25
 
@@ -98,7 +79,7 @@ class Run(TrainerCallback):
         self.has_images = arm != FLOOR
         self.peak_before = peak_mebibytes()
         set_seed(seed)
-        self.model, self.processor = build_pretrained(places.parts, CHAT_TEMPLATE, **ARMS[arm])
+        self.model, self.processor = build_pretrained(places.parts, CHAT_TEMPLATE.substitute(FORMAT), **ARMS[arm])
         self.collator = DataCollatorForVisualChat(self.processor)
         self.curves: dict[str, list[float]] = {task: [] for task in TASKS}
         self.seconds: list[float] = []  # CPU time of training alone, up to each point of the curves
@@ -213,7 +194,7 @@ def run(wanted: tuple[str, int, Plan, Places]) -> dict[str, object]:
 def keep_features(places: Places) -> None:
     """Takes every picture through the vision encoder, unless its features are kept already."""
     torch.set_num_threads(1)
-    model, processor = build_pretrained(places.parts, CHAT_TEMPLATE)
+    model, processor = build_pretrained(places.parts, CHAT_TEMPLATE.substitute(FORMAT))
     for split, pictures in split_pictures(load_pictures(places.pictures)).items():
         for variant in range(NUM_VARIANTS if split == "train" else 1):
             for start in range(0, len(pictures), TEST_BATCH_SIZE):
@@ -229,7 +210,7 @@ def keep_projector(wanted: tuple[int, Plan, Places]) -> None:
         return
     torch.set_num_threads(1)
     set_seed(seed)
-    model, processor = build_pretrained(places.parts, CHAT_TEMPLATE)
+    model, processor = build_pretrained(places.parts, CHAT_TEMPLATE.substitute(FORMAT))
     fit_projector(model, processor, split_pictures(load_pictures(places.pictures))["train"], plan.fit_steps, seed)
     save_file(model.model.multi_modal_projector.state_dict(), path.with_suffix(".tmp"))
     path.with_suffix(".tmp").rename(path)

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from string import Template
 
 import torch
 from scans import WORDS
@@ -49,7 +50,7 @@ ARMS: dict[str, dict] = {
 }
 FLOOR = "text only"
 # Short, since most tokens of a conversation are those of its format: " image 1<image>", then " digit of image 1? two".
-CHAT_TEMPLATE = """
+CHAT_TEMPLATE = Template("""
 {%- set images = namespace(count=0) %}
 {%- for message in messages %}
     {%- if message["role"] == "assistant" %}
@@ -57,17 +58,19 @@ CHAT_TEMPLATE = """
             {%- for block in message["content"] %}{{ " " + block["text"] }}{% endfor %}
             {{- eos_token }}
         {%- endgeneration %}
+        {{- "$answer_end" }}
     {%- else %}
         {%- for block in message["content"] %}
             {%- if block["type"] == "image" %}
                 {%- set images.count = images.count + 1 %}
-                {{- " image " ~ images.count ~ "<image>\n" }}
+                {{- "${begin}image " ~ images.count ~ "$number_end<image>\n" }}
             {%- else %}
-                {{- " " + block["text"] }}
+                {{- "$begin" + block["text"] + "$question_end" }}
             {%- endif %}
         {%- endfor %}
     {%- endif %}
-{%- endfor %}"""
+{%- endfor %}""")
+FORMAT = {"begin": " ", "number_end": "", "question_end": "", "answer_end": ""}
 LEARNING_RATES = (1e-3, 2e-3, 4e-3)
 TUNING_SEED = 1000
 NUM_LAYERS, HIDDEN_SIZE = 4, 64
@@ -99,7 +102,9 @@ class Run(TrainerCallback):
         self.has_images = arm != FLOOR
         self.peak_before = peak_mebibytes()
         set_seed(seed)
-        self.model, self.processor = build_model(study_texts(), NUM_LAYERS, HIDDEN_SIZE, CHAT_TEMPLATE, **ARMS[arm])
+        self.model, self.processor = build_model(
+            study_texts(), NUM_LAYERS, HIDDEN_SIZE, CHAT_TEMPLATE.substitute(FORMAT), **ARMS[arm]
+        )
         for layer in getattr(self.model.model, "cross_attention", {}).values():
             layer.gate.data.fill_(1.0)  # open, since there is no pretrained decoder to protect
         self.curves: dict[str, list[float]] = {task: [] for task in TASKS}
