@@ -265,9 +265,8 @@ def run_with_cross_attention(model: Any, inputs: Any) -> BaseModelOutputWithPast
     # Parameters that are sharded are gathered by all ranks together, whether or not one has images.
     is_sharded = any(hasattr(parameter, "ds_id") for parameter in model.cross_attention.parameters())
     layers = _hook_layers(model) if reads_images or unread or is_sharded else {}
-    read_plan = plan
-    if model.config.image_scope == "last" and placed is not None:
-        read_plan = plan.limit_to_last_image(placed.starts)
+    is_limited = model.config.image_scope == "last"
+    read_plan = plan.limit_to_last_image(model.config.image_seq_length) if is_limited else plan
     reads = ImageReads(layers, read_plan, placed if reads_images else None)
     text_mask = _text_mask(text_config, plan, cache, embeds)
     if cache is None and sequence_ids is None and inputs.position_ids is not None:

@@ -19,7 +19,6 @@ key/value heads (G queries for each), D head size.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -59,14 +58,6 @@ class PlacedImages:
     def lengths(self) -> list[int]:
         """The number of image slots of each row."""
         return [sum(place.length for place in row) for row in self.rows]
-
-    @property
-    def starts(self) -> list[list[int]]:
-        """The image slots of each row that begin an image; one that the cache was cropped in has fewer behind it."""
-        slots = [accumulate((place.length for place in row), initial=0) for row in self.rows]
-        return [
-            [slot for slot, place in zip(of_row, row) if place.first == 0] for of_row, row in zip(slots, self.rows)
-        ]
 
     def extend(self, other: "PlacedImages") -> "PlacedImages":
         """These images, and others behind them in each row; an image in both is the same one."""

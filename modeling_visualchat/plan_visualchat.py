@@ -21,6 +21,7 @@ key/value heads, D head size.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +43,15 @@ class Run(NamedTuple):
     end_key: int
 
 
+class JointBlock(NamedTuple):
+    """Consecutive text slots of a row that attend to images and to text in one call, and the slots that they read."""
+
+    text: slice
+    image_keys: slice
+    text_keys: slice
+    mask: torch.Tensor  # (1, 1, T, I + T'): what each reads of these, images first
+
+
 @dataclass(frozen=True, eq=False)
 class TwoStreamPlan:
     """Where the text of a batch is, and what it reads."""
@@ -58,7 +68,7 @@ class TwoStreamPlan:
     # How text reads text and images, of the attention type.
     text_attention: Callable[..., torch.Tensor] = field(default_factory=lambda: mmca_text_attention, repr=False)
     limited: "TwoStreamPlan | None" = field(default=None, repr=False)  # that of every second head, if it is another
-    joint_masks: dict[int, torch.Tensor | None] = field(default_factory=dict, init=False, repr=False)
+    reads_last_image: bool = False  # only
 
     def gather_text(self, states: torch.Tensor) -> torch.Tensor:
         """(B, Q, …) of all positions to (B, T, …) of the text slots."""
@@ -74,34 +84,58 @@ class TwoStreamPlan:
         is_image = (self.token_types == IMAGE).to(text.device)
         return states.masked_scatter(is_image.view(*is_image.shape, *[1] * (text.ndim - 2)), image.to(states.dtype))
 
-    def limit_to_last_image(self, starts: list[list[int]]) -> "TwoStreamPlan":
-        """The plan in which text reads only the last image before it; images of a row begin at these slots."""
-        runs = [
-            [run._replace(first_key=max([run.first_key, *(s for s in slots if s < run.end_key)])) for run in row]
-            for row, slots in zip(self.runs, starts)
-        ]
+    def limit_to_last_image(self, image_seq_length: int) -> "TwoStreamPlan":
+        """The plan in which text reads only the last image before it, as far as the cache holds it."""
+        runs = []
+        for row in self.runs:
+            whole = [max(0, run.end_key - run.first_key - 1) // image_seq_length for run in row]  # images before it
+            runs.append([run._replace(first_key=run.first_key + n * image_seq_length) for run, n in zip(row, whole)])
         mask = self.image_mask
         mask = None if mask is None else single_token_mask(runs, mask.shape[-1]).to(mask.device)
-        return replace(self, runs=runs, image_mask=mask)
+        return replace(self, runs=runs, image_mask=mask, reads_last_image=True)
 
-    def joint_mask(self, num_images: int) -> torch.Tensor | None:
-        """What the text reads, (B, 1, T, I + past + T), images first; `None` if all. Made once for all layers."""
-        if num_images not in self.joint_masks:
-            (num_rows, num_text), device = self.order.shape, self.order.device
-            images = torch.zeros(num_rows, num_text, num_images, dtype=torch.bool)
-            for row, runs in enumerate(self.runs):
-                for run in runs:
-                    images[row, run.start : run.end, run.first_key : run.end_key] = True
+    @cached_property
+    def joint_blocks(self) -> list[list[JointBlock]]:
+        """
+        The blocks of each row: a sequence, in which what is masked out is computed too, or, if text reads one image
+        only, each run of text, in which next to nothing is.
+        """
+        rows = []
+        for row, runs in enumerate(self.runs):
+            lengths = [run.end for run in runs[-1:]] if self.text_lengths is None else self.text_lengths[row]
+            blocks, first = [], 0
+            for length in lengths:
+                sequence = [run for run in runs if first <= run.start < first + length]
+                groups = [[run] for run in sequence] if self.reads_last_image else [sequence]
+                blocks += [self._joint_block(group, first) for group in groups]
+                first += length
+            rows.append(blocks)
+        return rows
+
+    def _joint_block(self, runs: list[Run], first: int) -> JointBlock:
+        """That of consecutive runs of a sequence whose text begins at a slot."""
+        start, end = runs[0].start, runs[-1].end
+        first_key, end_key = min(run.first_key for run in runs), max(run.end_key for run in runs)
+        images = torch.zeros(end - start, end_key - first_key, dtype=torch.bool)
+        for run in runs:
+            images[run.start - start : run.end - start, run.first_key - first_key : run.end_key - first_key] = True
+        text = torch.ones(end - start, end - first, dtype=torch.bool).tril(start - first)
+        mask = torch.cat([images, text], dim=-1)[None, None].to(self.order.device)
+        return JointBlock(slice(start, end), slice(first_key, end_key), slice(first, end), mask)
+
+    @cached_property
+    def joint_mask(self) -> torch.Tensor:
+        """What the text of a continued conversation reads, (B, 1, T, I + past + T), images first."""
+        num_rows, num_text = self.order.shape
+        images = torch.zeros(num_rows, num_text, max(self.images.lengths), dtype=torch.bool)
+        for row, runs in enumerate(self.runs):
+            for run in runs:
+                images[row, run.start : run.end, run.first_key : run.end_key] = True
+        if self.text_mask is None:
             text = torch.ones(num_text, self.num_past + num_text, dtype=torch.bool).tril(self.num_past)[None]
-            if self.text_mask is not None:
-                text = self.text_mask[:, 0].cpu()
-            elif self.text_lengths is not None:
-                sizes = [torch.tensor([*lengths, num_text - sum(lengths)]) for lengths in self.text_lengths]
-                ids = torch.stack([torch.arange(len(row)).repeat_interleave(row) for row in sizes])
-                text = text & (ids[:, :, None] == ids[:, None])
-            mask = torch.cat([images, text.expand(num_rows, -1, -1)], dim=-1)[:, None]
-            self.joint_masks[num_images] = None if bool(mask.all()) else mask.to(device)
-        return self.joint_masks[num_images]
+        else:
+            text = self.text_mask[:, 0].cpu()
+        return torch.cat([images, text.expand(num_rows, -1, -1)], dim=-1)[:, None].to(self.order.device)
 
     def attend(self, module: nn.Module, query, key, value, scaling: float | None, dropout: float) -> torch.Tensor:
         """The attention of the text in one decoder layer: (B, H, T, D) to (B, T, H, D)."""
@@ -265,9 +299,9 @@ def joint_text_attention(
     """
     One softmax over images and text, for `merge="joint"`; takes and returns what [`mmca_text_attention`] does.
 
-    It takes one call with a mask over the image keys, followed by those of the text. Masked-out blocks are computed:
-    the images after a text token, and the later half of the text. Few tokens, as in decoding, read the images by
-    reference, and only their scores are joined.
+    It takes a call for each block of text ([`TwoStreamPlan.joint_blocks`]), with a mask over its image keys, followed
+    by those of the text; rows that are alike share it. Few tokens, as in decoding, read the images by reference, and
+    only their scores are joined.
     """
     if images is None:
         return _causal_text_attention(query, key, value, plan, scaling, dropout).transpose(1, 2).contiguous()
@@ -288,10 +322,27 @@ def joint_text_attention(
         text = (of_text @ value[:, :, None]).flatten(1, 2).transpose(1, 2)
         return reads.weigh(of_images, images).add_(text)
     image_key, image_value = images.keys_values()
-    mask = plan.joint_mask(image_key.shape[2])
-    keys, values = torch.cat([image_key, key], dim=2), torch.cat([image_value, value], dim=2)
-    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=query.device) if mask is None else mask
-    return sdpa_kernel(query, keys, values, mask, scaling, dropout)[0].transpose(1, 2).contiguous()
+    if plan.num_past > 0 or plan.text_mask is not None:
+        keys, values = torch.cat([image_key, key], dim=2), torch.cat([image_value, value], dim=2)
+        return sdpa_kernel(query, keys, values, plan.joint_mask, scaling, dropout)[0].transpose(1, 2).contiguous()
+    are_alike = plan.text_lengths is None and all(runs == plan.runs[0] for runs in plan.runs)
+    outputs = []
+    for row, blocks in enumerate(plan.joint_blocks[: 1 if are_alike else None]):
+        rows = slice(None) if are_alike else slice(row, row + 1)
+        of_row = [
+            sdpa_kernel(
+                query[rows, :, block.text],
+                torch.cat([image_key[rows, :, block.image_keys], key[rows, :, block.text_keys]], dim=2),
+                torch.cat([image_value[rows, :, block.image_keys], value[rows, :, block.text_keys]], dim=2),
+                block.mask,
+                scaling,
+                dropout,
+            )[0]
+            for block in blocks
+        ]
+        num_text = sum(output.shape[2] for output in of_row)
+        outputs.append(torch.cat([*of_row, torch.zeros_like(query[rows, :, num_text:])], dim=2))
+    return torch.cat(outputs).transpose(1, 2).contiguous()
 
 
 def _causal_text_attention(query, key, value, plan: TwoStreamPlan, scaling, dropout) -> torch.Tensor:

@@ -149,7 +149,7 @@ class TwoStreamMixin:
             placed = cache.placed_images
         plan = replace(plan, images=placed)
         if self.config.image_scope != "all" and placed is not None:
-            limited = plan.limit_to_last_image(placed.starts)
+            limited = plan.limit_to_last_image(self.config.image_seq_length)
             plan = limited if self.config.image_scope == "last" else replace(plan, limited=limited)
         outputs = self._decode(plan.gather_text(embeds), plan.gather_text(position_ids), plan, cache, **kwargs)
         if cache is not None:

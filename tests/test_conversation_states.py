@@ -14,7 +14,13 @@ from modeling_visualchat import ConversationCache, ImageMemory
 from modeling_visualchat.weights_key_visualchat import image_key
 
 
-GREEDY = {"max_new_tokens": 3, "min_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True}
+GREEDY = {
+    "max_new_tokens": 3,
+    "min_new_tokens": 3,
+    "return_dict_in_generate": True,
+    "output_logits": True,
+    "suppress_tokens": [0],
+}
 LIMIT = 40  # positions after which the longrope model changes its frequencies
 SEEDS = st.integers(0, 3)
 
