@@ -90,9 +90,16 @@ FAULTS = (
     Fault(
         "text that reads an image before the last one",
         "plan",
-        "max(run.first_key, run.end_key - image_seq_length)",
-        "max(run.first_key, run.end_key - image_seq_length - 1)",
+        "run.first_key + n * image_seq_length)",
+        "max(run.first_key, run.first_key + n * image_seq_length - 1))",
         ("test_attention_types.py", "-k", "both_routes and last"),
+    ),
+    Fault(
+        "joint text that reads the next token",
+        "plan",
+        ".tril(start - first)",
+        ".tril(start - first + 1)",
+        ("test_attention_types.py", "-k", "both_routes and joint"),
     ),
     Fault(
         "a window too long",
