@@ -10,7 +10,7 @@ import functools
 
 import pytest
 import torch
-from conftest import IMAGE_SEQ_LENGTH, IMAGE_TOKEN_ID, SHAPE, TEXT_CONFIGS, make_model, pixels, tokens
+from conftest import IMAGE_SEQ_LENGTH, IMAGE_TOKEN_ID, PAPER, SHAPE, TEXT_CONFIGS, make_model, pixels, tokens
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -118,13 +118,14 @@ class Literal:
     """MMCA spelled out over whole matrices of scores; which tokens are images is set before a call."""
 
     is_image: torch.Tensor
-    is_plain = True  # or one softmax over text and images, and images that attend within themselves
+    is_plain = True  # or one softmax, half of the heads read the last image, and images attend within themselves
     calls = 0
 
     def __call__(self, module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
         type(self).calls += 1
         heads, length = query.shape[1], query.shape[2]
-        key, value = (states.repeat_interleave(heads // states.shape[1], dim=1) for states in (key, value))
+        queries_per_key = heads // key.shape[1]
+        key, value = (states.repeat_interleave(queries_per_key, dim=1) for states in (key, value))
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         scores = (query.double() @ key.double().transpose(2, 3)) * scaling
         row, column = torch.arange(length)[:, None], torch.arange(length)[None]
@@ -134,8 +135,10 @@ class Literal:
         is_image = self.is_image[:, None, None, :]
         if not self.is_plain:
             number = (self.is_image.cumsum(dim=1) - 1) // IMAGE_SEQ_LENGTH
-            is_own = (number[:, None, :, None] == number[:, None, None, :]) & is_image
-            allowed = torch.where(self.is_image[:, None, :, None], is_own, seen)
+            is_last = (number[:, None, :, None] == number[:, None, None, :]) & is_image
+            group = torch.arange(heads) % (queries_per_key if queries_per_key > 1 else heads)
+            reads_all = (group % 2 == 1)[:, None, None]
+            allowed = torch.where(self.is_image[:, None, :, None], is_last, seen & (~is_image | is_last | reads_all))
             output = scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ value.double()
             return output.to(query.dtype).transpose(1, 2).contiguous(), None
         output = torch.zeros(*query.shape[:3], value.shape[-1], dtype=torch.float64)
@@ -169,7 +172,7 @@ class Pair:
 
     def __init__(self, monkeypatch, config, dtype=torch.float32):
         monkeypatch.setitem(TEXT_CONFIGS, "llama", lambda: copy.deepcopy(config))
-        self.model = make_model()
+        self.model = make_model(**PAPER)
         stock = copy.deepcopy(config)
         stock._attn_implementation = "literal"
         self.stock = AutoModelForCausalLM.from_config(stock).eval()
@@ -254,6 +257,7 @@ def test_a_decoder_gives_the_logits_of_the_stock_model_with_a_literal_attention(
     check(pair)
     if not tied:
         pair.model.config.merge, pair.model.config.image_attention = "joint", "image"
+        pair.model.config.image_scope = "half"
         monkeypatch.setattr(Literal, "is_plain", False)
         check(pair)
 
