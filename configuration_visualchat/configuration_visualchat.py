@@ -31,9 +31,12 @@ NUM_EXTRA_VISION_TOKENS = {
 NUM_PERCEIVER_QUERIES = 256
 
 
-def attention_defaults(attention_type: str) -> dict[str, str]:
-    """The fields that vary an attention type, where they are not given: for MMCA what `examples/study` found best."""
-    if attention_type == "mmca":
+def attention_defaults(attention_type: str, image_attention: str | None = None) -> dict[str, str]:
+    """
+    The fields that vary an attention type, where they are not given: for MMCA what `examples/study` found best, and
+    the paper's form for image tokens that read earlier text, which have no other.
+    """
+    if attention_type == "mmca" and image_attention != "self_and_text":
         return {"merge": "joint", "image_attention": "self", "image_scope": "half"}
     return {"merge": "sum", "image_attention": "self", "image_scope": "all"}
 
@@ -137,7 +140,7 @@ class VisualChatConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self.image_scope = kwargs.pop("cross_image_scope", self.image_scope)  # its name in version 0.4.0
-        for name, value in attention_defaults(self.attention_type).items():
+        for name, value in attention_defaults(self.attention_type, self.image_attention).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         super().__post_init__(**kwargs)

@@ -24,7 +24,7 @@ def attention_options(arguments: Namespace) -> dict[str, Any]:
     """The values of these flags, and the defaults of the attention type for those that were not given."""
     options = (*ATTENTION_OPTIONS, "cross_layer_interval")
     given = {option: value for option in options if (value := getattr(arguments, option)) is not None}
-    return attention_defaults(arguments.attention_type) | given
+    return attention_defaults(arguments.attention_type, arguments.image_attention) | given
 
 
 def write(model: VisualChatForConditionalGeneration, processor: VisualChatProcessor, output: Path) -> None:

@@ -351,6 +351,7 @@ def attention_of(config: VisualChatConfig) -> tuple[str, str, str, str]:
     [
         ({}, ("mmca", "joint", "self", "half")),
         ({"image_scope": "all"}, ("mmca", "joint", "self", "all")),
+        ({"image_attention": "self_and_text"}, ("mmca", "sum", "self_and_text", "all")),
         ({"attention_type": "causal"}, ("causal", "sum", "self", "all")),
         ({"attention_type": "cross", "image_scope": "last"}, ("cross", "sum", "self", "last")),
     ],

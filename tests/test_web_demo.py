@@ -327,7 +327,7 @@ def test_a_person_talks_in_a_browser(demo, url, pictures, direct, tmp_path):
             page.evaluate(GIVE, [kind, page.locator("#images img").nth(number - 1).get_attribute("src")])
             page.wait_for_function(f"document.querySelectorAll('#box img').length === {number}")
         ask(page, "And these?")
-        assert " 0 images; known: 116 text tokens, 4 images" in read(page, direct.ask("And these?", pictures[:2]), 2)
+        assert " 0 images; known: 211 text tokens, 4 images" in read(page, direct.ask("And these?", pictures[:2]), 2)
         page.locator("#images button").nth(1).click()
         page.get_by_text("Replace image 2").wait_for()
         page.set_input_files("[data-testid^='Replace']", pictures[6])
