@@ -25,7 +25,16 @@ import torch
 from picture_tasks import NUM_VARIANTS, TASKS, TESTS, PictureConversations
 from pictures import Picture, add_pictures_argument, load_pictures, read_paths, split_pictures
 from pretrained_model import build_pretrained, draw_features, fit_projector, save_parts
-from run import ARMS, CHAT_TEMPLATE, FLOOR, FOLDER, Results, peak_mebibytes, run_in_processes
+from run import (
+    ARMS,
+    CHAT_TEMPLATE,
+    FLOOR,
+    FOLDER,
+    Results,
+    peak_mebibytes,
+    run_in_processes,
+    second_question_over_first,
+)
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_cosine_schedule_with_warmup, set_seed
 from transformers.utils import logging
@@ -120,6 +129,9 @@ class Run(TrainerCallback):
             loss = trainer.train().training_loss
         peak = peak_mebibytes() - self.peak_before
         final = {name: self.ask(task, plan.num_final, split) for name, (task, split) in TESTS.items()}
+        self.model.model.vision_cache = None  # from here on, as a user has it
+        content = [{"type": "image", "image": self.splits["test"][0].render(0)}] * 4
+        content.append({"type": "text", "text": "which image shows a cat?"})
         if self.places.save is not None:
             self.save(self.places.save)
         return {
@@ -131,6 +143,7 @@ class Run(TrainerCallback):
             "trained_parameters": self.model.num_parameters(only_trainable=True),
             "cpu_seconds": self.seconds[-1],
             "peak_mebibytes": peak,
+            "second_question_over_first": second_question_over_first(self.model, self.processor, content),
             "training_loss": round(loss, 4),
             "date": date.today().isoformat(),
             "machine": platform.machine(),
