@@ -37,7 +37,7 @@ def weights_key(module: Any, description: bytes = b"") -> str:
     version. A `ValueError` names a weight that is offloaded or sharded.
     """
     config = module.config
-    described = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    described = json.dumps(_without_name(config.to_dict()), sort_keys=True, default=str)
     for part in (config, getattr(config, "vision_config", None), getattr(config, "text_config", None)):
         described += str(getattr(part, "_attn_implementation", None))
     digest = hashlib.blake2b(description + described.encode(), digest_size=DIGEST_SIZE)
@@ -51,6 +51,13 @@ def weights_key(module: Any, description: bytes = b"") -> str:
         digest.update(str((name, type(part).__qualname__, plain, replaced)).encode())
     digest.update(_checksum_of_weights(module))
     return digest.hexdigest()
+
+
+def _without_name(config: dict) -> dict:
+    """A configuration without where it was loaded from, its parts included."""
+    parts = {key: _without_name(value) if isinstance(value, dict) else value for key, value in config.items()}
+    parts.pop("_name_or_path", None)
+    return parts
 
 
 def known_key(module: Any) -> str | None:

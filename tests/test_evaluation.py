@@ -18,6 +18,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from test_finetune import EXAMPLES, deepspeed, environment
 from test_suites import publish
+from transformers import AutoProcessor
 
 from modeling_visualchat import VisualChatForConditionalGeneration
 from processing_visualchat.data.image_contents import save_training_images
@@ -99,7 +100,7 @@ def straight(data, tmp_path_factory):
         ("There are Two cats, on the 1,000.5 m²!", "there are 2 cats on 1000.5 m²"),
         ("-3 well-known  U.S. words", "-3 well known us words"),
         ("None of them's here.", "0 of thems here"),
-        ("A", ""),
+        *(("A", "a"), ("+", "+"), ("The", "the"), ("", "")),
     ],
 )
 def test_text_is_normalized_as_in_vqa(words, expected):
@@ -120,6 +121,21 @@ def test_text_is_normalized_as_in_vqa(words, expected):
 )
 def test_the_option_that_an_answer_names(answer, expected):
     assert find_choice(answer, CHOICES) == expected
+
+
+@pytest.mark.parametrize(
+    "answer, expected",
+    [
+        *(
+            ('It is closest to the point labeled "C".', 2),
+            ("The point is labeled D", 3),
+            ("It is Point A, I think", 0),
+        ),
+        *(("the corresponding one is point b", 1), ("The point cannot be determined.", None)),
+    ],
+)
+def test_options_that_differ_in_their_letter(answer, expected):
+    assert find_choice(answer, ("Point A", "Point B", "Point C", "Point D")) == expected
 
 
 def test_each_metric_gives_values_worked_out_by_hand():
@@ -150,7 +166,12 @@ def test_each_metric_gives_values_worked_out_by_hand():
         "cider", Answer("a red big round ball", ("red big round ball",)), Answer("x", ("some thing",)), Answer("x")
     )
     assert cider == [pytest.approx(10), 0, None]
+    assert score("cider", Answer("red", ("red",))) == [None]  # how rare a word is cannot be counted in one answer
     assert score("judge", Answer("x", verdict=0.7), Answer("x")) == [0.7, None]
+    # Text is not compared with the letter of an option, nor is nothing equal to anything.
+    of_choice = Answer("a bird", ("A",), CHOICES)
+    assert [score(name, of_choice) for name in ("exact_match", "contains", "anls", "rouge_l", "cider")] == [[None]] * 5
+    assert score("exact_match", Answer("", ("A",)), Answer("the", ("a",)), Answer("-", ("+",))) == [0, 0, 0]
 
 
 def test_means_are_of_rounds_and_intervals_of_conversations():
@@ -169,6 +190,14 @@ def test_means_are_of_rounds_and_intervals_of_conversations():
     assert interval.low == pytest.approx(0.25 - error, abs=0.01) and interval.high == pytest.approx(
         0.25 + error, abs=0.01
     )
+    # Tasks of 100 and 300 rounds weigh equally: (1 + 0.25) / 2, not 0.4375; only one of them varies.
+    tasks = [ScoredRound(f"easy {number}", 1.0, (("task", "easy"),)) for number in range(100)]
+    tasks += [ScoredRound(f"hard {number}", float(number % 4 == 0), (("task", "hard"),)) for number in range(300)]
+    found = break_down(tasks, "task")
+    assert found["all"]["mean"] == 0.4375 and found["mean_over"]["mean"] == 0.625
+    error = 1.96 * (0.25 * 0.75 / 300) ** 0.5 / 2
+    assert found["mean_over"]["low"] == pytest.approx(0.625 - error, abs=0.01)
+    assert found["mean_over"]["high"] == pytest.approx(0.625 + error, abs=0.01)
 
 
 def test_batched_answers_are_those_of_a_chat(data, straight):
@@ -234,10 +263,23 @@ def test_an_evaluation_with_other_settings_is_refused_with_what_differs(data, st
     make_processor().save_pretrained(tmp_path / "checkpoint")
     with pytest.raises(ValueError, match=r"another run: weights was '\w+', is '\w+'\. Choose"):
         run(tmp_path, straight)
+    processor = AutoProcessor.from_pretrained(tmp_path / "checkpoint")
+    processor.chat_template = processor.chat_template.replace("Question", "Ask")
+    shutil.copytree(data / "checkpoint", tmp_path / "checkpoint", dirs_exist_ok=True)
+    processor.save_pretrained(tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match=r"another run: processor was '\w+', is '\w+'\. Choose"):
+        run(tmp_path, straight)
+    make_model(seed=1).save_pretrained(tmp_path / "checkpoint")
+    make_processor().save_pretrained(tmp_path / "checkpoint")
     (tmp_path / "changed.jsonl").write_text((data / "test.jsonl").read_text().replace("number 3", "number three"))
     with pytest.raises(ValueError, match=r"another run: weights .*; examples was"):
         run(tmp_path, straight, file="changed.jsonl")
     assert (straight / "answers.jsonl").read_bytes() == before
+    for name in ("answers.jsonl", "settings.json"):
+        (tmp_path / name).write_bytes((straight / name).read_bytes())
+    (tmp_path / "answers.jsonl").write_bytes(before.replace(b'{"id"', b"{id", 1))
+    with pytest.raises(ValueError, match=r"answers.jsonl, line 1 is not JSON; remove it"):
+        score_answers(tmp_path)
 
 
 def evaluate_in_a_process(*flags, launcher=(), **options):
@@ -322,13 +364,21 @@ def test_the_options_get_the_log_probability_that_the_model_gives_them(data, tmp
 
 def test_a_question_longer_than_the_model_reads_is_counted_and_wrong(data, tmp_path):
     turns = [text("x" * 1100), text("short")]
-    examples = [Example(str(number), (Round((turn,), ("y",)),)) for number, turn in enumerate(turns)]
-    suite = Suite("mine", "", "", lambda source: iter(examples), ("exact_match",), source="here", max_new_tokens=2)
+    options = {"x": (), "A": ("one", "two")}
+    examples = [
+        Example(f"{place} {right}", (Round((turn,), (right,), choices),))
+        for place, turn in enumerate(turns)
+        for right, choices in options.items()
+    ]
+    metrics = ("exact_match", "contains", "anls", "choice", "choice_likelihood", "letter_likelihood")
+    suite = Suite("mine", "", "", lambda source: iter(examples), metrics, source="here", max_new_tokens=2)
     results = evaluate(make_model(attention_type="causal"), suite, None, tmp_path, processor=make_processor())
-    assert results["num_faults"] == 1 and "1 questions were too long" in " ".join(results["notes"])
+    assert results["num_faults"] == 2 and "2 questions were too long" in " ".join(results["notes"])
     rounds = [line["rounds"][0] for line in read(tmp_path)]
-    assert rounds[0]["answer"] == "" and "the model reads 1,024" in rounds[0]["fault"] and rounds[1]["answer"]
-    assert results["scores"]["exact_match"]["all"]["num_rounds"] == 2
+    assert rounds[0]["answer"] == "" and "the model reads 1,024" in rounds[0]["fault"] and rounds[2]["answer"]
+    for metric in metrics:
+        assert results["scores"][metric]["all"]["num_rounds"] == 2
+        assert metric == "anls" or results["scores"][metric]["all"]["mean"] <= 0.5  # that of two which has an answer
 
 
 @pytest.mark.parametrize(
@@ -345,8 +395,10 @@ def test_a_question_longer_than_the_model_reads_is_counted_and_wrong(data, tmp_p
         ),
         *(
             (words, None)
-            for words in ("Images 1 and 2", "the first dog", "which is left?", "the last image", "image 3")
+            for words in ("Images 1 and 2", "the first dog", "which is left?", "the last image", "image 3", "image B")
         ),
+        ("Is the 2nd image darker than the 1st?", "Is the 1st image darker than the 2nd?"),
+        *((words, None) for words in ("What is next?", "the source image", "the top photo", "the 1st dog")),
     ],
 )
 def test_references_to_images_follow_a_swap(words, expected):
@@ -376,6 +428,10 @@ def test_each_robustness_test_changes_what_it_says_and_leaves_out_what_it_cannot
         "question_last": ["single"],
     }
     assert [*perturb("distractor", [pair, count, single])][1].key == "single"  # one more would be counted
+    options = (text("Which is red?\nA. "), a, text("\nB. "), b, text("\nAnswer:"))
+    assert [*perturb("distractor", [Example("options", (Round(options, ("A",)),)), single])] == [
+        found["distractor"]["single"]
+    ]  # it would be an option
     swapped = found["swap"]["pair"].rounds
     assert swapped[0].content == (b, a, text("Is image 2 red?")) and swapped[0].references == ("image 2",)
     assert swapped[1].content == (text("And image 1?"),)
@@ -402,6 +458,9 @@ def test_each_robustness_test_changes_what_it_says_and_leaves_out_what_it_cannot
         ("Which is larger?", (), "the first", "the second"),
         ("Which is larger?", ("the first", "the second"), "A", "A"),
         ("Which is larger?", ("the first", "the second"), "the first", "the second"),
+        ("What is different?", ("less cars", "there are now two people"), "A", None),
+        ("What is different?", (), "The people on the sidewalk are gone.", None),
+        ("What is different?", (), "More cars in image 1", "More cars in image 2"),
     ],
 )
 def test_what_is_right_follows_a_swap(question, choices, reference, expected):
@@ -459,6 +518,7 @@ def test_edits_recompute_only_what_follows_them(data, tmp_path):
     assert total["steps"] == 9 and total["tokens"] == sum(asked["tokens"] for asked in rounds)
     assert total["same"] == 1 and 0 < total["share"] < 0.7 and results["tokens"]["swap_images"]["steps"] == 1
     assert results["scores"]["exact_match"]["all"]["num_rounds"] == 1
+    assert [asked["num_images"] for asked in rounds] == [1, 2, 2, 2, 2, 2, 1, 1, 1]
     assert "tokens computed" in (tmp_path / "index.html").read_text()
 
 
@@ -486,6 +546,10 @@ def test_a_file_of_edits_in_another_format_is_refused(data, steps, message):
     (data / "broken.jsonl").write_text(json.dumps({"steps": steps}) + "\n")
     with pytest.raises(SuiteError, match=message):
         list(load_edits(data / "broken.jsonl"))
+    for key, value, message in (("groups", {"level": 1}, "expected {'name': 'value'"), ("system", 1, "expected text")):
+        (data / "broken.jsonl").write_text(json.dumps({"steps": [{"ask": "x"}], key: value}) + "\n")
+        with pytest.raises(SuiteError, match=f"line 1 has the .*{message}"):
+            list(load_edits(data / "broken.jsonl"))
 
 
 @pytest.mark.parametrize("name", sorted(SUITES.keys() - {"jsonl", "edits"}))
@@ -498,6 +562,7 @@ def test_each_published_suite_is_answered_and_scored(name, tmp_path):
     assert deciding is None or deciding["num_missing"] < results["num_rounds"]
     assert results["num_faults"] == 0 and results["robustness"]["removed"]["num_left_out"] == 0
     assert all(line["images"] for line in read(tmp_path / "out") if line["variant"] == "plain")
+    assert ("mean_over" in (deciding or {})) == (name == "blink")
 
 
 class JudgeServer(BaseHTTPRequestHandler):
@@ -517,12 +582,15 @@ class JudgeServer(BaseHTTPRequestHandler):
         if "number 2?" in prompt and not self.is_well:
             reply = "I would rather not. Score: 12"
         status = 500 if "number 3?" in prompt and not self.is_well else 200
+        if "number 4?" in prompt and tries == 1:
+            status = 429
         message = {
             "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply}}]
         }
         data = json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], **message})
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
+        self.send_header("Retry-After", "0.2")
         self.end_headers()
         self.wfile.write(data.encode())
 
@@ -535,12 +603,12 @@ def test_a_judge_is_asked_again_and_never_silently_zero(data, straight, tmp_path
     threading.Thread(target=server.serve_forever, daemon=True).start()
     for name in ("answers.jsonl", "settings.json"):
         (tmp_path / name).write_bytes((straight / name).read_bytes())
-    judge = Judge(f"http://127.0.0.1:{server.server_port}/v1", "wise", timeout=20)
+    judge = Judge(f"http://127.0.0.1:{server.server_port}/v1", "wise", retries=1, timeout=20)
     try:
         results = score_answers(tmp_path, ["judge"], judge)
         lines = read(tmp_path, "judge.jsonl")
         # Conversations 0 to 9 have one, two and three rounds in turn: number 2 has three, number 3 one.
-        assert len(lines) == 19 and results["judge"] == {"model": "wise", "missing": 4}
+        assert len(lines) == 19 and results["judge"] == {"model": "wise", "missing": 4, "open": 0}
         found = results["scores"]["judge"]
         assert found["all"]["mean"] == pytest.approx((13 * 0.7 + 2 * 1.0) / 15) and found["num_missing"] == 4
         assert any("no score to 4 answers" in note for note in results["notes"])
@@ -548,6 +616,7 @@ def test_a_judge_is_asked_again_and_never_silently_zero(data, straight, tmp_path
         assert [reply.get("fault") is None for reply in of["plain/line 2"]["replies"]] == [False, False, True]
         assert of["plain/line 3"]["score"] is None and len(of["plain/line 3"]["replies"]) == 3
         assert "InternalServerError" in of["plain/line 4"]["replies"][0]["fault"]
+        assert len(of["plain/line 4"]["replies"]) == 1 and len(of["plain/line 5"]["replies"]) == 1  # busy, then well
         assert "Reference answer: Answer 0 0" in of["plain/line 1"]["prompt"] and of["plain/line 1"]["model"] == "wise"
         monkeypatch.setattr(JudgeServer, "is_well", True)
         JudgeServer.requests.clear()
@@ -556,7 +625,7 @@ def test_a_judge_is_asked_again_and_never_silently_zero(data, straight, tmp_path
     finally:
         server.shutdown()
         server.server_close()
-    nobody = Judge(judge.url, "absent", attempts=1, timeout=2)
+    nobody = Judge(judge.url, "absent", attempts=1, retries=0, timeout=2)
     results = score_answers(tmp_path, ["judge"], nobody)
     assert results["scores"]["judge"]["all"] is None and results["judge"]["missing"] == 19
 
@@ -600,6 +669,32 @@ def test_a_file_with_a_fault_is_named(data, tmp_path):
     (tmp_path / "b.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
     with pytest.raises(SuiteError, match=r"plain/line 1 shows an image that cannot be used: .* is not an image"):
         run(data, tmp_path / "out", file=tmp_path / "b.jsonl")
+
+
+def test_own_conversations_have_options_references_and_groups(data, tmp_path):
+    def write(*extras):
+        chat = [{"role": "user", "content": "Which is it?"}, {"role": "assistant", "content": "B"}]
+        lines = [json.dumps({"messages": chat, **extra}) + "\n" for extra in extras]
+        (tmp_path / "own.jsonl").write_text("".join(lines))
+        return tmp_path / "own.jsonl"
+
+    options = {"choices": ["a cat", "a dog"], "groups": {"task": "animals"}}
+    file = write(options, {"references": ["a dog"], "groups": {"task": "words"}}, {})
+    results = run(data, tmp_path / "out", file=file, metrics=["choice", "choice_likelihood", "exact_match", "cider"])
+    assert [results["scores"][name]["all"]["num_rounds"] for name in results["metrics"]] == [1, 1, 2, 2]
+    assert {*results["scores"]["exact_match"]["by"]["task"]} == {"words"}
+    assert "| words | 1 | - |" in (tmp_path / "out" / "results.md").read_text()
+    assert [line["rounds"][0]["references"] for line in read(tmp_path / "out")][1] == ["B", "a dog"]
+    results = run(data, tmp_path / "text", file=write({}), metrics=["exact_match", "choice"])
+    assert any("choice has no score: no question has options" in note for note in results["notes"])
+    for extra, message in (
+        ({"choices": "a cat"}, "has choices 'a cat'; expected a list of texts"),
+        ({"choices": ["a cat"]}, "has the answer 'B'; expected a letter or text of its choices"),
+        ({"groups": ["x"]}, r"has the groups \['x'\]; expected"),
+        ({"groups": {"round": "x"}}, "has a group 'round', by which results are broken down"),
+    ):
+        with pytest.raises(SuiteError, match=message):
+            run(data, tmp_path / "out", file=write(extra))
 
 
 def test_a_checkpoint_without_the_weights_of_a_tower_is_refused(data, tmp_path):

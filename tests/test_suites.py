@@ -325,7 +325,7 @@ def expected_first(name, root):
                     ("Right", "Left"),
                 ),
             ),
-            groups={"task": "StateChange", "category": "temporal", "images": "Few"},
+            groups={"task": "StateChange", "category": "temporal", "image_quantity": "Few"},
         ),
     }[name]  # fmt: skip
 

@@ -6,6 +6,7 @@ change each gives what a fresh one gives; a cache passed to `generate` may also 
 """
 
 import copy
+import shutil
 import warnings
 from contextlib import ExitStack
 
@@ -17,7 +18,13 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.nn.utils import parametrizations, parametrize
 from transformers import LogitsProcessorList
 
-from modeling_visualchat import ChatSession, ConversationCache, ImageMemory, VisionFeatureCache
+from modeling_visualchat import (
+    ChatSession,
+    ConversationCache,
+    ImageMemory,
+    VisionFeatureCache,
+    VisualChatForConditionalGeneration,
+)
 from modeling_visualchat.weights_key_visualchat import weights_key
 
 
@@ -438,6 +445,17 @@ def test_the_key_of_a_decoder_does_not_change_by_itself():
     subject.model(tokens(2, "I", 3), pixels(0))
     subject.model.eval()
     assert weights_key(subject.model.model) == key
+
+
+def test_the_key_is_that_of_the_weights_wherever_the_checkpoint_is(tmp_path):
+    make_model().save_pretrained(tmp_path / "first")
+    shutil.copytree(tmp_path / "first", tmp_path / "second")
+    first, second = (
+        VisualChatForConditionalGeneration.from_pretrained(tmp_path / name) for name in ("first", "second")
+    )
+    assert weights_key(first) == weights_key(second) and weights_key(first.model) == weights_key(second.model)
+    second.lm_head.weight.data[0, 0] += 1
+    assert weights_key(first) != weights_key(second)
 
 
 def test_spectral_norm_and_weight_norm_enter_by_what_they_are_computed_from():

@@ -4,10 +4,11 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Json, List, Value
@@ -28,6 +29,7 @@ class IngestedRecord:
     outcome: Conversation | Dropped
     members: tuple[str, ...] = ()  # files and records of all its raw records, if it has several
     key: str | int | None = None  # the id that the record gives itself
+    extra: Mapping[str, Any] = field(default_factory=dict)  # fields of the record that the reader was asked for
 
 
 @dataclass

@@ -41,12 +41,14 @@ def read_conversations(
     links: str = "",
     control_tokens: Sequence[str] = (),
     ends_with_question: bool = False,
+    extra: Sequence[str] = (),
 ) -> Iterator[IngestedRecord]:
     """
     Reads the conversations of a file, an absolute path or `hf://…`; image paths, relative to `image_root`, by default
     the folder of the file, become absolute, and none leads out of it, see [`ImageReference.resolve`]. Images inside of
     tables become images of an archive, or inline with `embed`. `columns` are other names, and `ends_with_question`
-    is for conversations to be answered, see [`convert_record`]. No text may hold one of `control_tokens`.
+    is for conversations to be answered, see [`convert_record`]. No text may hold one of `control_tokens`. Fields named
+    in `extra` are handed on.
 
     A faulty record is yielded with its reason. `is_strict` raises a `ValueError` or `FileNotFoundError` instead, also
     for what would be repaired. A broken file always raises.
@@ -57,7 +59,8 @@ def read_conversations(
         raise ValueError(f"{name} cannot be read; a file of conversations is one of {', '.join(RECORDS)}.")
     root = image_root or os.path.dirname(file)
     with open_file(file) as contents:
-        for index, (place, record) in enumerate(_read_whole(RECORDS[suffix](contents, file, columns or ()), name)):
+        records = RECORDS[suffix](contents, file, {*(columns or ()), *extra})
+        for index, (place, record) in enumerate(_read_whole(records, name)):
             where = f"{name}, {place}"
             if suffix in TABLES and not embed:
                 names = (f"{index}.{number}" for number in itertools.count())
@@ -65,7 +68,8 @@ def read_conversations(
             outcome = record if isinstance(record, Dropped) else convert_record(record, columns, ends_with_question)
             if isinstance(outcome, Conversation):
                 outcome = _resolve_images(outcome, root, file, links)
-            read = IngestedRecord(where, 1, outcome, key=_find_key(record))
+            found = {key: value for key, value in record.items() if key in extra} if isinstance(record, dict) else {}
+            read = IngestedRecord(where, 1, outcome, key=_find_key(record), extra=found)
             read = check_record(read, control_tokens=control_tokens)
             if is_strict:
                 _raise_faults(read)

@@ -55,7 +55,13 @@ def read_lines(file: Path) -> list[dict]:
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
         write_whole(file, whole.decode())
-    return [json.loads(line) for line in whole.splitlines()]
+    found = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number} is not JSON; remove it, and it is made again.") from error
+    return found
 
 
 def part_file(folder: Path, process: int, num_processes: int) -> Path:

@@ -69,7 +69,10 @@ def name_data(settings: dict[str, Any]) -> tuple[str, str]:
 
 
 def list_results(title: str, dataset: str, results: dict[str, Any], settings: dict[str, Any]) -> list[EvalResult]:
-    """The means of a result for the metadata; those of changed conversations as configurations of the data set."""
+    """
+    The means of a result for the metadata, over parts where the published score is; those of changed conversations as
+    configurations of the data set.
+    """
     variants = {None: results["scores"], **{name: each["scores"] for name, each in results["robustness"].items()}}
     return [
         EvalResult(
@@ -79,7 +82,7 @@ def list_results(title: str, dataset: str, results: dict[str, Any], settings: di
             dataset_config=variant,
             dataset_args=None if settings["limit"] is None else {"limit": settings["limit"]},
             metric_type=metric,
-            metric_value=round(score["all"]["mean"], 4),
+            metric_value=round((score.get("mean_over") or score["all"])["mean"], 4),
         )
         for variant, scores in variants.items()
         for metric, score in scores.items()

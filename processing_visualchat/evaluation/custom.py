@@ -2,18 +2,26 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..data.conversation import Turn
+from ..data.ingestion import IngestedRecord
 from ..data.readers import read_conversations
 from .records import Example, Round, Suite, SuiteError
+from .text_matching import reference_choice
+
+
+EXTRA = ("choices", "references", "groups")
 
 
 def load_conversation_file(source: str | Path) -> Iterator[Example]:
     """
     The conversations of a file in any schema and format of `data/readers.py`, keyed by their place in it. Each
-    answer is the reference of its question.
+    answer is the reference of its question. A record may have `choices`, the options of its last question, whose
+    answer is then a letter or the text of an option; `references`, other right answers to it; and `groups`, as
+    `{"task": "counting"}`, to break results down by.
 
     Raises:
         `SuiteError`: no such file, a record with a fault (or one that would need a repair), or no conversation.
@@ -23,17 +31,37 @@ def load_conversation_file(source: str | Path) -> Iterator[Example]:
         raise SuiteError(f"There is no file {file}; name a file of conversations with --data.")
     is_empty = True
     try:
-        for record in read_conversations(file, name=file.name, is_strict=True):
+        for record in read_conversations(file, name=file.name, is_strict=True, extra=EXTRA):
             is_empty = False
             outcome: Any = record.outcome
             system = None if outcome.system is None else "\n".join(map(str, outcome.system))
             turns = outcome.turns[outcome.system is not None :]
-            rounds = tuple(map(_read_round, turns[::2], turns[1::2]))
-            yield Example(record.where.removeprefix(f"{file.name}, "), rounds, system)
+            rounds = [*map(_read_round, turns[::2], turns[1::2])]
+            rounds[-1] = _add_fields(rounds[-1], record)
+            groups = dict(record.extra.get("groups") or {})
+            yield Example(record.where.removeprefix(f"{file.name}, "), tuple(rounds), system, groups)
     except (ValueError, OSError) as error:
         raise error if isinstance(error, SuiteError) else SuiteError(str(error)) from error
     if is_empty:
         raise SuiteError(f"{file} holds no conversation; write one on every line.")
+
+
+def _add_fields(asked: Round, record: IngestedRecord) -> Round:
+    """The last round with the options and the other references of its record, whose fields are checked."""
+    choices, references, groups = (record.extra.get(name) for name in EXTRA)
+    for name, value in (("choices", choices), ("references", references)):
+        if value is not None and not (isinstance(value, list) and all(isinstance(each, str) for each in value)):
+            raise SuiteError(f"{record.where} has {name} {value!r:.80}; expected a list of texts.")
+    values = groups.values() if isinstance(groups, dict) else [groups]
+    if groups is not None and not all(isinstance(value, str) for value in values):
+        raise SuiteError(f"{record.where} has the groups {groups!r:.80}; expected {{'name': 'value', …}}, of text.")
+    asked = replace(asked, references=(*asked.references, *(references or ())), choices=tuple(choices or ()))
+    for reference in asked.references if choices else ():
+        if reference_choice(reference, asked.choices) is None:
+            raise SuiteError(
+                f"{record.where} has the answer {reference!r:.60}; expected a letter or text of its choices."
+            )
+    return asked
 
 
 def _read_round(question: Turn, answer: Turn) -> Round:
@@ -48,5 +76,5 @@ JSONL = Suite(
     description="Conversations of one's own, in a file of any schema that can be trained on",
     reference="processing_visualchat/data/schemas.py",
     load=load_conversation_file,
-    metrics=("exact_match", "contains", "anls"),
+    metrics=("exact_match", "contains", "anls", "choice"),
 )

@@ -40,6 +40,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from modeling_visualchat.conversation_edits_visualchat import EDITS, VALUES, EditError, Messages, apply_edit
 
+from ..conversation_visualchat import is_image
 from ..data.files import describe_json_error
 from ..data.images import ImageReference
 from .answering import Answerer, Item, describe, describe_round
@@ -69,7 +70,12 @@ def load_edits(source: str | Path) -> Iterator[Example]:
                 raise SuiteError(f"{where} has the key {key} of an earlier line; expected one of its own.")
             keys.add(key)
             steps = [_read_step(step, f"{where}, step {place}", file) for place, step in enumerate(record["steps"], 1)]
-            example = Example(key, tuple(steps), record.get("system"), record.get("groups") or {})
+            system, groups = record.get("system"), record.get("groups") or {}
+            if not isinstance(system, str | None):
+                raise SuiteError(f"{where} has the system instruction {system!r:.80}; expected text.")
+            if not isinstance(groups, dict) or not all(isinstance(value, str) for value in groups.values()):
+                raise SuiteError(f"{where} has the groups {groups!r:.80}; expected {{'name': 'value', …}}, of text.")
+            example = Example(key, tuple(steps), system, groups)
             _try_edits(example, where)
             yield example
     if not keys:
@@ -173,7 +179,8 @@ def answer_with_edits(answerer: Answerer, item: Item) -> dict[str, Any]:
                 counter = PromptCounter(counts)
                 answers[place] = session.answer(messages, counter)
             num_tokens[place] = counter.num_tokens
-        line = describe_round(step, answers[0], len(images), fault)
+        num_images = sum(is_image(block) for message in messages for block in message["content"])
+        line = describe_round(step, answers[0], num_images, fault) | {"num_shown": len(images)}
         shown = {key: value for key, value in (step.edit or {}).items() if key != "image"}
         line |= {"question": json.dumps(shown) if step.edit else line["question"]}
         line |= {"step": next(iter(step.edit)) if step.edit else "ask", "tokens": num_tokens[0]}
@@ -185,9 +192,12 @@ def answer_with_edits(answerer: Answerer, item: Item) -> dict[str, Any]:
 
 
 def sum_up_tokens(lines: list[dict]) -> dict[str, dict[str, float]]:
-    """For each kind of step, and all: steps, tokens computed and anew, their share, and the share of equal answers."""
+    """
+    For each kind of step, and all: answered steps, tokens computed and anew, their share, and the share of equal
+    answers.
+    """
     kinds: dict[str, list[dict]] = {}
-    for step in (step for line in lines for step in line["rounds"] if "tokens" in step):
+    for step in (step for line in lines for step in line["rounds"] if "tokens" in step and "fault" not in step):
         for kind in ("all", step["step"]):
             kinds.setdefault(kind, []).append(step)
     sums = {}

@@ -24,7 +24,7 @@ from .judge import Judge
 from .metrics import find_metrics
 from .names import find_name
 from .pictures import THUMBNAILS, describe_block
-from .records import Example, Round, Suite, SuiteError
+from .records import RESERVED_GROUPS, Example, Round, Suite, SuiteError
 from .results import RESULTS, choose_metrics, score_answers
 from .robustness import ROBUSTNESS, perturb
 from .suites import SUITES as PUBLISHED
@@ -108,7 +108,8 @@ def evaluate(
     settings = {
         **{"checkpoint": name, "weights": weights_key(model), "suite": suite.name, "data": str(data or suite.source)},
         **{"examples": digest_examples(examples), "num_conversations": len(examples), "limit": limit},
-        **{"robustness": names, "suite_metrics": [*suite.metrics], **asdict(options)},
+        **{"robustness": names, "suite_metrics": [*suite.metrics], "mean_over": suite.mean_over},
+        **{"processor": digest_processor(processor), "batch_size": batch_size, **asdict(options)},
     }
     order = {item.id: number for number, item in enumerate(items)}
     if state.is_main_process:
@@ -133,6 +134,11 @@ def load_examples(suite: Suite, data: str | Path | None, limit: int | None) -> l
         raise SuiteError(f"The suite {suite.name} has no conversation in {source}.")
     keys: set[str] = set()
     for example in examples:
+        if reserved := [name for name in RESERVED_GROUPS if name in example.groups]:
+            raise SuiteError(
+                f"The suite {suite.name}, {example.key} has a group {reserved[0]!r}, by which results are broken down "
+                "in any case; expected another name."
+            )
         if example.key in keys:
             raise SuiteError(f"Two conversations of the suite {suite.name} have the key {example.key}.")
         keys.add(example.key)
@@ -186,6 +192,13 @@ def digest_examples(examples: Sequence[Example]) -> str:
         for example in examples
     ]
     return digest_of(json.dumps(described).encode())
+
+
+def digest_processor(processor: Any) -> str:
+    """The digest of what makes inputs of a conversation: chat template, tokenizer and image processing."""
+    tokenizer, image_processor = processor.tokenizer, processor.image_processor
+    parts = [processor.chat_template, tokenizer.backend_tokenizer.to_str(), tokenizer.model_max_length]
+    return digest_of(json.dumps([*parts, processor.image_seq_length, image_processor.to_dict()], default=str).encode())
 
 
 def answer_batch(answerer: Answerer, batch: Sequence[Item]) -> Iterable[dict]:

@@ -1,8 +1,9 @@
 """
 A judge model that scores open answers, behind an OpenAI-compatible address.
 
-Each reply of the judge is kept in `judge.jsonl`, with the prompt and the model. A judge that does not answer, or in
-another form than asked for, is asked again; if that does not help, the score is missing, and counted as such.
+Each reply of the judge is kept in `judge.jsonl`, with the prompt and the model. A judge that does not answer is asked
+again after a while, and one that answers in another form than asked for at once; if that does not help, the score is
+missing, and counted as such. Answers to questions without a reference are not judged: it does not see the images.
 """
 
 import os
@@ -39,7 +40,9 @@ class Judge:
         model (`str`): The name of the model there.
         prompt (`str`, *optional*): With `{question}`, `{reference}` and `{answer}`; it asks for a line "Score: N".
         key_variable (`str`, *optional*, defaults to `"OPENAI_API_KEY"`): The environment variable that holds the key.
-        attempts (`int`, *optional*, defaults to 3): How often it is asked for one score.
+        attempts (`int`, *optional*, defaults to 3): How often it is asked for one score, if its replies have none.
+        retries (`int`, *optional*, defaults to 5): How often a request is sent again that has no reply, or one of a
+            server that is busy: after the seconds that the server asks for, or else from 0.5, doubled up to 8.
         timeout (`float`, *optional*, defaults to 60): Seconds to wait for a reply.
         max_parallel (`int`, *optional*, defaults to 8): Requests at the same time.
     """
@@ -49,6 +52,7 @@ class Judge:
     prompt: str = PROMPT
     key_variable: str = "OPENAI_API_KEY"
     attempts: int = 3
+    retries: int = 5
     timeout: float = 60.0
     max_parallel: int = 8
 
@@ -74,7 +78,7 @@ class Judge:
     def _questions(self, lines: list[dict]) -> Iterator[dict[str, Any]]:
         for line in lines:
             for number, asked in enumerate(line["rounds"], 1):
-                if asked["references"]:
+                if asked["references"] and "fault" not in asked:
                     texts = {name: asked[name] for name in ("question", "answer")}
                     prompt = self.prompt.format(reference=" / or: ".join(asked["references"]), **texts)
                     yield {"id": line["id"], "round": number, "model": self.model, "prompt": prompt}
@@ -85,7 +89,7 @@ class Judge:
         except ImportError as error:
             raise ImportError(f"A judge needs the package openai: {EXTRA}") from error
         key = os.environ.get(self.key_variable) or "none"  # a server of one's own asks for none
-        return OpenAI(base_url=self.url, api_key=key, timeout=self.timeout, max_retries=0)
+        return OpenAI(base_url=self.url, api_key=key, timeout=self.timeout, max_retries=self.retries)
 
     def _ask(self, client: Any, question: dict[str, Any]) -> dict[str, Any]:
         """A line of `judge.jsonl`: the question with all replies and faults, and the score or `None`."""
@@ -100,7 +104,7 @@ class Judge:
                 text = (completion.choices[0].message.content or "") if completion.choices else ""
             except (OpenAIError, ValueError) as error:
                 replies.append({"fault": f"{type(error).__name__}: {error}"[:500]})
-                continue
+                break
             found = SCORE.findall(text)
             score = float(found[-1]) / 10 if found else None
             if score is not None and score <= 1:

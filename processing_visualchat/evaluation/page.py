@@ -62,15 +62,15 @@ def _format_conversation(folder: Path, line: dict, scores: Mapping[str, Sequence
     parts = [f'<p class="where">{html.escape(line["key"])}{" · " * bool(groups)}{html.escape(groups)}</p>']
     num_shown = 0
     for number, asked in enumerate(line["rounds"]):
-        new = range(num_shown, asked["num_images"])
+        new = range(num_shown, asked.get("num_shown", asked["num_images"]))  # an edit takes images away
         images = "".join(_format_thumbnail(folder, line["images"][image], image + 1) for image in new)
-        num_shown = asked["num_images"]
+        num_shown = new.stop
         parts.append(_format_round(asked, images, {metric: values[number] for metric, values in scores.items()}))
     return f'<div class="conversation">{"".join(parts)}</div>'
 
 
 def _format_round(asked: dict, images: str, scores: Mapping[str, float | None]) -> str:
-    deciding = next(iter(scores.values()), None)  # the first metric decides
+    deciding = next((score for score in scores.values() if score is not None), None)  # the first metric decides
     kind = "open" if deciding is None else "right" if deciding >= 1 else "wrong" if deciding == 0 else "partly"
     options = [f"{chr(65 + place)}. {text}" for place, text in enumerate(asked["choices"])]
     found = ", ".join(f"{metric} {'-' if score is None else f'{score:.2f}'}" for metric, score in scores.items())

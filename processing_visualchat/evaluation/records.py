@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 
+RESERVED_GROUPS = ("round", "images", "step")  # what results are always broken down by
+
+
 class SuiteError(ValueError):
     """A suite's file that is missing or in another format: says file, record and what was expected."""
 
@@ -29,7 +32,8 @@ class Example:
     key: str  # unique in its suite, the same in every run
     rounds: tuple[Round, ...]
     system: str | None = None  # the system instruction; by default the template's
-    groups: dict[str, str] = field(default_factory=dict)  # what results are broken down by, as `{"task": "counting"}`
+    # What results are broken down by, as `{"task": "counting"}`; not by a name in `RESERVED_GROUPS`.
+    groups: dict[str, str] = field(default_factory=dict)
 
     @property
     def num_images(self) -> int:
@@ -48,4 +52,5 @@ class Suite:
     load: Callable[[str | Path], Iterator[Example]]
     metrics: tuple[str, ...]  # names in `METRICS`, the deciding one first
     source: str | None = None  # name on the Hub, if it is published there
+    mean_over: str | None = None  # the group whose parts the published score weighs equally, as `"task"`
     max_new_tokens: int = 256

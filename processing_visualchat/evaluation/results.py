@@ -14,10 +14,13 @@ from .edits import sum_up_tokens
 from .judge import Judge
 from .metrics import Answer, Metric, find_metrics
 from .page import write_page
-from .statistics import Mean, ScoredRound, average, break_down
+from .statistics import Mean, ScoredRound, average, break_down, natural_order
 
 
 RESULTS, TABLE = "metrics.json", "results.md"
+TEXT_METRICS = ("exact_match", "contains", "anls", "rouge_l")
+WITHOUT_SCORE = dict.fromkeys(TEXT_METRICS, "no question without options has a reference")
+WITHOUT_SCORE["cider"] = "it needs two questions without options that have a reference"
 HEAD: Row = ("metric", "mean", "95% interval", "rounds", "conversations", "missing")
 
 
@@ -26,6 +29,10 @@ class ScoredAnswers(NamedTuple):
 
     lines: list[dict]
     scores: dict[str, list[list[float | None]]]
+
+    def has_score(self, metric: str) -> bool:
+        """Whether any round has a score."""
+        return any(score is not None for scores in self.scores[metric] for score in scores)
 
     def rounds(self, metric: str) -> list[ScoredRound]:
         """The scored rounds, with what they are broken down by."""
@@ -55,8 +62,9 @@ def score_answers(
         page_size (`int`, *optional*, defaults to 200): Maximum conversations on the page.
 
     Returns:
-        `dict`: What `metrics.json` holds: `scores` by metric, each with `all` and a breakdown `by` round, number of
-        images and group; `robustness` by name; `tokens` of edits; `trained_on`; and `notes` in sentences.
+        `dict`: What `metrics.json` holds: `scores` by metric, each with `all`, a breakdown `by` round, number of
+        images and group, and `mean_over` the parts that the suite's published score weighs equally; `robustness` by
+        name; `tokens` of edits; `trained_on`; and `notes` in sentences.
 
     Raises:
         `FileNotFoundError`: the folder holds no answers.
@@ -76,6 +84,10 @@ def score_answers(
     verdicts = judge.score(lines, folder) if judge is not None else {}
     variants = {name: _score_variant(lines, name, chosen, verdicts) for name in (PLAIN, *settings["robustness"])}
     plain = variants.pop(PLAIN)
+    if not metrics:  # those of a suite are for all kinds of its questions, of which some data have not all
+        chosen = [metric for metric in chosen if plain.has_score(metric.name)] or chosen
+    num_open = sum(not asked["references"] for line in lines for asked in line["rounds"])
+    mean_over = settings.get("mean_over")
     results: dict[str, Any] = {
         "suite": settings["suite"],
         "checkpoint": settings["checkpoint"],
@@ -83,11 +95,11 @@ def score_answers(
         "num_conversations": len(plain.lines),
         "num_rounds": sum(len(line["rounds"]) for line in plain.lines),
         "num_faults": sum("fault" in asked for line in lines for asked in line["rounds"]),
-        "scores": {metric.name: break_down(plain.rounds(metric.name)) for metric in chosen},
-        "robustness": {name: _compare(variant, plain) for name, variant in variants.items()},
+        "scores": {metric.name: break_down(plain.rounds(metric.name), mean_over) for metric in chosen},
+        "robustness": {name: _compare(variant, lines, chosen, verdicts) for name, variant in variants.items()},
         "tokens": sum_up_tokens(plain.lines),
         "trained_on": find_trained_images(settings["checkpoint"], lines),
-        "judge": None if judge is None else {"model": judge.model, "missing": [*verdicts.values()].count(None)},
+        "judge": judge and {"model": judge.model, "missing": [*verdicts.values()].count(None), "open": num_open},
     }
     results["notes"] = [*notes, *_find_notes(results)]
     write_whole(folder / RESULTS, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
@@ -120,7 +132,8 @@ def _score_variant(lines: list[dict], variant: str, metrics: list[Metric], verdi
             tuple(asked["choices"]),
             asked["question"],
             tuple(map(tuple, asked.get("option_scores", ()))),
-            verdicts.get((line["id"], number)),
+            0.0 if "fault" in asked and asked["references"] else verdicts.get((line["id"], number)),
+            asked.get("fault", ""),
         )
         for line in lines
         for number, asked in enumerate(line["rounds"], 1)
@@ -132,12 +145,18 @@ def _score_variant(lines: list[dict], variant: str, metrics: list[Metric], verdi
     return ScoredAnswers(lines, scores)
 
 
-def _compare(variant: ScoredAnswers, plain: ScoredAnswers) -> dict[str, Any]:
-    """The scores of a variant, those of the same conversations as they are, and the difference."""
+def _compare(variant: ScoredAnswers, lines: list[dict], metrics: list[Metric], verdicts: dict) -> dict[str, Any]:
+    """
+    The scores of a variant, those of the same conversations as they are, and the difference. The latter are scored
+    without the conversations that were left out, which CIDEr would count words in.
+    """
     keys = {line["key"] for line in variant.lines}
+    num_plain = sum(line["variant"] == PLAIN for line in lines)
+    plain = _score_variant([line for line in lines if line["key"] in keys], PLAIN, metrics, verdicts)
     numbers = {line["key"]: number for number, line in enumerate(plain.lines)}
     scores = {}
-    for metric, changed in variant.scores.items():
+    for metric in (metric.name for metric in metrics):
+        changed = variant.scores[metric]
         same = [plain.scores[metric][numbers[line["key"]]] for line in variant.lines]
         differences = [
             ScoredRound(line["key"], None if new is None or old is None else new - old)
@@ -145,13 +164,13 @@ def _compare(variant: ScoredAnswers, plain: ScoredAnswers) -> dict[str, Any]:
             for new, old in zip(news, olds)
         ]
         means = {
-            "plain": average(each for each in plain.rounds(metric) if each.conversation in keys),
+            "plain": average(plain.rounds(metric)),
             "difference": average(differences),
         }
         scores[metric] = break_down(variant.rounds(metric)) | {
             name: None if mean is None else asdict(mean) for name, mean in means.items()
         }
-    left_out = len(plain.lines) - len(variant.lines)
+    left_out = num_plain - len(variant.lines)
     return {"num_conversations": len(variant.lines), "num_left_out": left_out, "scores": scores}
 
 
@@ -173,6 +192,14 @@ def _find_notes(results: dict[str, Any]) -> list[str]:
         notes.append(f"WARNING: {trained['num_trained_on']:,} of {trained['num_images']:,} images were trained on.")
     if results["num_faults"]:
         notes.append(f"WARNING: {results['num_faults']:,} questions were too long for the model, and have no answer.")
+    for metric, score in results["scores"].items():
+        if score["all"] is None and metric != "judge":
+            notes.append(f"The metric {metric} has no score: {WITHOUT_SCORE.get(metric, 'no question has options')}.")
+    if results["judge"] and results["judge"]["open"]:
+        notes.append(
+            f"The judge was not asked about {results['judge']['open']:,} answers to questions without a reference; "
+            "index.html shows them with their images."
+        )
     if results["judge"] and results["judge"]["missing"]:
         notes.append(f"WARNING: the judge gave no score to {results['judge']['missing']:,} answers; see judge.jsonl.")
     return notes
@@ -191,16 +218,32 @@ def format_mean(mean: Mean) -> tuple[str, str]:
     return f"{mean.mean:.3f}", interval
 
 
+def _breakdowns(scores: dict[str, dict[str, dict[str, dict]]]) -> dict[str, list[Row]]:
+    """A table for each kind of parts, as the number of images: a part a row, a metric a column."""
+    found: dict[str, list[Row]] = {}
+    for kind in dict.fromkeys(kind for by in scores.values() for kind in by):
+        means = {metric: by.get(kind, {}) for metric, by in scores.items()}
+        values = sorted({value for parts in means.values() for value in parts}, key=natural_order)
+        if len(values) > 1:
+            found[f"By {kind}"] = [(kind, "rounds", *(f"{metric} (95% interval)" for metric in means))]
+            for value in values:
+                of_value = [parts.get(value) for parts in means.values()]
+                num_rounds = next(mean["num_rounds"] + mean["num_missing"] for mean in of_value if mean)
+                cells = ("-" if mean is None else "{} ({})".format(*format_mean(Mean(**mean))) for mean in of_value)
+                found[f"By {kind}"].append((value, num_rounds, *cells))
+    return found
+
+
 def tables(results: dict[str, Any]) -> dict[str, list[Row]]:
     """The tables of a result by their titles."""
     found: dict[str, list[Row]] = {"Scores": [HEAD]}
     for metric, score in results["scores"].items():
         found["Scores"].append(_mean_row(metric, score["all"], score["num_missing"]))
-    for metric in results["metrics"][:1]:
-        for kind, parts in results["scores"][metric]["by"].items():
-            if len(parts) > 1:
-                found[f"{metric} by {kind}"] = [(kind, *HEAD[1:])]
-                found[f"{metric} by {kind}"] += [_mean_row(name, mean) for name, mean in parts.items()]
+        if "mean_over" in score:
+            kind, mean = score["mean_over"]["parts"], {**score["mean_over"]}
+            del mean["parts"]
+            found["Scores"].append(_mean_row(f"{metric}, mean over {kind}", mean, score["num_missing"]))
+    found |= _breakdowns({name: score["by"] for name, score in results["scores"].items() if score["all"]})
     rows: list[Row] = [
         ("change", "metric", "mean", "plain", "difference", "95% interval", "conversations", "left out")
     ]

@@ -16,19 +16,21 @@ What stays right is decided from the words alone, and in doubt an example is lef
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from ..conversation_visualchat import is_image
 from .pictures import describe_block
 from .records import Example, Round
 
 
+NUMERAL = r"\d+(?:st|nd|rd|th)"
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 NOUN = r"(?:images?|pictures?|photos?|photographs?|figures?|scans?)"
 NUMBERED = re.compile(rf"\b({NOUN}[ -]?#?)(\d+)\b(?!\s*(?:[,&]|and|or|to|-|–)\s*#?\d)", re.IGNORECASE)  # noqa: RUF001
-# Of an image, or by itself: "the second image", "Is the first darker than the second?".
+ANY_ORDINAL = rf"{'|'.join(ORDINALS)}|{NUMERAL}"
+# Of an image, or by itself: "the second image", "Is the 1st darker than the 2nd?".
 ORDINAL = re.compile(
-    rf"\b(the\s+)?({'|'.join(ORDINALS)})(\s+{NOUN}\b)|\b(the\s+)({'|'.join(ORDINALS)})(?=\s*(?:[.,;:!?)]|$)"
+    rf"\b(the\s+)?({ANY_ORDINAL})(\s+{NOUN}\b)|\b(the\s+)({ANY_ORDINAL})(?=\s*(?:[.,;:!?)]|$)"
     r"|\s+(?:one|and|or|than)\b)",
     re.IGNORECASE,
 )
@@ -37,8 +39,14 @@ SIDE = re.compile(rf"\b(left|right)((?:-hand)?\s+{NOUN})\b", re.IGNORECASE)
 PLACES = re.compile(r"(\bthe first image is the left one, the second the right one\b)", re.IGNORECASE)
 # What depends on the order of the images, and is not one of the above.
 ORDER_WORDS = re.compile(
-    rf"\b(?:{'|'.join(ORDINALS)}|last|left|right|former|latter|before|after|earlier|later|order|sequence"
-    rf"|(?:previous|next|preceding)\s+{NOUN}|{NOUN}\s*(?:#?\d+|one|two|three|four))\b",
+    rf"\b(?:{ANY_ORDINAL}|last|left|right|former|latter|before|after|earlier|later|order|sequence|next|then|start|end"
+    rf"|beginning|(?:previous|preceding|source|target|top|bottom|upper|lower)\s+{NOUN}"
+    rf"|{NOUN}\s*(?:#?\d+|one|two|three|four|[a-h]))\b",
+    re.IGNORECASE,
+)
+# An answer of these words tells what is different in one of the images, if it does not name it.
+CHANGE_WORDS = re.compile(
+    r"\b(?:more|less|fewer|gone|now|no longer|any ?more|added|removed|(?:dis)?appear(?:s|ed)?|missing|new)\b",
     re.IGNORECASE,
 )
 LABEL = re.compile(rf"\(?{NOUN}[ -]?#?\d+\)?\s*[:.]?\s*|\(?\d+\)?\s*[:.]?\s*", re.IGNORECASE)
@@ -46,6 +54,7 @@ ASKS_WHICH = re.compile(rf"\b(?:which|what)\s+(?:(?:one\s+)?of\s+the\s+(?:\w+\s+
 COUNTS_IMAGES = re.compile(
     rf"\b(?:how many|number of|all|last|every|each|both|these|those)\b.*\b{NOUN}\b", re.IGNORECASE
 )
+OPTION = re.compile(r"(?:^|\n)\s*\(?[A-Z][).:]\s*$")  # the letter before an option that is an image
 MARK = "\0"  # before a reference to an image that has been renamed
 
 
@@ -57,6 +66,12 @@ class Perturbation:
     meaning: str  # of its score, for a model card
     change: Callable[[Example, Example], Example | None]
     needs_other: bool = False  # takes images of the other example
+
+
+def to_numeral(number: int) -> str:
+    """1 as "1st"."""
+    suffix = {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}th" if number % 100 in (11, 12, 13) else f"{number}{suffix}"
 
 
 def rename_images(text: str, numbers: dict[int, int], is_pair: bool = False) -> str | None:
@@ -79,10 +94,12 @@ def rename_images(text: str, numbers: dict[int, int], is_pair: bool = False) -> 
 
     def ordinal(match: re.Match) -> str:
         article, word, noun = (match[1], match[2], match[3]) if match[2] else (match[4], match[5], "")
-        known = numbers.get(ORDINALS.index(word.lower()) + 1)
+        is_numeral = word[0].isdigit()
+        known = numbers.get(int(word[:-2]) if is_numeral else ORDINALS.index(word.lower()) + 1)
         if known is None or known > len(ORDINALS):
             return match[0]
-        return f"{article or ''}{MARK}{like(ORDINALS[known - 1], word)}{MARK}{noun}"
+        other = to_numeral(known) if is_numeral else like(ORDINALS[known - 1], word)
+        return f"{article or ''}{MARK}{other}{MARK}{noun}"
 
     def side(match: re.Match) -> str:
         other = {"left": "right", "right": "left"}[match[1].lower()]
@@ -124,7 +141,7 @@ def _swap_round(asked: Round, numbers: dict[int, int], is_pair: bool) -> Round |
         is_between = bool(places) and places[0] < place < places[-1]
         content[place] = None if text is None or is_between else {**block, "text": text}
     question = " ".join(block["text"] for block in asked.content if not is_image(block))
-    choices = [rename_images(choice, numbers, is_pair) for choice in asked.choices]
+    choices = [_rename_answer(choice, numbers, is_pair) for choice in asked.choices]
     references = [_swap_reference(each, question, numbers, is_pair, bool(asked.choices)) for each in asked.references]
     if None in content or None in choices or None in references:
         return None
@@ -141,7 +158,13 @@ def _swap_reference(
     if ASKS_WHICH.search(question) and re.search(r"\d", reference) and not NUMBERED.fullmatch(bare):
         known = numbers.get(int(bare)) if bare.isdecimal() else None
         return None if known is None else reference.replace(bare, str(known))
-    return rename_images(reference, numbers, is_pair)
+    return _rename_answer(reference, numbers, is_pair)
+
+
+def _rename_answer(text: str, numbers: dict[int, int], is_pair: bool) -> str | None:
+    """A reference or an option; `None` also if it tells a change without saying in which image."""
+    renamed = rename_images(text, numbers, is_pair)
+    return None if renamed == text and CHANGE_WORDS.search(text) else renamed
 
 
 def add_distractor(example: Example, other: Example) -> Example | None:
@@ -150,6 +173,9 @@ def add_distractor(example: Example, other: Example) -> Example | None:
     last = max((number for number, each in enumerate(rounds) if any(map(is_image, each.content))), default=None)
     if last is None:
         return None
+    pairs = pairwise(rounds[last].content)
+    if any(is_image(image) and not is_image(label) and OPTION.search(label["text"]) for label, image in pairs):
+        return None  # it would stand among images that are options
     about = "image 1" if count == 1 else f"images 1 to {count}"
     for number in range(last, len(rounds)):
         content = list(rounds[number].content)

@@ -10,6 +10,7 @@ NUMBER_WORDS = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
     *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
 )
+LETTER_A = "lettera"
 DIGITS = {"none": "0", **{word: str(number) for number, word in enumerate(NUMBER_WORDS)}}
 PUNCTUATION = re.compile(r"""[;/\[\]"{}()=+\\_<>@`,?!:*#~|]|(?<=\S)-|-(?!\d)""")
 
@@ -29,17 +30,27 @@ def normalize(text: str) -> str:
     """
     Text in the form that exact match compares, after the evaluation of VQA (Antol et al., 2015): lower case, without
     articles and punctuation (a decimal point and a minus sign stay), words for the numbers up to twenty as digits, and
-    "none" as 0.
+    "none" as 0. Text of nothing else keeps its articles, or else its punctuation ("A", "+").
 
     ```python
     >>> normalize("There are Two cats, on the 1,000.5 m²!")
     'there are 2 cats on 1000.5 m²'
     ```
     """
+    words = _split_words(text)
+    kept = [word for word in words if word not in ARTICLES] or words or text.lower().split()
+    return " ".join(DIGITS.get(word, word) for word in kept)
+
+
+def _split_words(text: str) -> list[str]:
     text = re.sub(r"(?<=\d),(?=\d{3})", "", text.lower())
     text = re.sub(r"(?<!\d)\.|\.(?!\d)|['’]", "", text)  # noqa: RUF001, an apostrophe as it is typeset
-    words = PUNCTUATION.sub(" ", text).split()
-    return " ".join(DIGITS.get(word, word) for word in words if word not in ARTICLES)
+    return PUNCTUATION.sub(" ", text).split()
+
+
+def _normalize_option(text: str) -> str:
+    """As [`normalize`], but an A that is no article stays: it ends a text, or is a capital within it ("Point A")."""
+    return normalize(re.sub(r"(?<=\w)(\W+)(?:A\b|a\W*$)", rf"\1{LETTER_A}", text))
 
 
 def holds_words(text: str, words: str) -> bool:
@@ -60,13 +71,15 @@ def find_choice(answer: str, choices: Sequence[str]) -> int | None:
        does not count ("cat" in "black cat").
     6. One capital letter stands by itself; not the article A at the beginning, nor the pronoun I.
     """
+    if not answer.strip():
+        return None
     letters = string.ascii_uppercase[: len(choices)]
     for form in LETTER_FORMS:
         if match := re.fullmatch(_fill(form, letters), answer, re.DOTALL):
             return letters.index(match[1].upper())
     if after := re.findall(_fill(LETTER_AFTER, letters), answer):
         return letters.index(after[-1])
-    text, options = normalize(answer), [normalize(choice) for choice in choices]
+    text, options = _normalize_option(answer), [_normalize_option(choice) for choice in choices]
     if options.count(text) == 1:
         return options.index(text)
     if len(found := {*re.findall(_fill(LETTER_IN_PARENTHESES, letters), answer)}) == 1:

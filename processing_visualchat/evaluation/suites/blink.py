@@ -35,6 +35,7 @@ BLINK = Suite(
     reference="Fu et al., BLINK, arXiv 2404.12390",
     load=suite_loader("blink", ["val-*.parquet"], _convert, partial(read_records, columns=COLUMNS)),
     metrics=("choice",),
+    mean_over="task",
     source="BLINK-Benchmark/BLINK",
     max_new_tokens=64,
 )

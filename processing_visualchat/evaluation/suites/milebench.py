@@ -69,7 +69,7 @@ def _convert(record: RawRecord, root: Path) -> Example:
         named = name_images([_tag(option) for option in options], _tag(context).count(IMAGE_TAG))
         choices, reference = (named, LETTERS[matches[0]]) if has_letters else ((), named[matches[0]])
     content = interleave(record, _tag("\n".join(lines)), images)
-    groups = {"task": name, "category": DATASETS[name], "images": record.text("image_quantity_level")}
+    groups = {"task": name, "category": DATASETS[name], "image_quantity": record.text("image_quantity_level")}
     key = f"{name}-{record.get('sample_id', int, str)}"
     return Example(key, (Round(content, (reference,), choices),), groups=groups)
 

@@ -175,7 +175,7 @@ def find_files(path: Path, patterns: Sequence[str], name: str, is_read: Callable
     for pattern in patterns:
         if files := sorted(file for file in path.rglob(pattern) if file.is_file() and is_read(file)):
             return files
-    raise SuiteError(f"The suite {name} has no file in {path}; expected {' or '.join(patterns)}.")
+    raise SuiteError(f"The suite {name} has no file in {path}; expected {' or '.join(patterns)}{hint_archives(path)}.")
 
 
 def suite_loader(
