@@ -75,7 +75,8 @@ class VisualChatConfig(PreTrainedConfig):
             arXiv 2204.14198); `ATTENTION_TYPES` holds them with `merge` and `image_attention`.
         merge (`str`, *optional*, defaults to `"joint"` for `"mmca"`):
             How a text token merges text and images in `"mmca"`: the `"sum"` of two softmaxes, as in the paper, or
-            `"joint"`, the two weighted by their shares of the joint normaliser (D-Attn, arXiv 2502.01906).
+            `"joint"`, the two weighted by their shares of the joint normaliser (D-Attn, arXiv 2502.01906). With
+            `image_attention="self_and_text"`, and in saved configurations of before version 0.7.0, `"sum"`.
         image_attention (`str`, *optional*, defaults to `"self"`):
             What an image token attends to in `"mmca"`: `"self"`, `"image"` (all tokens of its own image; MIMIC, arXiv
             2601.07812), or `"self_and_text"` (itself and earlier text, for checkpoints of the original
@@ -86,7 +87,7 @@ class VisualChatConfig(PreTrainedConfig):
         image_scope (`str`, *optional*, defaults to `"half"` for `"mmca"` and `"all"` for `"cross"`):
             The images that a text token reads in `"mmca"` and `"cross"`: `"all"` earlier ones, or only the `"last"`
             one before it, as in Flamingo; earlier ones then reach it through earlier text. In `"mmca"`, `"half"` of
-            the heads reads the last one, and the others all.
+            the heads reads the last one, and the others all. Where `merge` is `"sum"` by default, this is `"all"`.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
             Whether input and output embeddings are one table; taken from `text_config` when that says so.
 

@@ -135,7 +135,7 @@ class AttentionType:
 
     @property
     def key(self) -> str:
-        """The name in `ATTENTION_TYPES`: `"mmca"`, or `"mmca_joint"` with what differs from the defaults."""
+        """The name in `ATTENTION_TYPES`: `"mmca"` is the paper's form; others add what differs (`"mmca_joint"`)."""
         variants = [self.merge] * (self.merge != "sum") + [self.image_attention] * (self.image_attention != "self")
         return "_".join([self.name, *variants])
 

@@ -1,16 +1,17 @@
 r"""
 Multi-modal causal attention (MMCA; section 4.1 of arXiv 2309.14327), exactly.
 
-A text token attends to every earlier token through two softmaxes over disjoint keys, one over the text up to itself
-and one over the images before it, and the two results are summed; a set without a key contributes exactly zero. An
-image token attends only to itself, so its output is its own value vector:
+In the paper's form, a text token attends to every earlier token through two softmaxes over disjoint keys, one over the
+text up to itself and one over the images before it, and the two results are summed; a set without a key contributes
+exactly zero. An image token attends only to itself, so its output is its own value vector:
 
     out_i = softmax_{j<=i, text}(scaling * q_i k_j) V_text + softmax_{j<i, image}(scaling * q_i k_j) V_image   (text)
     out_i = v_i                                                                                               (image)
 
-`attention_types_visualchat.py` draws the pattern. Padding is never attended to, and the output of a padding query is
-zero. Two departures from the original implementation, on purpose: text before the first image gets nothing from images
-(there: a uniform softmax over past and future), and an image token does not attend to earlier text (there: it does).
+`attention_types_visualchat.py` draws the pattern, with all images for every head. Padding is never attended to, and
+the output of a padding query is zero. Two departures from the original implementation, on purpose: text before the
+first image gets nothing from images (there: a uniform softmax over past and future), and an image token does not
+attend to earlier text (there: it does).
 
 Three fields of [`VisualChatConfig`] vary the pattern. New models have `merge="joint"` and `image_scope="half"`, which
 answered more questions about several images in `examples/study`; the paper's form is `"sum"` and `"all"`:
@@ -40,7 +41,8 @@ routes with the same result:
   channels. transformers' own mask functions make the mask once a forward pass, so caches, padding and sliding windows
   are theirs.
 - In two streams (`two_streams_visualchat.py`), wherever decoder and cache allow it: images go through the decoder
-  first and text reads their keys and values. No work is done for image queries, and no masked-out block is touched.
+  first and text reads their keys and values. No work is done for image queries, and with a sum no masked-out block is
+  touched; a joint merge masks within the blocks of text that read several images.
 
 Dimensions: B batch, S keys (past and current), Q queries, H query heads, K key/value heads (K divides H), D head size.
 """

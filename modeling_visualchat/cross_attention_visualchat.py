@@ -14,9 +14,9 @@ nothing but the image. A text token before the first image reads nothing, and no
 With n for `cross_layer_interval`, the layers stand before the decoder layers n - 1, 2n - 1, …, counted from 0, as in
 OpenFlamingo (arXiv 2308.01390); IDEFICS, which gave the field its name, places them before 0, n, 2n, …, where the
 first one reads by embeddings. Departures from Flamingo, on purpose: no gated feed-forward follows, since it would
-change text before any image; a token reads all earlier images, as in MMCA, or with `image_scope="last"` only the
-last one, as in Flamingo; no resampler belongs to it, which is the projector's part. Keys have no positions, so a token
-that reads several images cannot tell them apart by their order; with `"last"`, the text behind each image can.
+change text before any image; by default a token reads all earlier images, and with `image_scope="last"` only the last
+one, as in Flamingo; no resampler belongs to it, which is the projector's part. Keys have no positions, so a token that
+reads several images cannot tell them apart by their order; with `"last"`, the text behind each image can.
 
 The cross-attention runs in hooks on the decoder layers, which are handed the images by a keyword argument: the decoder
 stays as it is, with its own kernels, masks, adapters and gradient checkpointing.

@@ -3,17 +3,18 @@ The plan of one forward pass in two streams: where the text tokens are, and whic
 
 An image token reads only its own image, so images go through the decoder first, each on its own
 (`image_states_visualchat.py`), and leave their keys and values at every layer. The text follows and reads those, and
-image queries cost nothing. Drawn for `I I T T I T`, with the image keys in front (rows are the queries computed, t =
-text on text, i = text on image):
+image queries cost nothing. Drawn for `I I T T I T` and `image_scope="all"`, with the image keys in front (rows are the
+queries computed, t = text on text, i = text on image):
 
     T | i i .  t . .
     T | i i .  t t .
     T | i i i  t t t
 
-Text on text is plain causal attention; each run of text between two images reads a prefix of the image keys of its
-conversation, so nothing is masked. Text and images of a row fill the slots of two blocks from the left; unequal rows
-are padded on the right of each block, where neither causality nor a prefix reaches. Only text that continues after
-such padding, on a kept cache, needs a mask.
+Text on text is plain causal attention; each run of text between two images reads a slice of the image keys of its
+conversation, all up to it or only the last image, so with a sum nothing is masked. A joint merge takes the runs of
+several images together, by one masked call a block ([`JointBlock`]). Text and images of a row fill the slots of two
+blocks from the left; unequal rows are padded on the right of each block, where neither causality nor a prefix reaches.
+Only text that continues after such padding, on a kept cache, needs a mask.
 
 Dimensions: B rows, Q current positions, T text slots and I image slots (the largest number of a row), H query heads, K
 key/value heads, D head size.

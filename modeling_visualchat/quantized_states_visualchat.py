@@ -1,6 +1,6 @@
 """
-Keys and values of images in 8 or 4 bits, by torchao: in an image memory they take a quarter of their size, and are
-dequantized where a layer reads them.
+Keys and values of images in 8 or 4 bits, by torchao: in an image memory they take a quarter or a seventh of their size
+in float32, and are dequantized where a layer reads them.
 
 Every vector of a key or value, or every 32 numbers of it in 4 bits, has a scale and a zero point of its own.
 """

@@ -2,8 +2,8 @@
 The two-stream route through the decoder: images first, each on its own, then the text, which reads their keys and
 values.
 
-No work is done for image queries, nothing is masked, and an image that occurs twice is computed once. The layers of
-the decoder are called twice in a forward pass, and so are hooks on them.
+No work is done for image queries, with a sum nothing is masked, and an image that occurs twice is computed once. The
+layers of the decoder are called twice in a forward pass, and so are hooks on them.
 """
 
 import contextlib

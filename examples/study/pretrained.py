@@ -31,6 +31,7 @@ from run import (
     FLOOR,
     FOLDER,
     Results,
+    count_exact,
     peak_mebibytes,
     run_in_processes,
     second_question_over_first,
@@ -177,15 +178,13 @@ class Run(TrainerCallback):
 
     @torch.no_grad()
     def ask(self, task: str, number: int, split: str) -> float:
-        """The share of exact matches of greedy answers, from one forward pass as in run.py."""
+        """The share of exact matches of greedy answers."""
         conversations, right = PictureConversations(self.splits[split], number, 1, task, self.has_images), 0
         self.model.eval()
         for start in range(0, number, TEST_BATCH_SIZE):
             end = min(start + TEST_BATCH_SIZE, number)
             batch = self.collator([conversations[index] for index in range(start, end)])
-            labels = batch.pop("labels")[:, 1:]
-            best = self.model(**batch, use_cache=False).logits[:, :-1].argmax(dim=-1)
-            right += int(((best == labels) | (labels == -100)).all(dim=1).sum())
+            right += count_exact(self.model, batch)
         self.model.train()
         return right / number
 

@@ -6,7 +6,7 @@ Trains and evaluates every arm of the study on the same conversations; one line 
     python examples/study/run.py --quick           # one seed, a few steps, into a folder of its own: does it work?
     python examples/study/tables.py                # tables and figures of results.csv
 
-Started again, it goes on where it stopped; a run that was interrupted starts anew. A run is a process of one thread;
+Started again, it continues where it stopped; an interrupted run starts again. A run is a process of one thread;
 `--processes 2` makes two runs at a time. What is compared and what decides is in README.md, written before the first
 run.
 """
@@ -30,7 +30,7 @@ import torch
 from scans import WORDS
 from tasks import TASKS, StudyConversations
 from tiny_model import build_model
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import BatchFeature, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from modeling_visualchat import ImageMemory, VisualChatForConditionalGeneration
@@ -180,21 +180,29 @@ class Run(TrainerCallback):
 
     @torch.no_grad()
     def ask(self, task: str, number: int) -> float:
-        """
-        The share of exact matches of greedy answers, from one forward pass: an answer is generated greedily if and
-        only if each of its tokens, its end included, is the most likely one after those before it.
-        """
+        """The share of exact matches of greedy answers."""
         conversations = StudyConversations(self.plan.split, number, 1, task, self.has_images)
         collator, right = DataCollatorForVisualChat(self.processor), 0
         self.model.eval()
         for start in range(0, number, TEST_BATCH_SIZE):
             end = min(start + TEST_BATCH_SIZE, number)
             batch = collator([conversations[index] for index in range(start, end)])
-            labels = batch.pop("labels")[:, 1:]
-            best = self.model(**batch, use_cache=False).logits[:, :-1].argmax(dim=-1)
-            right += int(((best == labels) | (labels == -100)).all(dim=1).sum())
+            right += count_exact(self.model, batch)
         self.model.train()
         return right / number
+
+
+@torch.no_grad()
+def count_exact(model: VisualChatForConditionalGeneration, batch: BatchFeature) -> int:
+    """
+    The number of exact matches of greedy answers, from one forward pass: an answer is generated greedily if and only
+    if each of its tokens, its end included, is the most likely one after those before it.
+    """
+    labels = batch.pop("labels")
+    places = (labels != -100).any(dim=0).nonzero()[:, 0]
+    labels = labels[:, places]
+    best = model(**batch, use_cache=False, logits_to_keep=places - 1).logits.argmax(dim=-1)
+    return int(((best == labels) | (labels == -100)).all(dim=1).sum())
 
 
 def second_question_over_first(

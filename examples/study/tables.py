@@ -1,5 +1,5 @@
 """
-Makes the tables and figures of the study from a CSV alone.
+Makes the tables and figures of the study, only from a CSV.
 
     python examples/study/tables.py                     # prints tables, writes results.md and results.png
     python examples/study/tables.py --input pretrained.csv --output DIR     # pretrained.md and pretrained.png
@@ -192,9 +192,9 @@ def cost_table(rows: Rows) -> list[list[str]]:
     columns = {name: column for name, column in columns.items() if column[0] in rows[0]}
     table = [["arm", "seeds", *columns]]
     for arm in arms_of(rows):
-        of_arm = sorted((row for row in rows if row["arm"] == arm), key=lambda row: float(row["cpu_seconds"]))
-        middle = of_arm[len(of_arm) // 2]
-        table.append([arm, str(len(of_arm)), *(form.format(float(middle[key])) for key, form in columns.values())])
+        of_arm = [row for row in rows if row["arm"] == arm]
+        medians = (form.format(np.median([float(row[key]) for row in of_arm])) for key, form in columns.values())
+        table.append([arm, str(len(of_arm)), *medians])
     return table
 
 
@@ -223,7 +223,7 @@ def format_report(rows: Rows) -> str:
             "Thousands of conversations, and CPU seconds of training, to half and nine tenths of the best arm's final "
             "accuracy: median over seeds.",
         ),
-        "Cost": (cost_table, "The seed of median CPU time of each arm; one thread."),
+        "Cost": (cost_table, "Median over the seeds of each arm; one thread."),
     }
     parts = [f"## {name}\n\n{caption}\n\n{format_table(make(rows))}" for name, (make, caption) in sections.items()]
     return "\n\n".join(["# Results of the study", *parts]) + "\n"
