@@ -104,7 +104,8 @@ def score_answers(
     results["notes"] = [*notes, *_find_notes(results)]
     write_whole(folder / RESULTS, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     write_whole(folder / TABLE, format_results(results, as_markdown=True))
-    write_page(folder, results, tables(results), plain.lines[:page_size], plain.scores)
+    shown = {metric.name: plain.scores[metric.name] for metric in chosen}
+    write_page(folder, results, tables(results), plain.lines[:page_size], shown)
     return results
 
 
