@@ -26,11 +26,14 @@ def draw_chats(chats: Sequence[Chat], path: Path) -> None:
     """
     num_columns = min(len(chats), 4)
     figure, axes = pyplot.subplots(-(-len(chats) // num_columns), num_columns, squeeze=False)
-    heights = [draw_chat(axis, *chat) for axis, chat in zip(axes.flat, chats)]
-    for axis in axes.flat:
-        axis.set_axis_off()
-        axis.set(xlim=(0, 1), ylim=(-max(heights), 0))
-    figure.set_size_inches(3.6 * num_columns, LINE * max(heights) * len(axes))
+    drawn = [draw_chat(axis, *chat) for axis, chat in zip(axes.flat, chats)]
+    heights = [max(drawn[start : start + num_columns]) for start in range(0, len(drawn), num_columns)]
+    for row, height in zip(axes, heights):
+        for axis in row:
+            axis.set_axis_off()
+            axis.set(xlim=(0, 1), ylim=(-height, 0))
+    axes[0, 0].get_gridspec().set_height_ratios(heights)
+    figure.set_size_inches(3.6 * num_columns, LINE * sum(heights))
     figure.subplots_adjust(0.01, 0, 1, 0.99, wspace=0.02, hspace=0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # that the font lacks; the text has it
