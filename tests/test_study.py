@@ -143,6 +143,10 @@ def test_the_pages_say_what_the_runs_gave(study):
     _, tables = study
     report = tables.format_report(tables.read_rows(STUDY / "results.csv"))
     assert (STUDY / "results.md").read_text() == report
+    of_pretrained = tables.format_report(tables.read_rows(STUDY / "pretrained.csv"))
+    assert (STUDY / "pretrained.md").read_text() == of_pretrained
+    summary = [line for line in of_pretrained.split("## Accuracy")[0].splitlines() if line.startswith("| ")]
+    assert len(summary) == 5 and set(summary) <= set((STUDY / "README.md").read_text().splitlines())
     for page in ("README.md", "hub_card.md"):
         in_page = [line for line in (REPOSITORY / page).read_text().splitlines() if line.startswith("| mmca, ")]
         assert len(in_page) == 5 and set(in_page) <= set(report.splitlines())
@@ -171,7 +175,7 @@ def test_a_run_repeated_on_a_fresh_start_equals_its_line(tmp_path, study):
 def test_wrong_arms_and_missing_files_are_named(tmp_path, study, monkeypatch, capsys):
     for script, flags, message in (
         ("run.py", ["--arms", "mmca sum"], "invalid choice: 'mmca sum'"),
-        ("tables.py", ["--input", str(tmp_path / "none.csv")], "none.csv; run.py writes it"),
+        ("tables.py", ["--input", str(tmp_path / "none.csv")], "none.csv; run.py and pretrained.py write it"),
     ):
         monkeypatch.setattr(sys, "argv", [script, *flags])
         with pytest.raises(SystemExit) as refused:

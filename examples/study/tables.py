@@ -22,12 +22,17 @@ from tasks import TASKS
 FOLDER = Path(__file__).parent
 BASELINE, FLOOR = "causal", "text only"
 CONFIDENCE = 0.95
-# The tasks of run.py by what they ask for, and those of pretrained.py by what is held out.
+# The tasks of run.py by what they ask for, and those of pretrained.py by images and by what is held out.
 GROUPS: dict[str, tuple[str, ...]] = {
     "one or two images": ("single", "larger", "sum"),
     "binding": ("same", "largest", "count"),
     "pointers": ("two hops", "three hops"),
     "images apart": ("apart", "distractors"),
+}
+SINGLE = ("name", "kind")
+GROUPS |= {
+    "one picture": tuple(name for name, (task, _) in PICTURE_TESTS.items() if task in SINGLE),
+    "several pictures": tuple(name for name, (task, _) in PICTURE_TESTS.items() if task not in SINGLE),
 }
 GROUPS |= {
     f"unseen {held_out}": tuple(name for name, (_, split) in PICTURE_TESTS.items() if split == of)
@@ -118,10 +123,16 @@ def spent_to(row: dict, task: str, accuracy: float, spent: str = "points") -> fl
 
 
 def summary_table(rows: Rows) -> list[list[str]]:
-    """An arm a row: the mean over the tasks of a group and over seeds, and over all tasks with its interval."""
+    """
+    An arm a row: the mean over the tasks of a group and over seeds, and over all tasks with its interval; chance, where
+    there is no floor.
+    """
     tasks = tasks_of(rows)
     groups = {name: group for name, group in GROUPS.items() if set(group) <= set(tasks)}
     table = [["arm", *groups, "all tasks", "over causal, points"]]
+    if FLOOR not in arms_of(rows):
+        means = (sum(CHANCES[task] for task in each) / len(each) for each in (*groups.values(), tasks))
+        table.append(["chance", *(f"{mean:.0%}" for mean in means), ""])
     for arm in arms_of(rows):
         cells = [f"{interval(list(by_seed(rows, arm, accuracy(*each)).values()))[0]:.0%}" for each in groups.values()]
         cells.append(format_accuracy(rows, arm, accuracy(*tasks)))
@@ -257,7 +268,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the tables and figures")
     arguments = parser.parse_args()
     if not arguments.input.exists():
-        parser.error(f"there is no {arguments.input}; run.py writes it")
+        parser.error(f"there is no {arguments.input}; run.py and pretrained.py write it")
     rows = read_rows(arguments.input)
     arguments.output.mkdir(parents=True, exist_ok=True)
     report = format_report(rows)
