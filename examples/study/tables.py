@@ -124,8 +124,8 @@ def spent_to(row: dict, task: str, accuracy: float, spent: str = "points") -> fl
 
 def summary_table(rows: Rows) -> list[list[str]]:
     """
-    An arm a row: the mean over the tasks of a group and over seeds, and over all tasks with its interval; chance, where
-    there is no floor.
+    An arm a row: the mean over the tasks of a group and over seeds, and over all tasks with its interval; and chance,
+    where there is no floor.
     """
     tasks = tasks_of(rows)
     groups = {name: group for name, group in GROUPS.items() if set(group) <= set(tasks)}
