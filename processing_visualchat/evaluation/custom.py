@@ -9,7 +9,7 @@ from typing import Any
 from ..data.conversation import Turn
 from ..data.ingestion import IngestedRecord
 from ..data.readers import read_conversations
-from .records import Example, Round, Suite, SuiteError
+from .records import Example, Round, Suite, SuiteError, check_groups
 from .text_matching import reference_choice
 
 
@@ -38,7 +38,7 @@ def load_conversation_file(source: str | Path) -> Iterator[Example]:
             turns = outcome.turns[outcome.system is not None :]
             rounds = [*map(_read_round, turns[::2], turns[1::2])]
             rounds[-1] = _add_fields(rounds[-1], record)
-            groups = dict(record.extra.get("groups") or {})
+            groups = check_groups(record.extra.get("groups"), record.where)
             yield Example(record.where.removeprefix(f"{file.name}, "), tuple(rounds), system, groups)
     except (ValueError, OSError) as error:
         raise error if isinstance(error, SuiteError) else SuiteError(str(error)) from error
@@ -48,13 +48,10 @@ def load_conversation_file(source: str | Path) -> Iterator[Example]:
 
 def _add_fields(asked: Round, record: IngestedRecord) -> Round:
     """The last round with the options and the other references of its record, whose fields are checked."""
-    choices, references, groups = (record.extra.get(name) for name in EXTRA)
+    choices, references = record.extra.get("choices"), record.extra.get("references")
     for name, value in (("choices", choices), ("references", references)):
         if value is not None and not (isinstance(value, list) and all(isinstance(each, str) for each in value)):
             raise SuiteError(f"{record.where} has {name} {value!r:.80}; expected a list of texts.")
-    values = groups.values() if isinstance(groups, dict) else [groups]
-    if groups is not None and not all(isinstance(value, str) for value in values):
-        raise SuiteError(f"{record.where} has the groups {groups!r:.80}; expected {{'name': 'value', …}}, of text.")
     asked = replace(asked, references=(*asked.references, *(references or ())), choices=tuple(choices or ()))
     for reference in asked.references if choices else ():
         if reference_choice(reference, asked.choices) is None:

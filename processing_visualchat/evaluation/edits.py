@@ -44,7 +44,7 @@ from ..conversation_visualchat import is_image
 from ..data.files import describe_json_error
 from ..data.images import ImageReference
 from .answering import Answerer, Item, describe, describe_round
-from .records import Example, Round, Suite, SuiteError
+from .records import Example, Round, Suite, SuiteError, check_groups
 
 
 WITH = {"ask": "images", **VALUES}  # other keys of a step
@@ -70,12 +70,10 @@ def load_edits(source: str | Path) -> Iterator[Example]:
                 raise SuiteError(f"{where} has the key {key} of an earlier line; expected one of its own.")
             keys.add(key)
             steps = [_read_step(step, f"{where}, step {place}", file) for place, step in enumerate(record["steps"], 1)]
-            system, groups = record.get("system"), record.get("groups") or {}
+            system = record.get("system")
             if not isinstance(system, str | None):
                 raise SuiteError(f"{where} has the system instruction {system!r:.80}; expected text.")
-            if not isinstance(groups, dict) or not all(isinstance(value, str) for value in groups.values()):
-                raise SuiteError(f"{where} has the groups {groups!r:.80}; expected {{'name': 'value', …}}, of text.")
-            example = Example(key, tuple(steps), system, groups)
+            example = Example(key, tuple(steps), system, check_groups(record.get("groups"), where))
             _try_edits(example, where)
             yield example
     if not keys:

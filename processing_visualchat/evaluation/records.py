@@ -13,6 +13,14 @@ class SuiteError(ValueError):
     """A suite's file that is missing or in another format: says file, record and what was expected."""
 
 
+def check_groups(groups: Any, where: str) -> dict[str, str]:
+    """The `groups` of a record, by default none; a [`SuiteError`] if they are not texts by name."""
+    groups = {} if groups is None else groups
+    if not isinstance(groups, dict) or not all(isinstance(value, str) for value in groups.values()):
+        raise SuiteError(f"{where} has the groups {groups!r:.80}; expected {{'name': 'value', …}}, of text.")
+    return groups
+
+
 @dataclass(frozen=True)
 class Round:
     """One question of a conversation."""

@@ -241,9 +241,9 @@ def tables(results: dict[str, Any]) -> dict[str, list[Row]]:
     for metric, score in results["scores"].items():
         found["Scores"].append(_mean_row(metric, score["all"], score["num_missing"]))
         if "mean_over" in score:
-            kind, mean = score["mean_over"]["parts"], {**score["mean_over"]}
-            del mean["parts"]
-            found["Scores"].append(_mean_row(f"{metric}, mean over {kind}", mean, score["num_missing"]))
+            mean = {**score["mean_over"]}
+            name = f"{metric}, mean over {mean.pop('parts')}"
+            found["Scores"].append(_mean_row(name, mean, score["num_missing"]))
     found |= _breakdowns({name: score["by"] for name, score in results["scores"].items() if score["all"]})
     rows: list[Row] = [
         ("change", "metric", "mean", "plain", "difference", "95% interval", "conversations", "left out")

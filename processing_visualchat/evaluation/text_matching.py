@@ -37,15 +37,11 @@ def normalize(text: str) -> str:
     'there are 2 cats on 1000.5 m²'
     ```
     """
-    words = _split_words(text)
+    bare = re.sub(r"(?<=\d),(?=\d{3})", "", text.lower())
+    bare = re.sub(r"(?<!\d)\.|\.(?!\d)|['’]", "", bare)  # noqa: RUF001, an apostrophe as it is typeset
+    words = PUNCTUATION.sub(" ", bare).split()
     kept = [word for word in words if word not in ARTICLES] or words or text.lower().split()
     return " ".join(DIGITS.get(word, word) for word in kept)
-
-
-def _split_words(text: str) -> list[str]:
-    text = re.sub(r"(?<=\d),(?=\d{3})", "", text.lower())
-    text = re.sub(r"(?<!\d)\.|\.(?!\d)|['’]", "", text)  # noqa: RUF001, an apostrophe as it is typeset
-    return PUNCTUATION.sub(" ", text).split()
 
 
 def _normalize_option(text: str) -> str:
